@@ -1,0 +1,46 @@
+# Each target that runs something first makes or updates .venv, whatever environment is active.
+PYTHON ?= python3
+DATA_DIR ?= data
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types bench clean help
+
+demo: $(STAMP)  ## fine-tune EfficientNet-Lite0 on digits; prints accuracies and the path of a figure
+	MPLBACKEND=Agg $(RUN) examples/plot_quickstart.py
+
+test: $(STAMP)  ## all tests with coverage; a part of them: make test ARGS="--no-cov -k pattern"
+	$(RUN) -m pytest --cov=sklearn_lqf --cov-fail-under=95 $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(RUN) -m mypy sklearn_lqf
+
+bench: $(STAMP)  ## all benchmarks; DATA_DIR=folder says where the image folders are
+	@test -d "$(DATA_DIR)" || { echo "no folder '$(DATA_DIR)'; use: make bench DATA_DIR=folder" >&2; exit 2; }
+	@set -e; for script in benchmarks/[!_]*.py; do \
+		echo "$$script --data-dir $(DATA_DIR) $(ARGS)"; \
+		MPLBACKEND=Agg $(RUN) "$$script" --data-dir "$(DATA_DIR)" $(ARGS); \
+	done
+
+clean:  ## remove caches, reports and builds; keeps .venv
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.* htmlcov build dist
+	find sklearn_lqf tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): some minutes and about 6 GB the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

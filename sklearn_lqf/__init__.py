@@ -1,0 +1,7 @@
+"""Linear Quadratic Fine-tuning of pre-trained image networks, as scikit-learn estimators."""
+
+from .estimators import LQFClassifier
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["LQFClassifier"]

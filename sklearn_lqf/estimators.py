@@ -1,0 +1,637 @@
+"""The scikit-learn contract: parameters, validation, fitted attributes. numpy in, numpy out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from .backbones import Backbone, VectorNetwork, load_backbone
+from .head import RidgeHead, fit_ridge_head, random_head
+from .images import ImageInputs, is_image_input
+from .model import LinearModel, choose_device
+from .objective import Quadratic, build_kfac
+from .progress import CallbackSupportMixin, Progress, with_callbacks
+from .solvers import SolverResult, pcg, sgd
+
+__all__ = ["LQFClassifier"]
+
+_PROBES_MAX = 16  # outputs up to which the curvature takes all of them; above, this many orthonormal probes
+_RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
+_VIEWS = ("identity", "flip")
+
+
+class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
+    """Linear Quadratic Fine-tuning of a pre-trained image network.
+
+    The network is replaced by its first-order expansion around the pre-trained weights and trained with squared
+    loss, which makes fine-tuning a strongly convex quadratic: one optimum, no learning rate, and a certificate
+    of how far the solution is from it.
+
+    Parameters
+    ----------
+    backbone : str, nn.Module or callable, default="auto"
+        The pre-trained network: a classification model of torchvision by name (``"resnet18"``), one of timm
+        (``"timm:convnext_tiny"``), ``"efficientnet_lite0"`` (its ImageNet weights come in a package, extra
+        ``offline``), a module that ends in one Linear layer, or a callable that returns one. ``"auto"`` takes
+        ``"resnet18"`` for images and a small built-in network for vectors. A module is never changed.
+    weights : str, path or None, default="auto"
+        ``"auto"``: the pre-trained weights of the named backbone, or a module as it is. None: random
+        initialization. Else the name of a set of weights of torchvision, or a local file (state dict, loaded
+        with ``weights_only=True``, or safetensors).
+    tangent_layers : {"head", "all"}, int or list of str, default=2
+        What is linearized and trained: the head only, everything, this many last stages (runs of blocks at one
+        spatial resolution; a stage is one block for transformers), or modules by name. The rest is a frozen
+        trunk, evaluated once for each image. The head is always trained.
+    head : {"ridge", "random"}, default="ridge"
+        The head at which the network is linearized. ``"ridge"``: the ridge regression on the features whose
+        penalty minimizes the leave-one-out error; the quadratic is then fitted to its leave-one-out residuals,
+        and corrects its predictions. ``"random"``: rows drawn from N(0, 1/D), which see no label.
+    alpha : float, default=0.01
+        L2 penalty on the change of weights, relative to the mean squared norm of the Jacobian of one output of
+        one training image, so that one grid serves every backbone and any number of images: the ratio of the
+        variance of label noise to the prior variance of an output. The absolute value is ``alpha_``.
+    negative_slope : float, default=0.0
+        Slope of the leak put into ReLU, ReLU6, Hardtanh, Hardswish and Hardsigmoid, in [0, 1). The paper uses
+        weights pre-trained with Leaky-ReLU; for weights trained without, any leak costs accuracy, so the
+        default leaves the activations as they are.
+    target_scale : float, default=1.0
+        Value of the target of the right class (0 for the others). With ``center=True`` it only rescales the
+        solution. Decision values are divided by it.
+    center : bool or "auto", default="auto"
+        Whether the network's own output at the pre-trained weights is removed from the model, and the mean
+        target takes its place. ``"auto"``: for a random head, whose output is noise, but not for a ridge head.
+    damping : float, default=0.0
+        Added to the curvature in the preconditioner, in units of ``alpha_``. It changes the path of the
+        solver, not the solution.
+    solver : {"pcg", "sgd"}, default="pcg"
+        ``"pcg"``: K-FAC preconditioned conjugate gradients over all images. ``"sgd"``: the paper's K-FAC
+        preconditioned stochastic gradient descent with momentum; both go to the same optimum.
+    max_iter : int, default=100
+        Products with the curvature for ``"pcg"``, epochs for ``"sgd"``.
+    tol : float, default=1e-2
+        The solver stops when the norm of the gradient relative to its value at zero is below.
+    views : str or sequence of str, default="identity"
+        Fixed views of each training image: ``"identity"``, or ``("identity", "flip")`` to add the mirror image.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of classes, as in scikit-learn.
+    image_shape : tuple of int or None, default=None
+        Shape (H, W) or (H, W, C) of the images of which the rows of a two-dimensional X are raveled. None: such
+        rows are vectors.
+    image_size : int, tuple of int, "backbone" or None, default=None
+        Size to which images are resized and cropped: an int or (H, W), or the size the backbone was trained at.
+        None: images are used as they are, and must be of one size.
+    channel_axis : int, default=-1
+        Axis of the channels within one image, -1 or 0.
+    preprocessing : dict or None, default=None
+        Overrides of the backbone's ``mean``, ``std`` (for pixels in [0, 1]) and ``interpolation``.
+    batch_size : int, default=64
+        Images evaluated at once. The solution does not depend on it but for rounding.
+    device : str or torch.device, default="auto"
+        ``"auto"``: CUDA where present, else the CPU.
+    dtype : {"auto", "float32", "float64"}, default="auto"
+        Precision of the network. ``"auto"``: float64 for vectors, float32 for images.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the built-in network for vectors, random weights, a random head and the order of batches of
+        ``"sgd"``. Nothing else is random.
+    verbose : int, default=0
+        Above 0: progress bars (needs tqdm, extra ``progress``).
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        Class labels.
+    n_features_in_ : int
+        Columns of a two-dimensional X; values of one image otherwise.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of a DataFrame; defined only when they are all strings.
+    image_shape_ : tuple of int or None
+        (H, W, C) of one image as given; None for vectors.
+    coef_ : ndarray of shape (n_parameters,)
+        Change d of the weights: linearized parameters of the network, then head weight (C, D), then head bias.
+    intercept_ : ndarray of shape (n_classes,) or None
+        Mean target, when centered; else None.
+    alpha_ : float
+        Absolute L2 penalty lambda.
+    temperature_ : float
+        Divides the decision values before the softmax of ``predict_proba``; fitted on leave-one-out outputs of
+        the ridge regression on the features.
+    n_iter_ : int
+        Iterations of the solver.
+    residual_norms_ : ndarray of shape (n_iter_ + 1,)
+        Relative norm of the gradient before the first and after each iteration.
+    converged_ : bool
+        Whether ``tol`` was reached.
+    n_parameters_ : int
+        Number of linearized parameters P.
+    device_ : str
+        Device of the fit.
+
+    See Also
+    --------
+    sklearn.linear_model.RidgeClassifier : The same loss on fixed features.
+
+    Notes
+    -----
+    With J the Jacobian of the C outputs at the pre-trained weights w0, minimizes over d = w - w0
+
+    ``sum_i s_i |offset(x_i) + J(x_i) d - t_i|^2 + alpha_ |d|^2``,
+
+    where s are sample weights, t scaled one-hot targets, and the offset is the head's leave-one-out output
+    (``head="ridge"``) or the mean target. Strong convexity bounds the distance to the optimum by the norm of the
+    gradient over 2 ``alpha_``.
+
+    References
+    ----------
+    Achille, Golatkar, Ravichandran, Polito, Soatto, "LQF: Linear Quadratic Fine-Tuning", CVPR 2021
+    (arXiv 2012.11140), sections 3 and 4.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn_lqf import LQFClassifier
+    >>> X, y = load_iris(return_X_y=True)
+    >>> LQFClassifier(random_state=0).fit(X, y).score(X, y) > 0.9
+    True
+    """
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: Any = "auto",
+        tangent_layers: Any = 2,
+        head: str = "ridge",
+        alpha: float = 0.01,
+        negative_slope: float = 0.0,
+        target_scale: float = 1.0,
+        center: bool | str = "auto",
+        damping: float = 0.0,
+        solver: str = "pcg",
+        max_iter: int = 100,
+        tol: float = 1e-2,
+        views: str | Sequence[str] = "identity",
+        class_weight: Any = None,
+        image_shape: Sequence[int] | None = None,
+        image_size: Any = None,
+        channel_axis: int = -1,
+        preprocessing: Mapping[str, Any] | None = None,
+        batch_size: int = 64,
+        device: Any = "auto",
+        dtype: str = "auto",
+        random_state: Any = None,
+        verbose: int = 0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.tangent_layers = tangent_layers
+        self.head = head
+        self.alpha = alpha
+        self.negative_slope = negative_slope
+        self.target_scale = target_scale
+        self.center = center
+        self.damping = damping
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        self.views = views
+        self.class_weight = class_weight
+        self.image_shape = image_shape
+        self.image_size = image_size
+        self.channel_axis = channel_axis
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # ------------------------------------------------------------------------------------------------- fit
+
+    @with_callbacks
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LQFClassifier:
+        """Fit the linearized network.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            Images: an array (n, H, W) or (n, H, W, C) of uint8 (0..255) or floats (0..1), raveled rows
+            (n, n_features) with ``image_shape``, or a sequence of paths, PIL images or arrays. Vectors:
+            (n, n_features) of floats.
+        y : array-like of shape (n,)
+            Class labels.
+        sample_weight : array-like of shape (n,), default=None
+            Non-negative weights. A weight of 2 equals a row given twice, a weight of 0 a row left out.
+
+        Returns
+        -------
+        self : LQFClassifier
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            Unusable parameters or data; the message says what was found and what to do.
+        """
+        self._check_parameters()
+        device = choose_device(self.device)
+        rows, y, backbone = self._read_training_data(X, y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"LQFClassifier needs samples of at least 2 classes, but the data contains only one class: "
+                f"{self.classes_[0]!r}"
+            )
+        weights, multiplicity = self._sample_weights(codes, sample_weight)
+        keep = np.flatnonzero(weights)  # a weight of zero is a row left out
+        model = self._prepare(backbone, rows, keep, weights, device)
+        progress = Progress(self, self.verbose, self.max_iter, X, y)
+
+        targets = self.target_scale * np.eye(len(self.classes_))[codes[keep]]
+        batches = self._trunk_activations(model, rows, keep, progress)
+        t = torch.tensor(targets, device=device)
+        s = torch.tensor(weights[keep], device=device)
+        ridge = self._fit_head(model, batches, t, s, torch.tensor(multiplicity[keep], device=device))
+        quadratic, preconditioner = self._pose(model, batches, ridge, t, s)
+        self._set_result(model, quadratic, ridge, t, s)
+        result = self._solve(quadratic, preconditioner, progress)
+        self._set_solution(result)
+        progress.close()
+        if not result.converged:
+            warnings.warn(
+                f"The solver stopped after {result.n_iter} iterations at a relative gradient of "
+                f"{result.residual_norms[-1]:.1e}, above tol={self.tol:g}. {result.status.value}",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _prepare(
+        self, backbone: Backbone, rows: Any, keep: np.ndarray, weights: np.ndarray, device: torch.device
+    ) -> LinearModel:
+        """The backbone made ready for the size of the images, or for the scale of the vectors."""
+        vectors = isinstance(rows, np.ndarray)
+        dtype = (
+            torch.float64 if self.dtype == "float64" or (vectors and self.dtype == "auto") else torch.float32
+        )
+        if vectors:
+            _standardize(backbone, rows[keep], weights[keep])
+            shape: tuple[int, ...] = (rows.shape[1],)
+            preprocessing = None
+        else:
+            preprocessing = backbone.preprocessing.override(self.preprocessing)
+            shape = (backbone.in_channels, *rows.size)
+        return LinearModel(
+            backbone, shape, self.tangent_layers, float(self.negative_slope), preprocessing, dtype, device
+        )
+
+    def _trunk_activations(
+        self, model: LinearModel, rows: Any, keep: np.ndarray, progress: Progress
+    ) -> list[tuple[Tensor, ...]]:
+        """Activations of every view of every kept row, in batches: all rows of the first view, then the next."""
+        views = [self.views] if isinstance(self.views, str) else list(self.views)
+        found = []
+        for view in views:
+            images = _batches(rows, self.batch_size, keep)
+            for x in progress.over(images, -(-len(keep) // self.batch_size), "trunk"):
+                found.append(model.activations(x.flip(-1) if view == "flip" else x))
+        return found
+
+    def _fit_head(
+        self,
+        model: LinearModel,
+        batches: list[tuple[Tensor, ...]],
+        t: Tensor,
+        s: Tensor,
+        multiplicity: Tensor,
+    ) -> RidgeHead:
+        """The ridge regression on the features; sets the head at which the model is linearized."""
+        features = torch.cat([model.features(z) for z in batches])
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(
+                "The backbone's features of the training images are not all finite: check its weights and "
+                "preprocessing, or use dtype='float64'."
+            )
+        features = features.view(-1, len(t), features.shape[1])  # (V, n, D)
+        ridge = fit_ridge_head(features, t, s, multiplicity, _RIDGE_ALPHAS)
+        if self.head == "ridge":
+            model.set_head(ridge.weight, ridge.bias)
+        else:
+            seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+            weight = random_head(t.shape[1], features.shape[2], torch.Generator().manual_seed(int(seed)))
+            model.set_head(weight, torch.zeros(t.shape[1]))
+        return ridge
+
+    def _pose(
+        self, model: LinearModel, batches: list[tuple[Tensor, ...]], ridge: RidgeHead, t: Tensor, s: Tensor
+    ) -> tuple[Quadratic, Any]:
+        """The quadratic and its preconditioner."""
+        network = model.network
+        assert network is not None
+        views = ridge.held_out.shape[0]
+        if self._centered():
+            offset = _weighted_mean(t, s).expand(views, *t.shape)
+        elif self.head == "ridge":
+            offset = ridge.held_out
+        else:
+            with torch.no_grad():
+                offset = torch.cat([network.at(z, gradients=False).outputs for z in batches])
+            offset = offset.view(views, *t.shape)
+        residual = (t - offset).reshape(-1, t.shape[1]).to(model.dtype)
+        weights = (s / views).repeat(views).to(model.dtype)
+        kfac = build_kfac(network, batches, weights, _probes(t.shape[1]).to(residual))
+        alpha = float(self.alpha) * kfac.trace / (t.shape[1] * float(s.sum()))
+        kfac.factorize(alpha * (1 + float(self.damping)), model.dtype)
+        return Quadratic(network, batches, residual, weights, alpha), kfac
+
+    def _solve(self, quadratic: Quadratic, preconditioner: Any, progress: Progress) -> SolverResult:
+        def report(number: int, residual: float, x: Tensor) -> bool:
+            return progress.iteration(number, residual, lambda: {"coef_": x.cpu().numpy().copy()})
+
+        b = quadratic.rhs()
+        if self.solver == "pcg":
+            return pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report)
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        generator = torch.Generator().manual_seed(int(seed))
+        n_batches = len(quadratic.batches)
+        return sgd(
+            quadratic.matvec, quadratic.batch_matvec, n_batches, b, preconditioner, self.tol, self.max_iter,
+            generator, report,
+        )  # fmt: skip
+
+    def _set_result(
+        self, model: LinearModel, quadratic: Quadratic, ridge: RidgeHead, t: Tensor, s: Tensor
+    ) -> None:
+        """Fitted attributes that do not wait for the solution."""
+        self._model = model
+        self.alpha_ = quadratic.alpha
+        self.device_ = str(model.device)
+        self.n_parameters_ = quadratic.network.n_parameters
+        mean = _weighted_mean(t, s).cpu().numpy()
+        self.intercept_ = mean if self._centered() else None
+        outputs = ridge.held_out.mean(0).cpu().numpy() / self.target_scale
+        self.temperature_ = _fit_temperature(outputs, t.argmax(1).cpu().numpy(), s.cpu().numpy())
+
+    def _set_solution(self, result: SolverResult) -> None:
+        self.coef_ = result.x.cpu().numpy()
+        self.n_iter_ = result.n_iter
+        self.residual_norms_ = np.array(result.residual_norms)
+        self.converged_ = result.converged
+
+    def _centered(self) -> bool:
+        return self.head == "random" if isinstance(self.center, str) else bool(self.center)
+
+    # --------------------------------------------------------------------------------------------- predict
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Outputs of the linearized network.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        decision : ndarray of shape (n, n_classes), or (n,) for two classes
+            Estimates of the class indicators (their difference for two classes).
+        """
+        values = self._outputs(X)
+        return values[:, 1] - values[:, 0] if len(self.classes_) == 2 else values
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict class labels.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        labels : ndarray of shape (n,)
+            The class with the largest output.
+        """
+        return self.classes_[self._outputs(X).argmax(1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities of the classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        probabilities : ndarray of shape (n, n_classes)
+            Softmax of the outputs over ``temperature_``.
+        """
+        return softmax(self._outputs(X) / self.temperature_, axis=1)
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Logarithms of the probabilities of the classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        log_probabilities : ndarray of shape (n, n_classes)
+            Log-softmax of the outputs over ``temperature_``.
+        """
+        return log_softmax(self._outputs(X) / self.temperature_, axis=1)
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Outputs in units of one-hot targets, (n, C)."""
+        check_is_fitted(self)
+        rows = self._read_new_data(X)
+        values = self._model.outputs(_batches(rows, self.batch_size), self.coef_, self.intercept_)
+        return values / self.target_scale
+
+    # ------------------------------------------------------------------------------------------ validation
+
+    def _check_parameters(self) -> None:
+        for name, low, strict in (
+            ("alpha", 0, True), ("negative_slope", 0, False), ("target_scale", 0, True), ("damping", 0, False),
+            ("tol", 0, False),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
+            if not number or value < low or (strict and value == low):
+                raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low}, got {value!r}.")
+        if self.negative_slope >= 1:
+            raise ValueError(f"negative_slope must be below 1, got {self.negative_slope!r}.")
+        for name in ("max_iter", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+        for name, allowed in (
+            ("solver", ("pcg", "sgd")), ("head", ("ridge", "random")), ("dtype", ("auto", "float32", "float64")),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+        if not isinstance(self.center, bool | np.bool_) and self.center != "auto":
+            raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
+        views = [self.views] if isinstance(self.views, str) else list(self.views)
+        if not views or len(set(views)) != len(views) or not set(views) <= set(_VIEWS):
+            raise ValueError(f"views must name each of {list(_VIEWS)} at most once, got {self.views!r}.")
+
+    def _read_training_data(self, X: Any, y: Any) -> tuple[Any, np.ndarray, Backbone]:
+        """Rows of X as vectors or images, labels, and the backbone that fits them."""
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if is_image_input(X, self.image_shape):
+            backbone = load_backbone(self.backbone, self.weights, random_state=self.random_state)
+            preprocessing = backbone.preprocessing.override(self.preprocessing)
+            size = preprocessing.size if self.image_size == "backbone" else self.image_size
+            if size is None and self.image_size is not None:
+                raise ValueError(
+                    f"The size at which {backbone.name} was trained is not known: set image_size."
+                )
+            self._image_options = {
+                "image_size": size,
+                "in_channels": backbone.in_channels,
+                "interpolation": preprocessing.interpolation,
+            }
+            rows = self._read_images(X, self.image_shape, reset=True)
+            self.image_shape_, self._size = rows.image_shape, rows.size
+            self.n_features_in_ = rows.n_features
+            y = column_or_1d(y, warn=True)
+            check_consistent_length(np.empty(len(rows)), y)
+            check_classification_targets(y)
+            return rows, y, backbone
+        rows, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_classification_targets(y)
+        self.image_shape_ = None
+        if "flip" in ([self.views] if isinstance(self.views, str) else self.views):
+            raise ValueError(
+                "views names 'flip', which mirrors images, but X holds vectors (set image_shape if its rows are "
+                "raveled images)."
+            )
+        backbone = load_backbone(
+            self.backbone, self.weights, vector_features=rows.shape[1], random_state=self.random_state
+        )
+        return rows, y, backbone
+
+    def _read_new_data(self, X: Any) -> Any:
+        """Rows of X for prediction."""
+        if self.image_shape_ is None:
+            if is_image_input(X):
+                raise ValueError(f"X holds images, but this {type(self).__name__} was fitted on vectors.")
+            return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        height, width, channels = self.image_shape_
+        shape = (height, width, channels) if self.channel_axis == -1 else (channels, height, width)
+        rows = self._read_images(X, None if is_image_input(X) else shape, reset=False)
+        if rows.size != self._size:
+            raise ValueError(
+                f"X has images of size {rows.size}, but {type(self).__name__} is expecting images of size "
+                f"{self._size} as in fit: set image_size to accept other sizes."
+            )
+        return rows
+
+    def _read_images(self, X: Any, shape: Sequence[int] | None, reset: bool) -> ImageInputs:
+        """X as images; rows that are raveled pass scikit-learn's checks of two-dimensional data."""
+        if shape is not None and not is_image_input(X):
+            X = validate_data(self, X, dtype=None, reset=reset)
+        return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
+
+    def _sample_weights(self, codes: np.ndarray, sample_weight: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Weight of each row, and how many identical rows it stands for."""
+        given = _check_sample_weight(sample_weight, codes, dtype=np.float64, ensure_non_negative=True)
+        if not given.any():
+            raise ValueError("Sample weights are all zero: at least two classes need a positive weight.")
+        total = np.bincount(codes, weights=given, minlength=len(self.classes_))
+        if self.class_weight is None:
+            factor = np.ones(len(self.classes_))
+        elif isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            factor = given.sum() / (np.count_nonzero(total) * np.where(total > 0, total, 1.0))
+        else:
+            factor = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_[codes])
+        weights = given * factor[codes]
+        if (weights < 0).any() or not weights.any():
+            raise ValueError(
+                f"class_weight must give non-negative weights, not all zero; got {self.class_weight!r}."
+            )
+        return weights, np.maximum(given, 1.0)
+
+    def __sklearn_clone__(self) -> LQFClassifier:
+        """A clone shares a module given as backbone, which is never changed, instead of copying it."""
+        if not isinstance(self.backbone, nn.Module):
+            return super().__sklearn_clone__()
+        shared, self.backbone = self.backbone, "auto"
+        try:
+            twin = super().__sklearn_clone__()
+        finally:
+            self.backbone = shared
+        twin.backbone = shared
+        return twin
+
+
+def _batches(rows: Any, size: int, keep: np.ndarray | None = None) -> Iterator[Tensor]:
+    """Rows as tensors in fixed order; ``keep`` chooses some."""
+    keep = np.arange(len(rows)) if keep is None else keep
+    for start in range(0, len(keep), size):
+        chosen = keep[start : start + size]
+        if isinstance(rows, np.ndarray):
+            yield torch.from_numpy(rows[chosen])  # an indexed copy
+        elif chosen[-1] - chosen[0] == len(chosen) - 1:
+            yield rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
+        else:
+            yield torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
+
+
+def _standardize(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> None:
+    """Give the built-in network for vectors the weighted mean and scale of its input."""
+    if not isinstance(backbone.module, VectorNetwork):
+        return
+    x = rows.astype(np.float64)
+    mean = np.average(x, axis=0, weights=weights)
+    scale = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    scale[scale <= 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1)] = 1.0  # a constant feature
+    backbone.module.mean.copy_(torch.from_numpy(mean))
+    backbone.module.scale.copy_(torch.from_numpy(scale))
+
+
+def _probes(n_outputs: int) -> Tensor:
+    """Output directions (K, C) with the sum of their outer products the identity, in expectation for many outputs.
+
+    Seeded by a constant: they shape the preconditioner and the unit of alpha, and must not differ between fits.
+    """
+    if n_outputs <= _PROBES_MAX:
+        return torch.eye(n_outputs, dtype=torch.float64)
+    gaussian = torch.randn(
+        n_outputs, _PROBES_MAX, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    return torch.linalg.qr(gaussian)[0].T * (n_outputs / _PROBES_MAX) ** 0.5
+
+
+def _weighted_mean(t: Tensor, s: Tensor) -> Tensor:
+    return (s.unsqueeze(1) * t).sum(0) / s.sum()
+
+
+def _fit_temperature(outputs: np.ndarray, codes: np.ndarray, weights: np.ndarray) -> float:
+    """The temperature that minimizes the log-loss of the softmax of held-out outputs, (n, C)."""
+
+    def loss(log_temperature: float) -> float:
+        log_p = log_softmax(outputs / np.exp(log_temperature), axis=1)
+        return -float(weights @ log_p[np.arange(len(codes)), codes])
+
+    found = minimize_scalar(loss, bounds=(np.log(1e-2), np.log(1e1)), method="bounded")
+    return float(np.exp(found.x))

@@ -1,0 +1,150 @@
+"""A backbone made ready for images of one size: preprocessing, trunk, tail and head.
+
+Hides devices, dtypes, memory formats and the state that is pickled: plain CPU arrays and the network without its
+head, from which the prepared graph is built again.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .backbones import Backbone, Preprocessing
+from .graph import Split, remove_head, split_network
+from .linearize import LinearizedNetwork, _full_precision
+
+__all__ = ["LinearModel", "choose_device"]
+
+
+def choose_device(device: Any) -> torch.device:
+    """The device named, or the fastest present for ``"auto"``; an absent one is an error that lists what is there."""
+    present = ["cpu"]
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device == "auto":
+        return torch.device("cuda" if "cuda" in present else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} is not a device; present here: {present} (or 'auto')."
+        ) from error
+    if str(found) not in present:
+        raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
+    return found
+
+
+class LinearModel:
+    """f(x) = offset(x) + J(x) d for images of one size.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    shape : tuple of int
+        (C, H, W) of an image, or (n_features,) of a vector.
+    tangent_layers, negative_slope
+        As in `graph.split_network`.
+    preprocessing : Preprocessing or None
+        None for vectors.
+    dtype : torch.dtype
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        shape: Sequence[int],
+        tangent_layers: Any,
+        negative_slope: float,
+        preprocessing: Preprocessing | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
+        remove_head(source, self._example(shape, next(source.parameters()).dtype))
+        self._source, self._shape = source, tuple(shape)
+        self._options = {"tangent_layers": tangent_layers, "negative_slope": negative_slope}
+        self._preprocessing, self.dtype, self.device = preprocessing, dtype, device
+        self.network: LinearizedNetwork | None = None
+        self._build()
+
+    @staticmethod
+    def _example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Two inputs of the size in use, the same at each call and without the global generator."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(2, *shape, generator=generator, dtype=dtype)
+
+    def _build(self) -> None:
+        """Prepare trunk and tail from the network without head."""
+        example = self._example(self._shape, self.dtype)
+        self.split: Split = split_network(self._source, example, **self._options)
+        for part in (self.split.trunk, self.split.tail):
+            part.to(self.device)
+            if len(self._shape) == 3:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def set_head(self, weight: Tensor, bias: Tensor) -> LinearizedNetwork:
+        """Linearize at a head of weight (C, D) and bias (C,)."""
+        to = {"device": self.device, "dtype": self.dtype}
+        self.network = LinearizedNetwork(self.split, weight.to(**to).contiguous(), bias.to(**to).contiguous())
+        return self.network
+
+    def activations(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
+        x = images.to(self.device, self.dtype)
+        if self._preprocessing is not None:
+            x = self._preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), _full_precision():
+            return tuple(self.split.trunk(x))
+
+    def features(self, activations: Sequence[Tensor]) -> Tensor:
+        """Input of the head at the pre-trained weights, (B, D)."""
+        with torch.no_grad(), _full_precision():
+            return self.split.tail(*activations)
+
+    def outputs(
+        self, batches: Iterable[Tensor], coef: np.ndarray, intercept: np.ndarray | None
+    ) -> np.ndarray:
+        """f_lin of batches of images, (n, C); with an intercept (C,) it stands for f_w0."""
+        assert self.network is not None, "no head"
+        to = {"device": self.device, "dtype": self.dtype}
+        d = torch.tensor(coef, **to)
+        found = []
+        with _full_precision():
+            for images in batches:
+                point = self.network.at(self.activations(images), gradients=False)
+                offset = point.outputs if intercept is None else torch.tensor(intercept, **to)
+                found.append((offset + point.jvp(d)).cpu().numpy())
+        return np.concatenate(found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "network")}
+        state["device"] = str(self.device)
+        if self.network is not None:
+            state["head"] = (self.network.weight.cpu().numpy(), self.network.bias.cpu().numpy())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        head = state.pop("head", None)
+        self.__dict__.update(state)
+        try:
+            self.device = choose_device(state["device"])
+        except ValueError:
+            warnings.warn(
+                f"The model was fitted on {state['device']!r}, which is not present: it is loaded on the CPU.",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.device = torch.device("cpu")
+        self.network = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said at fit
+            self._build()
+        if head is not None:
+            self.set_head(*(torch.tensor(h) for h in head))

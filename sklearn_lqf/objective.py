@@ -1,0 +1,195 @@
+"""The quadratic that fine-tuning solves, over cached batches.
+
+Legend of symbols (name in code, shape):
+
+======  ==============  =========  ================================================================
+symbol  code            shape      meaning
+======  ==============  =========  ================================================================
+n       ``n_rows``                 training rows: images times views
+C       ``n_outputs``              outputs of the network (classes)
+P       ``n_parameters``           tangent parameters: tail, head weight, head bias
+J(x)    ``jvp, vjp``    (C, P)     Jacobian of the outputs at the pre-trained weights w0
+d       ``coef``        (P,)       w - w0
+t       ``targets``     (n, C)     what J d is to equal
+s       ``weights``     (n,)       weights of the rows
+lambda  ``alpha``                  L2 penalty, absolute
+H       ``matvec``      (P, P)     sum_i s_i J_i' J_i + lambda I, half the Hessian
+b       ``rhs``         (P,)       sum_i s_i J_i' t_i
+======  ==============  =========  ================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
+from .linearize import LinearizedNetwork, Point, _full_precision
+
+__all__ = ["Quadratic", "build_kfac"]
+
+Batch = Sequence[Tensor]
+_OTHER_ROWS = 64  # images from which the curvature of parameters outside Linear and Conv2d is estimated
+_OTHER_ELEMENTS = 1 << 25  # elements of their Jacobians held at once
+
+
+class Quadratic:
+    """``sum_i s_i |J_i d - t_i|^2 + lambda |d|^2`` and its products.
+
+    Parameters
+    ----------
+    network : LinearizedNetwork
+    batches : sequence of batches
+        Trunk activations; the order of their rows is the order of ``targets`` and ``weights``.
+    targets : Tensor of shape (n, C)
+    weights : Tensor of shape (n,)
+    alpha : float
+        lambda > 0.
+    """
+
+    def __init__(
+        self,
+        network: LinearizedNetwork,
+        batches: Sequence[Batch],
+        targets: Tensor,
+        weights: Tensor,
+        alpha: float,
+    ):
+        self.network, self.batches, self.alpha = network, batches, alpha
+        sizes = [batch[0].shape[0] for batch in batches]
+        self.targets, self.weights = targets.split(sizes), weights.split(sizes)
+
+    def rhs(self) -> Tensor:
+        """b = sum_i s_i J_i' t_i, shape (P,)."""
+        return self._sum(lambda point, k: point.vjp(self.weights[k].unsqueeze(1) * self.targets[k]))
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """H v: v -> J v -> S J v -> J' S J v, then the penalty."""
+        return self._sum(lambda point, k: self._product(point, k, v)).add_(v, alpha=self.alpha)
+
+    def batch_matvec(self, k: int, v: Tensor) -> Tensor:
+        """H_k v, with H the mean of H_k over the batches."""
+        with _full_precision():
+            product = self._product(self.network.at(self.batches[k]), k, v)
+        return (len(self.batches) * product).add_(v, alpha=self.alpha)
+
+    def _product(self, point: Point, k: int, v: Tensor) -> Tensor:
+        return point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
+
+    def _sum(self, term: object) -> Tensor:
+        total: Tensor | None = None
+        with _full_precision():
+            for k, batch in enumerate(self.batches):
+                part = term(self.network.at(batch), k)  # type: ignore[operator]
+                total = part if total is None else total.add_(part)
+        assert total is not None, "no batch"
+        return total
+
+    def predict(self, d: Tensor) -> Tensor:
+        """J d for every row, shape (n, C)."""
+        with _full_precision():
+            return torch.cat([self.network.at(batch, gradients=False).jvp(d) for batch in self.batches])
+
+    def value(self, d: Tensor) -> float:
+        """The objective at d."""
+        residual = (self.predict(d) - torch.cat(self.targets)).double()
+        loss = (torch.cat(self.weights).double() * residual.square().sum(1)).sum()
+        return float(loss + self.alpha * d.double().square().sum())
+
+    def distance_bound(self, d: Tensor) -> float:
+        """Upper bound on ``|d - d*|``: |H d - b| / lambda, from strong convexity."""
+        gradient = (self.matvec(d) - self.rhs()).double()
+        return float(gradient.norm()) / self.alpha
+
+
+def build_kfac(
+    network: LinearizedNetwork,
+    batches: Sequence[Batch],
+    weights: Tensor,
+    probes: Tensor,
+) -> KFAC:
+    """Accumulate the curvature of the quadratic's data term, one pass over the batches.
+
+    Parameters
+    ----------
+    network : LinearizedNetwork
+    batches : sequence of batches
+    weights : Tensor of shape (n,)
+    probes : Tensor of shape (K, C)
+        Output directions with mean of sum_k p_k p_k' equal to the identity: the identity itself is exact.
+
+    Returns
+    -------
+    KFAC
+        Not yet factorized.
+    """
+    device = network.weight.device
+    layers = network.kronecker_layers()
+    blocks = {
+        name: KroneckerBlock(layer, network.slices[f"{name}.weight"], network.slices.get(f"{name}.bias"))
+        for name, layer in layers.items()
+    }
+    head = HeadBlock(
+        *network.weight.shape, network.slices["head.weight"], network.slices["head.bias"], device
+    )
+    others, owners = _other_blocks(network, set(layers), device)
+    with _full_precision():
+        for batch, s in zip(batches, weights.split([b[0].shape[0] for b in batches]), strict=True):
+            point = network.at(batch)
+            head.update(point.features, s)
+            if blocks:
+                _update_layers(point, blocks, probes, s)
+        if others:
+            _update_others(network, batches, weights, others, owners)
+    return KFAC([*blocks.values(), *others, head])
+
+
+def _update_layers(point: Point, blocks: dict[str, KroneckerBlock], probes: Tensor, weights: Tensor) -> None:
+    calls = {name: point.layer_calls(name) for name in blocks}
+    outputs = [out for pairs in calls.values() for _, out in pairs]
+    gradients = [point.output_gradients(outputs, probe.expand(len(weights), -1)) for probe in probes]
+    start = 0
+    for name, block in blocks.items():
+        stop = start + len(calls[name])
+        with torch.no_grad():
+            block.update([x.detach() for x, _ in calls[name]], [g[start:stop] for g in gradients], weights)
+        start = stop
+
+
+def _other_blocks(
+    network: LinearizedNetwork, covered: set[str], device: torch.device
+) -> tuple[list[SmallBlock], list[list[str]]]:
+    """One block for each module that owns parameters outside Linear and Conv2d."""
+    owners: dict[str, list[str]] = {}
+    for name in network.names:
+        module = name.rpartition(".")[0]
+        if module not in covered:
+            owners.setdefault(module or name, []).append(name)
+    groups = list(owners.values())
+    return [SmallBlock([network.slices[n] for n in names], device) for names in groups], groups
+
+
+def _update_others(
+    network: LinearizedNetwork,
+    batches: Sequence[Batch],
+    weights: Tensor,
+    blocks: list[SmallBlock],
+    groups: list[list[str]],
+) -> None:
+    """Exact Jacobians of a few images, evenly spread, scaled to all."""
+    n = len(weights)
+    chosen = torch.linspace(0, n - 1, min(n, _OTHER_ROWS), device="cpu").round().long().unique()
+    scale = weights.sum() / weights[chosen.to(weights.device)].sum()
+    names = [n for group in groups for n in group]
+    size = sum(network.slices[n].stop - network.slices[n].start for n in names) * network.weight.shape[0]
+    rows = max(1, _OTHER_ELEMENTS // max(size, 1))
+    start = 0
+    for batch, s in zip(batches, weights.split([b[0].shape[0] for b in batches]), strict=True):
+        mine = chosen[(chosen >= start) & (chosen < start + len(s))] - start
+        for part in mine.to(s.device).split(rows):
+            jacobians = network.sample_jacobians([z[part] for z in batch], names)
+            for block, group in zip(blocks, groups, strict=True):
+                block.update([jacobians[n] for n in group], s[part] * scale)
+        start += len(s)

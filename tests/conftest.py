@@ -1,0 +1,63 @@
+"""For every test: none asks for a GPU where there is none, and none leaves a global flag changed."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# Before any test imports matplotlib, and for the processes that tests start: figures without a display.
+os.environ["MPLBACKEND"] = "Agg"
+
+
+def _setter(owner: Any, name: str) -> Callable[[Any], None]:
+    return lambda value: setattr(owner, name, value)
+
+
+# Global state of torch: name, how to read it, how to put it back.
+_FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch.get_num_threads()": (torch.get_num_threads, torch.set_num_threads),
+    "torch.is_grad_enabled()": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch.get_default_dtype()": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.are_deterministic_algorithms_enabled()": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "torch.backends.cudnn.benchmark": (
+        lambda: torch.backends.cudnn.benchmark,
+        _setter(torch.backends.cudnn, "benchmark"),
+    ),
+    "torch.backends.cudnn.deterministic": (
+        lambda: torch.backends.cudnn.deterministic,
+        _setter(torch.backends.cudnn, "deterministic"),
+    ),
+    "torch.backends.cudnn.allow_tf32": (
+        lambda: torch.backends.cudnn.allow_tf32,
+        _setter(torch.backends.cudnn, "allow_tf32"),
+    ),
+    "torch.backends.cuda.matmul.allow_tf32": (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        _setter(torch.backends.cuda.matmul, "allow_tf32"),
+    ),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def torch_flags_unchanged():
+    """Fail the test that leaves a flag changed, and put the flag back for those that follow."""
+    before = {name: read() for name, (read, _) in _FLAGS.items()}
+    yield
+    changed = {}
+    for name, (read, write) in _FLAGS.items():
+        if (after := read()) != before[name]:
+            changed[name] = f"{before[name]} became {after}"
+            write(before[name])
+    assert not changed, f"the test left torch's global flags changed: {changed}"
