@@ -425,7 +425,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         labels : ndarray of shape (n,)
             The class with the largest output.
         """
-        return self.classes_[self._outputs(X).argmax(1)]
+        chosen = self._outputs(X).argmax(1)
+        return self.classes_[chosen]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes.
@@ -440,7 +441,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         probabilities : ndarray of shape (n, n_classes)
             Softmax of the outputs over ``temperature_``.
         """
-        return softmax(self._outputs(X) / self.temperature_, axis=1)
+        values = self._outputs(X)
+        return softmax(values / self.temperature_, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Logarithms of the probabilities of the classes.
@@ -455,7 +457,26 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         log_probabilities : ndarray of shape (n, n_classes)
             Log-softmax of the outputs over ``temperature_``.
         """
-        return log_softmax(self._outputs(X) / self.temperature_, axis=1)
+        values = self._outputs(X)
+        return log_softmax(values / self.temperature_, axis=1)
+
+    def features(self, X: Any) -> np.ndarray:
+        """Features of the backbone at the pre-trained weights: what a linear probe is fitted on.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        features : ndarray of shape (n, D)
+            Input of the head.
+        """
+        check_is_fitted(self)
+        rows = self._read_new_data(X)
+        found = [self._model.features(self._model.activations(x)) for x in _batches(rows, self.batch_size)]
+        return torch.cat(found).cpu().numpy()
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of one-hot targets, (n, C)."""

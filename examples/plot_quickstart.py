@@ -1,0 +1,90 @@
+"""
+Quick start: digits by a network that was trained on photographs
+================================================================
+
+EfficientNet-Lite0, with the ImageNet weights that a package carries, learns scikit-learn's digits from 20 images
+of each: a ridge regression on its features beside the linearized network (LQF). The same estimator then lives
+in a Pipeline, in a grid search over its L2 penalty, and in a pickle.
+"""
+
+import pickle
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+
+from sklearn_lqf import LQFClassifier
+
+# %%
+# 20 images of each digit to learn from, all others to test on. Pixels are 0..16 in the original.
+X, y = load_digits(return_X_y=True)
+X = (X * (255 / 16)).astype(np.uint8)  # raveled rows, (n, 64)
+rng = np.random.default_rng(0)
+train = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:20] for k in range(10)])
+test = np.setdiff1d(np.arange(len(y)), train)
+
+# %%
+# Fit, and the same features in a linear probe.
+clf = LQFClassifier(backbone="efficientnet_lite0", image_shape=(8, 8), image_size=96)
+start = time.perf_counter()
+clf.fit(X[train], y[train])
+seconds = time.perf_counter() - start
+accuracy = clf.score(X[test], y[test])
+probe = RidgeClassifierCV(alphas=np.logspace(-2, 6, 17)).fit(clf.features(X[train]), y[train])
+probe_accuracy = probe.score(clf.features(X[test]), y[test])
+print(f"ridge linear probe  accuracy {probe_accuracy:.3f}")
+print(
+    f"LQF                 accuracy {accuracy:.3f}   {clf.n_iter_} iterations, relative gradient "
+    f"{clf.residual_norms_[-1]:.1e}, {seconds:.0f} s for {len(train)} images"
+)
+
+# %%
+# In a Pipeline: whatever ends in pixels may come before it.
+pipeline = make_pipeline(FunctionTransformer(lambda rows: 255 - rows), clf)
+few, some = train[::2], test[:200]
+print(f"Pipeline (inverted) accuracy {pipeline.fit(X[few], y[few]).score(X[some], y[some]):.3f}   10 images a digit")
+
+# %%
+# In a grid search: ``alpha`` is relative, one grid serves every backbone.
+search = GridSearchCV(clf, {"alpha": [1e-3, 1e-2, 1e-1]}, cv=StratifiedKFold(2))
+search.fit(X[few], y[few])
+print(f"GridSearchCV        accuracy {search.best_score_:.3f}   cross-validated, alpha={search.best_params_['alpha']}")
+
+# %%
+# Through a pickle: equal predictions, bit by bit.
+clone = pickle.loads(pickle.dumps(clf))
+assert np.array_equal(clone.predict_proba(X[some]), clf.predict_proba(X[some]))
+print("pickle              equal predictions")
+
+# %%
+# Test images with their probabilities, and how the solver converged.
+proba = clf.predict_proba(X[some])
+shown = np.r_[np.flatnonzero(proba.argmax(1) == y[some])[:5], np.flatnonzero(proba.argmax(1) != y[some])[:3]]
+fig = plt.figure(figsize=(11, 4.8), layout="constrained")
+left, right = fig.subfigures(1, 2, width_ratios=[2, 1])
+axes = left.subplots(2, 8, squeeze=False)
+for i, (image_ax, bar_ax) in zip(shown, axes.T, strict=False):
+    image_ax.imshow(X[some][i].reshape(8, 8), cmap="gray_r")
+    image_ax.set(xticks=[], yticks=[], title=f"true {y[some][i]}")
+    colors = ["tab:green" if k == y[some][i] else "tab:gray" for k in range(10)]
+    bar_ax.barh(np.arange(10), proba[i], color=colors)
+    bar_ax.set(xlim=(0, 1), xticks=[0, 1], yticks=range(10), ylim=(9.5, -0.5))
+left.suptitle("Test images and predicted probabilities (last three: errors)")
+ax = right.subplots()
+ax.semilogy(clf.residual_norms_, marker="o")
+ax.axhline(clf.tol, color="tab:gray", linestyle="--", label="tol")
+ax.set(xlabel="iteration", ylabel="relative gradient")
+ax.legend()
+right.suptitle("K-FAC preconditioned conjugate gradients")
+path = Path(tempfile.gettempdir()) / "sklearn_lqf_quickstart.png"
+fig.savefig(path, dpi=120)
+print(f"figure              {path}")
+
+assert accuracy > probe_accuracy - 0.01, "LQF should not be below the linear probe"

@@ -1,0 +1,128 @@
+"""Leaky forms of piecewise activations.
+
+Hides in how many ways an activation can be written (module, function, method, in place) and what its leaky form
+is: ReLU becomes Leaky-ReLU, and saturating activations keep their values between the bounds and leak outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+__all__ = ["LeakyClamp", "leaky", "modularize_activations", "swap_activations"]
+
+
+class LeakyClamp(nn.Module):
+    """A saturating activation plus a leak: ``base(x) + leak * (x - clamp(x, low, high))``.
+
+    Leaves ``base`` unchanged on ``[low, high]`` and adds a slope where its derivative is zero.
+
+    Parameters
+    ----------
+    base : nn.Module
+    low, high : float
+        Between them the activation is not flat.
+    leak : float
+        Slope that is added outside.
+    """
+
+    def __init__(self, base: nn.Module, low: float, high: float, leak: float):
+        super().__init__()
+        self.base, self.low, self.high, self.leak = base, low, high, leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.leak * (x - x.clamp(self.low, self.high))
+
+
+# Where saturating activations are not flat, and their mean slope there: (low, high, gain).
+_SATURATING: dict[type, tuple[float, float, float]] = {
+    nn.Hardswish: (-3.0, float("inf"), 1.0),
+    nn.Hardsigmoid: (-3.0, 3.0, 1.0 / 6.0),
+}
+
+# Functions and methods -> the module that computes the same, so that later passes see one form. The signatures are
+# torch's; operations in place were made functional before.
+_MODULES: dict[Any, Callable[..., nn.Module]] = {
+    F.relu: lambda inplace=False: nn.ReLU(),
+    torch.relu: nn.ReLU,
+    "relu": nn.ReLU,
+    F.relu6: lambda inplace=False: nn.ReLU6(),
+    F.hardtanh: lambda min_val=-1.0, max_val=1.0, inplace=False: nn.Hardtanh(min_val, max_val),
+    F.leaky_relu: lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope),
+    F.hardswish: lambda inplace=False: nn.Hardswish(),
+    F.hardsigmoid: lambda inplace=False: nn.Hardsigmoid(),
+    F.silu: lambda inplace=False: nn.SiLU(),
+    F.gelu: lambda approximate="none": nn.GELU(approximate),
+    F.elu: lambda alpha=1.0, inplace=False: nn.ELU(alpha),
+    torch.sigmoid: nn.Sigmoid,
+    F.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    torch.tanh: nn.Tanh,
+    F.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+}
+
+
+def leaky(activation: nn.Module, slope: float) -> nn.Module | None:
+    """The leaky form of a piecewise linear or saturating activation; None when it has none.
+
+    Parameters
+    ----------
+    activation : nn.Module
+    slope : float
+        Slope where the activation is flat, relative to its slope elsewhere.
+    """
+    kind = type(activation)
+    if kind is nn.ReLU:
+        return nn.LeakyReLU(slope)
+    if isinstance(activation, nn.Hardtanh):  # ReLU6 is one
+        return LeakyClamp(activation, activation.min_val, activation.max_val, slope)
+    if kind in _SATURATING:
+        low, high, gain = _SATURATING[kind]
+        return LeakyClamp(activation, low, high, slope * gain)
+    return None
+
+
+def modularize_activations(graph: fx.GraphModule) -> None:
+    """Rewrite functional and method activations as modules, in place."""
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target not in _MODULES:
+            continue
+        name = f"_activation_{node.name}"
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
+        graph.add_submodule(name, _MODULES[node.target](*node.args[1:], **kwargs).eval())
+        source = node.args[0] if node.args else node.kwargs["input"]
+        with graph.graph.inserting_before(node):
+            new = graph.graph.call_module(name, (source,))
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+
+
+def swap_activations(graph: fx.GraphModule, slope: float) -> int:
+    """Make ReLU, ReLU6, Hardtanh, Hardswish and Hardsigmoid leaky, in place.
+
+    Parameters
+    ----------
+    graph : fx.GraphModule
+    slope : float
+        0 changes nothing.
+
+    Returns
+    -------
+    int
+        How many calls were changed; a module that is called twice counts twice.
+    """
+    if not slope:
+        return 0
+    swapped = 0
+    targets = [n.target for n in graph.graph.nodes if n.op == "call_module"]
+    for name in set(targets):
+        new = leaky(graph.get_submodule(name), slope)
+        if new is not None:
+            graph.set_submodule(name, new.eval())
+            swapped += targets.count(name)
+    return swapped
