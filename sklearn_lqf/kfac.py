@@ -4,27 +4,33 @@ Hides the layout of layers: convolutions as patches, groups, biases as a column 
 inverse. Knows no network and no data: it is fed inputs and output gradients of layers.
 
 For one layer with inputs a (T, m) and output gradients g (T, o) at T positions, the Jacobian of one output is
-J = g' a, and the block of the Gauss-Newton matrix is the sum of vec(J) vec(J)' over images and outputs. It is
-approximated by L (x) R / tau with the partial traces L = sum J J' (o, o), R = sum J' J (m, m) and
-tau = sum |J|^2. This is K-FAC wherever K-FAC is exact (one position, one datum, gradients that do not depend on
-the data); over several positions it keeps the correlations between them, which the usual factors
+J = g' a, and the block of the Gauss-Newton matrix is the sum of vec(J) vec(J)' over images and outputs. It
+is approximated by L (x) R / tau with the partial traces L = sum J J' (o, o), R = sum J' J (m, m) and
+tau = sum |J|^2. This is K-FAC wherever K-FAC is exact (one position, one datum, gradients that do not
+depend on the data); over several positions it keeps the correlations between them, which the usual factors
 sum g g' and sum a a' neglect.
+
+Axes: B images, G groups, K probes (directions in the space of outputs), T positions, m inputs and o outputs
+of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
-__all__ = ["HeadBlock", "KFAC", "KroneckerBlock", "SmallBlock"]
+__all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "SmallBlock"]
 
 _EIGH_MAX = 2560  # rows up to which a factor is diagonalized; above, the inverse is by Cholesky
 _DENSE_MAX = 8192  # rows above which a factor is replaced by its diagonal
 _EXACT_MAX = 64  # parameters of one group of a convolution up to which its block is exact (depthwise)
-_CHUNK = 1 << 25  # elements of patches unfolded at once
+_CHUNK = 1 << 25  # elements of the largest intermediate result of an update
 
 
 class KroneckerBlock:
@@ -40,17 +46,19 @@ class KroneckerBlock:
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight: slice, bias: slice | None):
         self.layer, self.weight, self.bias = layer, weight, bias
-        self.groups = getattr(layer, "groups", 1)
-        out, rest = layer.weight.shape[0], layer.weight[0].numel()
-        self.o, self.m = out // self.groups, rest + (bias is not None)
+        self.groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        self.o = layer.weight.shape[0] // self.groups
+        self.m = layer.weight[0].numel() + (bias is not None)
         self.exact = self.o * self.m <= _EXACT_MAX and self.groups > 1
-        zeros = {"dtype": torch.float64, "device": layer.weight.device}
-        self.diagonal = self.m > _DENSE_MAX
         if self.exact:
-            self.block = torch.zeros(self.groups, self.o * self.m, self.o * self.m, **zeros)
+            self.block = self._zeros(self.o * self.m)
         else:
-            self.left = torch.zeros(self.groups, self.o, self.o, **zeros)
-            self.right = torch.zeros(self.groups, self.m, *(() if self.diagonal else (self.m,)), **zeros)
+            self.left, self.right = self._zeros(self.o), self._zeros(self.m)
+
+    def _zeros(self, size: int) -> Tensor:
+        """A matrix (G, size, size), or its diagonal (G, size) when it is too large."""
+        shape = (self.groups, size) if size > _DENSE_MAX else (self.groups, size, size)
+        return torch.zeros(shape, dtype=torch.float64, device=self.layer.weight.device)
 
     def update(
         self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], weights: Tensor
@@ -60,59 +68,80 @@ class KroneckerBlock:
         Parameters
         ----------
         inputs : sequence of Tensor
-            Input of each evaluation of the layer (several when it is shared), (B, ..., features).
-        gradients : sequence over outputs of sequence over evaluations
-            Gradient with respect to the layer's output, one for each of the network's outputs or probes.
+            Input of each evaluation of the layer (several when it is shared). Linear: (B, ..., features),
+            Conv2d: (B, channels, height, width). Each image may have several consecutive rows.
+        gradients : sequence over probes of sequence over evaluations of Tensor
+            Gradient with respect to the layer's output.
         weights : Tensor of shape (B,)
         """
-        if self.exact:
-            self._accumulate_exact(inputs, gradients, weights)
-            return
-        size = sum(g[0].numel() for g in gradients[0]) // self.o * self.m
-        rows = max(1, min(len(weights), _CHUNK // max(size, 1)))
-        for start in range(0, len(weights), rows):
+        batch = len(weights)
+        images = [x.unflatten(0, (batch, -1)) for x in inputs]
+        probes = [[g.unflatten(0, (batch, -1)) for g in probe] for probe in gradients]
+        positions = sum(g[0].numel() for g in probes[0]) // (self.groups * self.o)
+        by_gram = self._prefers_gram(positions, len(probes))
+        elements = self.groups * max(
+            positions * self.m, len(probes) * positions * self.o, positions**2 if by_gram else self.o * self.m
+        )
+        rows = max(1, _CHUNK // elements)
+        for start in range(0, batch, rows):
             part = slice(start, start + rows)
-            a = torch.cat([self._patches(x[part]) for x in inputs], 2)  # (B, G, T, m)
-            g = torch.cat([self._outputs([g[i][part] for g in gradients]) for i in range(len(inputs))], 3)
-            self._accumulate(a, g * weights[part].sqrt().view(-1, 1, 1, 1, 1))
+            x = [x[part] for x in images]
+            g = [[g[part] for g in probe] for probe in probes]
+            root = weights[part].sqrt()
+            if self.exact:
+                self._accumulate_exact(x, g, root)
+                continue
+            a = torch.cat([self._patches(i) for i in x], 2)
+            joint = torch.cat([self._outputs([p[i] for p in g]) for i in range(len(x))], 3)
+            self._accumulate(a, joint * root.view(-1, 1, 1, 1, 1), by_gram)
 
-    def _accumulate(self, a: Tensor, g: Tensor) -> None:
+    def _prefers_gram(self, positions: int, probes: int) -> bool:
+        """Whether products between positions are cheaper than the Jacobians themselves."""
+        t, k, o, m = positions, probes, self.o, self.m
+        return 2 * t * t * (m + k * o) + t * (k * o * o + m * m) < k * o * m * (t + o + m)
+
+    def _accumulate(self, a: Tensor, g: Tensor, by_gram: bool) -> None:
         """Add patches (B, G, T, m) and gradients (B, G, K, T, o)."""
         batch, groups, k, positions, o = g.shape
-        if positions * (self.m + k * o) < k * o * self.m and not self.diagonal:
-            gram = a @ a.mT  # (B, G, T, T)
+        if by_gram:
             joint = g.transpose(2, 3).reshape(batch, groups, positions, k * o)
-            weighted = (gram @ joint).view(batch, groups, positions, k, o).transpose(2, 3)
-            self.left += _contract(g.flatten(2, 3), weighted.flatten(2, 3))
-            self.right += _contract(a, (joint @ joint.mT) @ a)
+            weighted = ((a @ a.mT) @ joint).view(batch, groups, positions, k, o).transpose(2, 3)
+            self.left += _contract(g.flatten(2, 3), weighted.flatten(2, 3), self.left)
+            self.right += _contract(a, (joint @ joint.mT) @ a, self.right)
         else:
-            for j in (g[:, :, i].mT @ a for i in range(k)):  # (B, G, o, m)
-                self.left += _contract(j.mT, j.mT)
-                self.right += j.double().square().sum((0, 2)) if self.diagonal else _contract(j, j)
+            for i in range(k):
+                j = g[:, :, i].mT @ a  # (B, G, o, m)
+                self.left += _contract(j.mT, j.mT, self.left)
+                self.right += _contract(j, j, self.right)
 
     def _accumulate_exact(
-        self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], weights: Tensor
+        self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], root: Tensor
     ) -> None:
-        """Add the outer products of each image's own gradient of a group: images become groups of one convolution."""
-        layer, batch = self.layer, len(weights)
-        shape = torch.Size((batch * layer.weight.shape[0], *layer.weight.shape[1:]))
-        padded = [p.reshape(1, -1, *p.shape[2:]) for p in map(self._padded, inputs)]
+        """Add outer products of each image's gradient of a group; images are groups of one convolution."""
+        layer = cast(nn.Conv2d, self.layer)
+        batch, parts = inputs[0].shape[:2]
+        groups = batch * parts * self.groups
+        shape = torch.Size((groups * self.o, *layer.weight.shape[1:]))
+        padded = [self._padded(x.flatten(0, 1)) for x in inputs]
         for probe in gradients:
-            j = torch.zeros(batch, self.groups, self.o, self.m, dtype=weights.dtype, device=weights.device)
+            j = root.new_zeros(batch, self.groups, self.o, self.m)
             for x, g in zip(padded, probe, strict=True):
-                folded = g.reshape(1, -1, *g.shape[2:])
-                grad = torch.nn.grad.conv2d_weight(
-                    x, shape, folded, layer.stride, 0, layer.dilation, batch * self.groups
-                )
-                j[..., : shape[1:].numel()] += grad.view(batch, self.groups, self.o, -1)
+                grad = conv2d_weight(
+                    x.reshape(1, -1, *x.shape[2:]), shape, g.reshape(1, -1, *g.shape[3:]),
+                    layer.stride, 0, layer.dilation, groups,
+                )  # fmt: skip
+                kernel = layer.weight[0].numel()
+                j[..., :kernel] += grad.view(batch, parts, self.groups, self.o, kernel).sum(1)
                 if self.bias is not None:
-                    j[..., -1] += g.sum((2, 3)).view(batch, self.groups, self.o)
-            j = (j * weights.sqrt().view(-1, 1, 1, 1)).transpose(0, 1).reshape(self.groups, batch, -1)
+                    j[..., -1] += g.sum((1, 3, 4)).view(batch, self.groups, self.o)
+            j = (j * root.view(-1, 1, 1, 1)).transpose(0, 1).reshape(self.groups, batch, -1)
             self.block += j.mT @ j
 
     def _padded(self, x: Tensor) -> Tensor:
-        pad = self.layer._reversed_padding_repeated_twice
-        mode = "constant" if self.layer.padding_mode == "zeros" else self.layer.padding_mode
+        """Images with the convolution's own padding, which may be asymmetric or not zero."""
+        layer = cast(nn.Conv2d, self.layer)
+        pad = layer._reversed_padding_repeated_twice
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         return F.pad(x, pad, mode=mode) if any(pad) else x
 
     def _patches(self, x: Tensor) -> Tensor:
@@ -121,71 +150,43 @@ class KroneckerBlock:
         if isinstance(layer, nn.Linear):
             a = x.reshape(x.shape[0], 1, -1, x.shape[-1])
         else:
-            x = self._padded(x)
+            batch, padded = x.shape[0], self._padded(x.flatten(0, 1))
             if layer.kernel_size == (1, 1):
-                a = x[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
+                a = padded[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
             else:
-                a = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, G m, T)
-            a = a.view(x.shape[0], self.groups, -1, a.shape[-1]).transpose(2, 3)
-        if self.bias is None:
-            return a
-        out = a.new_ones(*a.shape[:3], self.m)
-        out[..., :-1] = a
-        return out
+                a = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, G m, T)
+            a = a.reshape(batch, -1, self.groups, layer.weight[0].numel(), a.shape[-1])
+            a = a.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        return a if self.bias is None else F.pad(a, (0, 1), value=1.0)
 
     def _outputs(self, gradients: Sequence[Tensor]) -> Tensor:
         """Output gradients of each position for all probes, (B, G, K, T, o)."""
         g = torch.stack(list(gradients), 1)
         if isinstance(self.layer, nn.Linear):
-            return g.reshape(g.shape[0], 1, g.shape[1], -1, g.shape[-1])
-        g = g.reshape(g.shape[0], g.shape[1], self.groups, self.o, -1)
-        return g.permute(0, 2, 1, 4, 3)
+            return g.reshape(g.shape[0], 1, g.shape[1], -1, self.o)
+        g = g.reshape(*g.shape[:3], self.groups, self.o, -1)
+        return g.permute(0, 3, 1, 2, 5, 4).flatten(3, 4)
 
     @property
     def trace(self) -> float:
         """tau: trace of the block of the Gauss-Newton matrix (exact, whatever the factors)."""
-        source = self.block if self.exact else self.left
-        return float(source.diagonal(dim1=-2, dim2=-1).sum())
+        return float(_trace(self.block if self.exact else self.left).sum())
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
-        """Prepare the inverse of the block plus ``ridge`` times the identity, in float64."""
+        """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
         if self.exact:
-            values, self.basis = _eigh(self.block)
-            self.values = (1 / (values + ridge)).to(dtype)  # (G, o m)
-            self.basis = self.basis.to(dtype)
+            self.solve = _dense_solve(self.block, ridge, dtype)
             del self.block
-            return
-        tau = self.left.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)  # (G,)
-        left, right = self.left / tau.view(-1, 1, 1), self.right
-        del self.left, self.right
-        self.cholesky = not self.diagonal and max(self.o, self.m) > _EIGH_MAX
-        if self.cholesky:
-            # factored Tikhonov damping with the traces balanced: Martens & Grosse 2015, section 6.3
-            mean = right.diagonal(dim1=-2, dim2=-1).mean(-1) / left.diagonal(dim1=-2, dim2=-1).mean(-1)
-            pi = mean.clamp_min(1e-300).sqrt()
-            self.left_inverse = _inverse(left, ridge**0.5 / pi).to(dtype)
-            self.right_inverse = _inverse(right, ridge**0.5 * pi).to(dtype)
-            return
-        l_values, l_basis = _eigh(left)
-        r_values, r_basis = (right, None) if self.diagonal else _eigh(right)
-        self.left_basis, self.right_basis = l_basis.to(dtype), None if r_basis is None else r_basis.to(dtype)
-        self.values = (1 / (l_values.unsqueeze(2) * r_values.unsqueeze(1) + ridge)).to(dtype)  # (G, o, m)
+        else:
+            self.solve = _kronecker_solve(self.left, self.right, ridge, dtype)
+            del self.left, self.right
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
         """Write the inverse times the layer's part of ``vector`` into ``out``, both (P,)."""
         v = vector[self.weight].view(self.groups, self.o, -1)
         if self.bias is not None:
             v = torch.cat([v, vector[self.bias].view(self.groups, self.o, 1)], 2)
-        if self.exact:
-            v = self.basis @ (self.values.unsqueeze(2) * (self.basis.mT @ v.reshape(self.groups, -1, 1)))
-            v = v.view(self.groups, self.o, self.m)
-        elif self.cholesky:
-            v = self.left_inverse @ v @ self.right_inverse
-        elif self.right_basis is None:
-            v = self.left_basis @ (self.values * (self.left_basis.mT @ v))
-        else:
-            v = self.values * (self.left_basis.mT @ v @ self.right_basis)
-            v = self.left_basis @ v @ self.right_basis.mT
+        v = self.solve(v)
         if self.bias is not None:
             out[self.bias] = v[:, :, -1].reshape(-1)
             v = v[:, :, :-1]
@@ -193,7 +194,15 @@ class KroneckerBlock:
 
 
 class HeadBlock:
-    """Curvature of the head on features (B, D): exact, ``sum_i s_i [x 1]' [x 1]`` once for each output."""
+    """Curvature of the head on features (B, D): exact, ``sum_i s_i [x 1]' [x 1]`` once for each output.
+
+    Parameters
+    ----------
+    n_outputs, n_features : int
+    weight, bias : slice
+        Where the parameters lie in a flat vector (P,).
+    device : torch.device
+    """
 
     def __init__(self, n_outputs: int, n_features: int, weight: slice, bias: slice, device: torch.device):
         self.n_outputs, self.weight, self.bias = n_outputs, weight, bias
@@ -201,18 +210,21 @@ class HeadBlock:
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Add one batch: features (B, D), weights (B,)."""
-        x = F.pad(features, (0, 1), value=1.0) * weights.sqrt().unsqueeze(1)
-        self.right += (x.T @ x).double()
+        x = F.pad(features.double(), (0, 1), value=1.0) * weights.double().sqrt().unsqueeze(1)
+        self.right += x.T @ x
 
     @property
     def trace(self) -> float:
-        return self.n_outputs * float(self.right.diagonal().sum())
+        """Trace of the block of the Gauss-Newton matrix."""
+        return self.n_outputs * float(_trace(self.right))
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
+        """Prepare the inverse of the block plus ``ridge`` times the identity; the factor is released."""
         self.inverse = _inverse(self.right, self.right.new_tensor(ridge)).to(dtype)
         del self.right
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
+        """Write the inverse times the head's part of ``vector`` into ``out``, both (P,)."""
         v = torch.cat([vector[self.weight].view(self.n_outputs, -1), vector[self.bias].unsqueeze(1)], 1)
         v = v @ self.inverse
         out[self.weight], out[self.bias] = v[:, :-1].reshape(-1), v[:, -1]
@@ -224,39 +236,43 @@ class SmallBlock:
     Parameters
     ----------
     slices : sequence of slice
-        Where the parameters lie in a flat vector; they share one block.
+        Where the parameters lie in a flat vector (P,); they share one block.
+    device : torch.device
     dense_max : int
         Number of parameters up to which the block is dense.
     """
 
     def __init__(self, slices: Sequence[slice], device: torch.device, dense_max: int = 512):
         self.slices = list(slices)
-        size = sum(s.stop - s.start for s in slices)
+        self.sizes = [s.stop - s.start for s in self.slices]
+        size = sum(self.sizes)
         self.dense = size <= dense_max
         self.block = torch.zeros(size, *((size,) if self.dense else ()), dtype=torch.float64, device=device)
 
     def update(self, jacobians: Sequence[Tensor], weights: Tensor) -> None:
-        """Add one batch: Jacobians (B, C, ...) of each parameter, weights (B,)."""
-        j = torch.cat([j.flatten(2) for j in jacobians], 2) * weights.sqrt().view(-1, 1, 1)
-        j = j.flatten(0, 1).double()  # (B C, size)
+        """Add one batch: Jacobians (B, K, ...) of each parameter, weights (B,)."""
+        j = torch.cat([j.reshape(*j.shape[:2], -1) for j in jacobians], 2).double()
+        j = (j * weights.double().sqrt().view(-1, 1, 1)).flatten(0, 1)  # (B K, size)
         self.block += j.T @ j if self.dense else j.square().sum(0)
 
     @property
     def trace(self) -> float:
-        return float(self.block.diagonal().sum() if self.dense else self.block.sum())
+        """Trace of the block of the Gauss-Newton matrix."""
+        return float(_trace(self.block) if self.dense else self.block.sum())
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
+        """Prepare the inverse of the block plus ``ridge`` times the identity; the block is released."""
         if self.dense:
-            values, basis = _eigh(self.block)
-            self.values, self.basis = (1 / (values + ridge)).to(dtype), basis.to(dtype)
+            self.solve = _dense_solve(self.block, ridge, dtype)
         else:
-            self.values = (1 / (self.block + ridge)).to(dtype)
+            scale = (1 / (self.block + ridge)).to(dtype)
+            self.solve = lambda v: scale * v
         del self.block
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
-        v = torch.cat([vector[s] for s in self.slices])
-        v = self.basis @ (self.values * (self.basis.T @ v)) if self.dense else self.values * v
-        for s, piece in zip(self.slices, v.split([s.stop - s.start for s in self.slices]), strict=True):
+        """Write the inverse times the parameters' part of ``vector`` into ``out``, both (P,)."""
+        v = self.solve(torch.cat([vector[s] for s in self.slices]))
+        for s, piece in zip(self.slices, v.split(self.sizes), strict=True):
             out[s] = piece
 
 
@@ -283,7 +299,32 @@ class KFAC:
         return sum(b.trace for b in self.blocks)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> KFAC:
-        """Invert the damped blocks, once; the accumulated factors are released."""
+        """Invert the damped blocks, once, in float64; the accumulated factors are released.
+
+        Parameters
+        ----------
+        ridge : float
+            Positive.
+        dtype : torch.dtype
+            Of the vectors to which the inverse will be applied.
+
+        Returns
+        -------
+        KFAC
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            When the curvature or the ridge is not finite, or the ridge is not positive.
+        """
+        trace = self.trace
+        if not (math.isfinite(trace) and 0 < ridge < math.inf):
+            raise ValueError(
+                f"The curvature has trace {trace:g}, and the damping is {ridge:g}; both must be finite, and "
+                "the damping positive. Check that the network's outputs and gradients are finite and not all "
+                "zero, or use dtype='float64'."
+            )
         for block in self.blocks:
             block.factorize(ridge, dtype)
         return self
@@ -296,21 +337,79 @@ class KFAC:
         return out
 
 
-def _contract(x: Tensor, y: Tensor) -> Tensor:
-    """sum over images and positions of x' y for (B, G, T, p) and (B, G, T, q): (G, p, q) in float64."""
+def _trace(matrix: Tensor) -> Tensor:
+    """Traces of matrices (..., n, n)."""
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _contract(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """Sum over images and positions of x' y for (B, G, T, p) and (B, G, T, q), in float64.
+
+    Shape (G, p, q), or its diagonal (G, p) where ``like`` is one.
+    """
+    if like.ndim == 2:
+        return (x * y).sum((0, 2), dtype=torch.float64)
     groups, p, q = x.shape[1], x.shape[3], y.shape[3]
     return (x.transpose(0, 1).reshape(groups, -1, p).mT @ y.transpose(0, 1).reshape(groups, -1, q)).double()
 
 
+def _dense_solve(block: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """(M + ridge I)^-1 as a function of tensors whose elements, in order, are (..., n)."""
+    inverse = _inverse(block, block.new_tensor(ridge)).to(dtype)
+    return lambda v: (inverse @ v.reshape(*inverse.shape[:-1], 1)).view(v.shape)
+
+
+def _kronecker_solve(
+    left: Tensor, right: Tensor, ridge: float, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m); factors are (G, n, n) or diagonals (G, n)."""
+    tau = left.sum(1) if left.ndim == 2 else _trace(left)  # (G,)
+    norm = torch.where(tau > 0, tau, 1.0)  # zero where a layer is dead: the inverse is 1 / ridge there
+    left = left / norm.view(-1, *[1] * (left.ndim - 1))
+    o, m = left.shape[1], right.shape[1]
+    if all(x.ndim == 2 or x.shape[1] <= _EIGH_MAX for x in (left, right)):
+        (l_values, l_basis), (r_values, r_basis) = _eigh(left), _eigh(right)
+        values = (1 / (l_values.unsqueeze(2) * r_values.unsqueeze(1) + ridge)).to(dtype)  # (G, o, m)
+        l_basis, r_basis = l_basis.to(dtype), r_basis.to(dtype)
+        return lambda v: _sandwich(
+            l_basis, values * _sandwich(_transposed(l_basis), v, r_basis), _transposed(r_basis)
+        )
+    # Factored Tikhonov damping with the mean eigenvalues balanced: Martens & Grosse 2015, section 6.3.
+    pi = torch.where(tau > 0, tau * o / m, 1.0).sqrt()
+    l_inverse = _inverse(left, math.sqrt(ridge) / pi).to(dtype)
+    r_inverse = _inverse(right, math.sqrt(ridge) * pi).to(dtype)
+    return lambda v: _sandwich(l_inverse, v, r_inverse)
+
+
+def _sandwich(left: Tensor, v: Tensor, right: Tensor) -> Tensor:
+    """A v B for v (G, o, m); A and B are (G, n, n), or diagonals (G, n)."""
+    v = left.unsqueeze(2) * v if left.ndim == 2 else left @ v
+    return v * right.unsqueeze(1) if right.ndim == 2 else v @ right
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """Transposes of matrices (G, n, n); diagonals (G, n) as they are."""
+    return matrix if matrix.ndim == 2 else matrix.mT
+
+
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clamped at zero) and eigenvectors of symmetric positive matrices (..., n, n)."""
+    """Eigenvalues, clamped at zero, and eigenvectors of symmetric positive (G, n, n), or diagonals (G, n)."""
+    if matrix.ndim == 2:
+        return matrix, torch.ones_like(matrix)
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values.clamp_min(0), vectors
 
 
 def _inverse(matrix: Tensor, ridge: Tensor) -> Tensor:
-    """(M + ridge I)^-1 of symmetric positive matrices (..., n, n), ridge (...)."""
+    """(M + ridge I)^-1 of symmetric positive matrices (..., n, n), ridge (...), or of diagonals (G, n)."""
+    if matrix.ndim == 2 and ridge.ndim == 1:
+        return 1 / (matrix + ridge.unsqueeze(1))
+    matrix = (matrix + matrix.mT) / 2
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.cholesky_inverse(
-        torch.linalg.cholesky((matrix + matrix.mT) / 2 + ridge[..., None, None] * eye)
-    )
+    # A ridge below the rounding errors of the matrix leaves it indefinite: it is raised until it is above.
+    floor = torch.finfo(matrix.dtype).eps * _trace(matrix)
+    while True:
+        factor, info = torch.linalg.cholesky_ex(matrix + ridge[..., None, None] * eye)
+        if not info.any():
+            return torch.cholesky_inverse(factor)
+        ridge, floor = torch.where(info > 0, torch.maximum(ridge, floor), ridge), 10 * floor

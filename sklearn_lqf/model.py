@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbones import Backbone, Preprocessing
 from .graph import Split, remove_head, split_network
@@ -32,9 +32,7 @@ def choose_device(device: Any) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device={device!r} is not a device; present here: {present} (or 'auto')."
-        ) from error
+        raise ValueError(f"device={device!r} is not a device; present here: {present} (or 'auto').") from error
     if str(found) not in present:
         raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
     return found
@@ -87,12 +85,12 @@ class LinearModel:
         for part in (self.split.trunk, self.split.tail):
             part.to(self.device)
             if len(self._shape) == 3:
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                part.to(memory_format=torch.channels_last)
 
     def set_head(self, weight: Tensor, bias: Tensor) -> LinearizedNetwork:
         """Linearize at a head of weight (C, D) and bias (C,)."""
-        to = {"device": self.device, "dtype": self.dtype}
-        self.network = LinearizedNetwork(self.split, weight.to(**to).contiguous(), bias.to(**to).contiguous())
+        weight, bias = (v.to(self.device, self.dtype).contiguous() for v in (weight, bias))
+        self.network = LinearizedNetwork(self.split, weight, bias)
         return self.network
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -108,18 +106,15 @@ class LinearModel:
         with torch.no_grad(), _full_precision():
             return self.split.tail(*activations)
 
-    def outputs(
-        self, batches: Iterable[Tensor], coef: np.ndarray, intercept: np.ndarray | None
-    ) -> np.ndarray:
+    def outputs(self, batches: Iterable[Tensor], coef: np.ndarray, intercept: np.ndarray | None) -> np.ndarray:
         """f_lin of batches of images, (n, C); with an intercept (C,) it stands for f_w0."""
         assert self.network is not None, "no head"
-        to = {"device": self.device, "dtype": self.dtype}
-        d = torch.tensor(coef, **to)
+        d = torch.tensor(coef, device=self.device, dtype=self.dtype)
         found = []
         with _full_precision():
             for images in batches:
                 point = self.network.at(self.activations(images), gradients=False)
-                offset = point.outputs if intercept is None else torch.tensor(intercept, **to)
+                offset = point.outputs if intercept is None else torch.tensor(intercept).to(d)
                 found.append((offset + point.jvp(d)).cpu().numpy())
         return np.concatenate(found)
 

@@ -20,10 +20,10 @@ b       ``rhs``         (P,)       sum_i s_i J_i' t_i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 from .linearize import LinearizedNetwork, Point, _full_precision
@@ -31,6 +31,7 @@ from .linearize import LinearizedNetwork, Point, _full_precision
 __all__ = ["Quadratic", "build_kfac"]
 
 Batch = Sequence[Tensor]
+_GRADIENTS = 1 << 28  # elements of the output gradients of all layers and probes held at once
 _OTHER_ROWS = 64  # images from which the curvature of parameters outside Linear and Conv2d is estimated
 _OTHER_ELEMENTS = 1 << 25  # elements of their Jacobians held at once
 
@@ -78,13 +79,11 @@ class Quadratic:
     def _product(self, point: Point, k: int, v: Tensor) -> Tensor:
         return point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
 
-    def _sum(self, term: object) -> Tensor:
-        total: Tensor | None = None
+    def _sum(self, term: Callable[[Point, int], Tensor]) -> Tensor:
+        total = self.weights[0].new_zeros(self.network.n_parameters)
         with _full_precision():
             for k, batch in enumerate(self.batches):
-                part = term(self.network.at(batch), k)  # type: ignore[operator]
-                total = part if total is None else total.add_(part)
-        assert total is not None, "no batch"
+                total.add_(term(self.network.at(batch), k))
         return total
 
     def predict(self, d: Tensor) -> Tensor:
@@ -117,8 +116,9 @@ def build_kfac(
     network : LinearizedNetwork
     batches : sequence of batches
     weights : Tensor of shape (n,)
-    probes : Tensor of shape (K, C)
-        Output directions with mean of sum_k p_k p_k' equal to the identity: the identity itself is exact.
+    probes : Tensor of shape (K, C) or (K, n, C)
+        Output directions, the same or others for each row, whose sum of outer products over k is the identity
+        (exact) or has it as its expectation.
 
     Returns
     -------
@@ -126,30 +126,74 @@ def build_kfac(
         Not yet factorized.
     """
     device = network.weight.device
-    layers = network.kronecker_layers()
+    layers, elements = _layers_of_images(network, batches[0])
     blocks = {
         name: KroneckerBlock(layer, network.slices[f"{name}.weight"], network.slices.get(f"{name}.bias"))
         for name, layer in layers.items()
     }
+    n_outputs, n_features = network.weight.shape
     head = HeadBlock(
-        *network.weight.shape, network.slices["head.weight"], network.slices["head.bias"], device
+        n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"], device
     )
     others, owners = _other_blocks(network, set(layers), device)
+    probes = (probes if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(weights), -1)
+    # As many rows at once as the caller evaluates, if the gradients of all probes fit.
+    largest = max(batch[0].shape[0] for batch in batches)
+    limit = max(1, largest // len(probes), _GRADIENTS // (len(probes) * max(elements, 1)))
     with _full_precision():
-        for batch, s in zip(batches, weights.split([b[0].shape[0] for b in batches]), strict=True):
-            point = network.at(batch)
-            head.update(point.features, s)
+        for rows, batch in _pieces(batches, limit):
+            point = network.at(batch, gradients=bool(blocks))
+            head.update(point.features, weights[rows])
             if blocks:
-                _update_layers(point, blocks, probes, s)
+                _update_layers(point, blocks, probes[:, rows], weights[rows])
         if others:
             _update_others(network, batches, weights, others, owners)
     return KFAC([*blocks.values(), *others, head])
 
 
+def _layers_of_images(
+    network: LinearizedNetwork, batch: Batch
+) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
+    """Layers that see each image in rows of its own, one image after the other; elements of their outputs.
+
+    The rest, such as layers that are never called (their weight is read by a function) or called with tokens
+    before images, are left to the small blocks. One image given twice tells them apart.
+    """
+    with _full_precision():
+        point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
+    found, elements = {}, 0
+    for name, layer in network.kronecker_layers().items():
+        calls = point.layer_calls(name)
+        if calls and all(_halves_agree(x) for x, _ in calls):
+            found[name] = layer
+            elements += sum(out.numel() // 2 for _, out in calls)
+    return found, elements
+
+
+def _halves_agree(x: Tensor) -> bool:
+    """Whether the first and the second half of the rows are equal, but for rounding."""
+    if len(x) % 2:
+        return False
+    first, second = x.chunk(2)
+    return bool((first - second).abs().max() <= 1e-3 * x.abs().max())
+
+
+def _pieces(batches: Sequence[Batch], limit: int) -> Iterator[tuple[slice, Batch]]:
+    """Batches of at most ``limit`` rows, and where their rows lie among all."""
+    start = 0
+    for batch in batches:
+        size = batch[0].shape[0]
+        for a in range(0, size, limit):
+            b = min(a + limit, size)
+            yield slice(start + a, start + b), [z[a:b] for z in batch]
+        start += size
+
+
 def _update_layers(point: Point, blocks: dict[str, KroneckerBlock], probes: Tensor, weights: Tensor) -> None:
+    """Add the gradients of one batch along the probes (K, B, C)."""
     calls = {name: point.layer_calls(name) for name in blocks}
     outputs = [out for pairs in calls.values() for _, out in pairs]
-    gradients = [point.output_gradients(outputs, probe.expand(len(weights), -1)) for probe in probes]
+    gradients = [point.output_gradients(outputs, probe) for probe in probes]
     start = 0
     for name, block in blocks.items():
         stop = start + len(calls[name])
@@ -189,7 +233,8 @@ def _update_others(
     for batch, s in zip(batches, weights.split([b[0].shape[0] for b in batches]), strict=True):
         mine = chosen[(chosen >= start) & (chosen < start + len(s))] - start
         for part in mine.to(s.device).split(rows):
-            jacobians = network.sample_jacobians([z[part] for z in batch], names)
+            with torch.no_grad():
+                jacobians = network.sample_jacobians([z[part] for z in batch], names)
             for block, group in zip(blocks, groups, strict=True):
                 block.update([jacobians[n] for n in group], s[part] * scale)
         start += len(s)

@@ -12,7 +12,7 @@ except ImportError:  # older: fit runs without callbacks
     class CallbackSupportMixin:  # type: ignore[no-redef]
         """Stands in for scikit-learn's mixin where the installed version has none."""
 
-    def with_callbacks(method: Callable) -> Callable:  # type: ignore[no-redef]
+    def with_callbacks(method: Callable) -> Callable:
         return method
 
 
@@ -76,9 +76,7 @@ class Progress:
         task = self._context.subcontext(task_name="iteration")
         task.call_on_fit_task_begin(estimator=self._estimator, **self._data)
         return bool(
-            task.call_on_fit_task_end(
-                estimator=self._estimator, reconstruction_attributes=reconstruct, **self._data
-            )
+            task.call_on_fit_task_end(estimator=self._estimator, reconstruction_attributes=reconstruct, **self._data)
         )
 
     def close(self) -> None:
@@ -86,6 +84,4 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if self._context is not None:
-            self._context.call_on_fit_task_end(
-                estimator=self._estimator, reconstruction_attributes={}, **self._data
-            )
+            self._context.call_on_fit_task_end(estimator=self._estimator, reconstruction_attributes={}, **self._data)

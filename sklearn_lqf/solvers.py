@@ -6,6 +6,7 @@ They know no network and no data. Each returns a result with a status; nothing i
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,8 +16,15 @@ from torch import Tensor
 __all__ = ["SolverResult", "Status", "pcg", "sgd"]
 
 Operator = Callable[[Tensor], Tensor]
-_REFRESH = 20  # iterations after which the recursive residual of conjugate gradients is recomputed
+BatchOperator = Callable[[int, Tensor], Tensor]
+Callback = Callable[[int, float, Tensor], bool | None]
+
+_REFRESH = 20  # iterations after which the recursive residual is replaced by the true one
+_DRIFT = 1 / 3  # part of the true residual from which on it is put down to rounding
+_DRIFTS = 3  # replacements dominated by rounding after which a solver gives up
 _MOMENTUM = 0.9  # of the paper's optimizer: Achille et al. 2021, section 4
+_POWER_STEPS = 3  # of the power method; the step only has to be right within a factor of about 3
+_DOT_CHUNK = 1 << 18  # elements of a product converted to float64 at once: they stay in the cache
 
 
 class Status(enum.Enum):
@@ -37,7 +45,7 @@ class SolverResult:
     x : Tensor of shape (P,)
     status : Status
     n_iter : int
-        Products with H for PCG, epochs for SGD.
+        Iterations for PCG, epochs for SGD.
     residual_norms : list of float
         |b - H x| / |b|, that is the gradient's norm relative to its value at x = 0, at the start and after
         each iteration.
@@ -50,12 +58,12 @@ class SolverResult:
 
     @property
     def converged(self) -> bool:
+        """Whether the tolerance was reached."""
         return self.status is Status.CONVERGED
 
 
-def _dot(x: Tensor, y: Tensor) -> float:
-    """Inner product accumulated in float64."""
-    return float(torch.dot(x.double(), y.double()))
+def _continue(number: int, residual: float, x: Tensor) -> None:
+    """The callback that never stops."""
 
 
 def pcg(
@@ -64,7 +72,7 @@ def pcg(
     precondition: Operator,
     tol: float,
     max_iter: int,
-    callback: Callable[[int, float, Tensor], bool | None] = lambda i, r, x: None,
+    callback: Callback = _continue,
 ) -> SolverResult:
     """Preconditioned conjugate gradients from zero.
 
@@ -89,64 +97,27 @@ def pcg(
     ----------
     Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1.
     """
-    x = torch.zeros_like(b)
-    scale = _dot(b, b) ** 0.5
-    if scale == 0.0:
-        return SolverResult(x, Status.CONVERGED, 0, [0.0])
-    r = b.clone()
-    z = precondition(r)
-    p = z.clone()
-    rz = _dot(r, z)
-    history, fresh = [1.0], True
-    for i in range(1, max_iter + 1):
-        hp = matvec(p)
-        curvature = _dot(p, hp)
-        if not (curvature > 0 and rz > 0):
-            status = Status.STAGNATED if curvature == curvature and rz == rz else Status.NOT_FINITE
-            return SolverResult(x, status, i - 1, history)
-        step = rz / curvature
-        x += step * p
-        r -= step * hp
-        fresh = False
-        relative = _dot(r, r) ** 0.5 / scale
-        if relative <= tol or i % _REFRESH == 0 or i == max_iter:
-            r, fresh = b - matvec(x), True
-            relative = _dot(r, r) ** 0.5 / scale
-        history.append(relative)
-        if relative != relative:
-            return SolverResult(x, Status.NOT_FINITE, i, history)
-        stop = callback(i, relative, x)
-        if relative <= tol:
-            return SolverResult(x, Status.CONVERGED, i, history)
-        if stop:
-            break
-        if fresh and len(history) > 2 * _REFRESH and relative > 0.5 * history[-2 * _REFRESH]:
-            return SolverResult(x, Status.STAGNATED, i, history)
-        z = precondition(r)
-        new = _dot(r, z)
-        # after a refresh the recursion's orthogonality is gone: restart along the preconditioned gradient
-        p = z.clone() if fresh else z + (new / rz) * p
-        rz = new
-    return SolverResult(x, Status.MAX_ITER, len(history) - 1, history)
+    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback)
 
 
 def sgd(
     matvec: Operator,
-    batch_matvec: Callable[[int, Tensor], Tensor],
+    batch_matvec: BatchOperator,
     n_batches: int,
     b: Tensor,
     precondition: Operator,
     tol: float,
     max_iter: int,
     generator: torch.Generator,
-    callback: Callable[[int, float, Tensor], bool | None] = lambda i, r, x: None,
+    callback: Callback = _continue,
 ) -> SolverResult:
-    """Preconditioned stochastic gradient descent with momentum, anchored once an epoch.
+    """Preconditioned stochastic gradient descent with momentum, anchored and rescaled once an epoch.
 
-    The paper's optimizer, with the step from the largest eigenvalue instead of a learning rate, and with
-    the gradient's noise removed by a control variate (SVRG): the full gradient at the epoch's start plus the
-    batch's product with the distance travelled since. Without it a constant step would stall at a noise floor;
-    with it the iterates go to the optimum.
+    The paper's optimizer without its learning rate and its noise floor. Within an epoch the step comes from
+    the largest eigenvalue of the batches, and the gradient's noise is removed by a control variate (SVRG):
+    the full gradient at the epoch's start plus the batch's product with the distance travelled since. The
+    epoch's displacement is made orthogonal to the one before and scaled to the minimum of the quadratic along
+    it. This costs nothing beside the full gradient that the next epoch needs, and cannot diverge.
 
     Parameters
     ----------
@@ -154,6 +125,7 @@ def sgd(
         v -> H v.
     batch_matvec : callable
         (k, v) -> H_k v with H the mean of H_k over batches k = 0 .. n_batches - 1.
+    n_batches : int
     b, precondition, tol, max_iter, callback
         As in `pcg`; ``max_iter`` counts epochs.
     generator : torch.Generator
@@ -165,46 +137,89 @@ def sgd(
 
     References
     ----------
-    Achille et al. 2021, section 4; Johnson & Zhang, "Accelerating SGD using predictive variance reduction", 2013.
+    Achille et al. 2021, section 4; Johnson & Zhang, "Accelerating stochastic gradient descent using
+    predictive variance reduction", NeurIPS 2013; Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput.
+    2000.
     """
-    x = torch.zeros_like(b)
+    largest = max(_largest_eigenvalue(batch_matvec, k, precondition, b) for k in range(n_batches))
+    step = (1 - _MOMENTUM) / largest if largest > 0 else 1.0
+
+    def epoch(residual: Tensor) -> Tensor:
+        nonlocal step
+        order = torch.randperm(n_batches, generator=generator).tolist()
+        velocity = precondition(residual)  # at the anchor every batch has the full gradient
+        moved = step * velocity
+        for k in order[1:]:
+            velocity = _MOMENTUM * velocity + precondition(residual - batch_matvec(k, moved))
+            moved = moved + step * velocity
+        if 0 < _dot(residual, moved) < math.inf:
+            return moved
+        step /= 2  # the batches differ too much for this step: this epoch descends by the full gradient
+        return precondition(residual)
+
+    return _conjugate_directions(matvec, b, epoch, tol, max_iter, callback)
+
+
+def _conjugate_directions(
+    matvec: Operator, b: Tensor, propose: Operator, tol: float, max_iter: int, callback: Callback
+) -> SolverResult:
+    """Minimize the quadratic along directions that ``propose`` makes of the residual b - H x.
+
+    Each direction is made H-orthogonal to the one before. For a fixed symmetric preconditioner this is the
+    method of conjugate gradients; with explicit products in place of the ratio of residuals it also bears
+    preconditioners that change, residuals that are replaced, and rounding, without a restart.
+    """
+    x, r = torch.zeros_like(b), b
     scale = _dot(b, b) ** 0.5
     if scale == 0.0:
         return SolverResult(x, Status.CONVERGED, 0, [0.0])
-    largest = max(
-        _largest_eigenvalue(lambda v, k=k: batch_matvec(k, v), precondition, b) for k in range(n_batches)
-    )
-    step = (1 - _MOMENTUM) / largest
-    velocity = torch.zeros_like(b)
-    history = [1.0]
-    gradient = -b
-    for epoch in range(1, max_iter + 1):
-        anchor = x.clone()
-        for k in torch.randperm(n_batches, generator=generator).tolist():
-            velocity = _MOMENTUM * velocity - precondition(gradient + batch_matvec(k, x - anchor))
-            x = x + step * velocity
-        gradient = matvec(x) - b
-        relative = _dot(gradient, gradient) ** 0.5 / scale
-        history.append(relative)
-        if relative != relative:
-            return SolverResult(x, Status.NOT_FINITE, epoch, history)
-        stop = callback(epoch, relative, x)
-        if relative <= tol:
-            return SolverResult(x, Status.CONVERGED, epoch, history)
-        if stop:
+    history, drifts, status = [1.0], 0, Status.MAX_ITER
+    p = hp = torch.zeros_like(b)
+    curvature = 1.0
+    for i in range(1, max_iter + 1):
+        z = propose(r)
+        p = torch.sub(z, p, alpha=_dot(z, hp) / curvature)
+        hp = matvec(p)
+        curvature = _dot(p, hp)
+        if not 0 < curvature < math.inf:
+            status = Status.STAGNATED if curvature <= 0 else Status.NOT_FINITE
             break
-    return SolverResult(x, Status.MAX_ITER, len(history) - 1, history)
+        step = _dot(r, p) / curvature
+        x.add_(p, alpha=step)
+        r = torch.sub(r, hp, alpha=step)
+        relative = _dot(r, r) ** 0.5 / scale
+        if relative <= tol or i % _REFRESH == 0 or i == max_iter:
+            true = b - matvec(x)
+            relative = _dot(true, true) ** 0.5 / scale
+            drifts += _dot(true - r, true - r) ** 0.5 / scale > _DRIFT * relative
+            r = true
+        history.append(relative)
+        if not math.isfinite(relative):
+            status = Status.NOT_FINITE
+            break
+        stop = callback(i, relative, x)
+        if relative <= tol:
+            status = Status.CONVERGED
+        elif drifts >= _DRIFTS:
+            status = Status.STAGNATED
+        if stop or status is not Status.MAX_ITER:
+            break
+    return SolverResult(x, status, len(history) - 1, history)
 
 
-def _largest_eigenvalue(
-    matvec: Operator, precondition: Operator, start: Tensor, iterations: int = 12
-) -> float:
-    """Largest eigenvalue of P H by the power method, with a margin for its error from below."""
-    v, value = start / _dot(start, start) ** 0.5, 0.0
-    for _ in range(iterations):
-        v = precondition(matvec(v))
+def _dot(x: Tensor, y: Tensor) -> float:
+    """Inner product accumulated in float64."""
+    pairs = zip(x.split(_DOT_CHUNK), y.split(_DOT_CHUNK), strict=True)
+    return float(torch.stack([torch.dot(u.double(), v.double()) for u, v in pairs]).sum())
+
+
+def _largest_eigenvalue(batch_matvec: BatchOperator, k: int, precondition: Operator, start: Tensor) -> float:
+    """Estimate of the largest eigenvalue of P H_k by the power method."""
+    v, value = start, 0.0
+    for _ in range(_POWER_STEPS):
+        norm = _dot(v, v) ** 0.5
+        if not 0 < norm < math.inf:
+            break
+        v = precondition(batch_matvec(k, v / norm))
         value = _dot(v, v) ** 0.5
-        if value == 0.0:
-            return 0.0
-        v = v / value
-    return 1.1 * value
+    return value

@@ -37,14 +37,10 @@ class Head:
     activation: str | None = None
 
 
-def _watch(
-    module: nn.Module, example: Tensor, names: Iterable[str], see: Callable[[str, nn.Module, Any], None]
-) -> Any:
+def _watch(module: nn.Module, example: Tensor, names: Iterable[str], see: Callable[[str, nn.Module, Any], None]) -> Any:
     """Evaluate the network; each call of a named module is reported as (name, module, output)."""
     modules = dict(module.named_modules(remove_duplicate=False))
-    hooks = [
-        modules[name].register_forward_hook(lambda m, _, out, name=name: see(name, m, out)) for name in names
-    ]
+    hooks = [modules[name].register_forward_hook(lambda m, _, out, name=name: see(name, m, out)) for name in names]
     try:
         return evaluate(module, example)
     finally:
@@ -81,13 +77,15 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
 
     def see(name: str, m: nn.Module, out: Any) -> None:
         # A later operation in place must not change what a possible head returned.
-        calls.append((name, m, out.clone() if _may_be_head(m) else out))
+        calls.append((name, m, out.clone() if _may_be_head(m) and isinstance(out, Tensor) else out))
 
     output = _watch(module, example, (n for n, m in module.named_modules() if n and not any(m.children())), see)
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"The backbone must return one tensor of shape (batch, classes); it returns {found}.")
+    if not bool(torch.isfinite(output).all()):
         raise ValueError(
-            f"The backbone must return one tensor of shape (batch, classes); it returns {found}."
+            "The backbone's output is not finite on an input of random pixels: check its weights and preprocessing."
         )
     if not calls:
         raise ValueError("The backbone has no layer: its output must come from one nn.Linear.")
@@ -95,7 +93,7 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
     for name, m, out in reversed(calls):
         if _may_be_head(m):
             once = sum(n == name for n, _, _ in calls) == 1
-            if once and _reaches(out, output, rectified=activation is not None):
+            if once and _reaches(m, out, output, rectified=activation is not None):
                 return Head(name, activation)
             break
         if type(m) is nn.ReLU:
@@ -110,14 +108,14 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
     )
 
 
-def _reaches(out: Tensor, output: Tensor, rectified: bool) -> bool:
+def _reaches(layer: nn.Module, out: Any, output: Tensor, rectified: bool) -> bool:
     """Whether the network's output is the layer's output, possibly after ReLU, pooling and flattening."""
-    if rectified:
-        out = out.relu()
-    if out.ndim == 2:
-        return out.shape == output.shape and torch.equal(out, output)
-    mean = out.flatten(2).mean(2)
-    return mean.shape == output.shape and torch.allclose(mean, output, rtol=1e-4, atol=1e-5)
+    if not isinstance(out, Tensor):
+        return False
+    if isinstance(layer, nn.Linear):
+        return out.shape == output.shape and torch.equal(out.relu() if rectified else out, output)
+    means = (out.flatten(2).mean(2), out.relu().flatten(2).mean(2))
+    return any(m.shape == output.shape and torch.allclose(m, output, rtol=1e-4, atol=1e-5) for m in means)
 
 
 def remove_head(module: nn.Module, example: Tensor) -> None:
@@ -235,12 +233,13 @@ def tangent_prefixes(module: nn.Module, example: Tensor, layers: Any) -> list[st
     if isinstance(layers, str) and layers in ("all", "head"):
         return None if layers == "all" else []
     if isinstance(layers, Integral) and not isinstance(layers, bool):
-        if layers < 0:
-            raise ValueError(f"tangent_layers must be at least 0, got {layers}.")
+        count = int(layers)
+        if count < 0:
+            raise ValueError(f"tangent_layers must be at least 0, got {count}.")
         stages = find_stages(module, example)
-        if layers >= len(stages):
+        if count >= len(stages):
             return None
-        chosen = [name for stage in stages[len(stages) - int(layers) :] for name in stage]
+        chosen = [name for stage in stages[len(stages) - count :] for name in stage]
     elif isinstance(layers, str):
         chosen = [layers]
     elif isinstance(layers, Sequence) and all(isinstance(p, str) for p in layers):

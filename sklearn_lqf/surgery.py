@@ -1,7 +1,7 @@
 """Modules rewritten so that tracing, differentiation and K-FAC can treat them.
 
-Hides the peculiar modules of torch and timm: attention in one fused kernel, norm and activation in one module,
-padding that depends on the size of the input. Each rewrite leaves the function unchanged.
+Hides the peculiar modules of torch and timm: attention in one fused kernel, norm and activation in one
+module, padding that depends on the size of the input. Each rewrite leaves the function unchanged.
 """
 
 from __future__ import annotations
@@ -220,6 +220,8 @@ def _observe(module: nn.Module, example: Tensor) -> tuple[dict[str, tuple[int, .
                     lambda m, args, kwargs, name=name: see_attention(name, m, args, kwargs), with_kwargs=True
                 )
             )
+    if not hooks:
+        return sizes, set()
     try:
         with plain_attention():  # the fused encoder layer does not call its attention module
             evaluate(module, example)
@@ -240,7 +242,7 @@ def make_explicit(module: nn.Module, example: Tensor) -> None:
     replaced: set[str] = set()
     for name, m in list(module.named_modules()):
         if getattr(m, "inplace", False):
-            m.inplace = False  # type: ignore[assignment]  # a plain attribute, which torch cannot declare
+            m.inplace = False
         if not name or any(name.startswith(f"{other}.") for other in replaced):
             continue
         new = _explicit_form(m, sizes.get(name), name in self_attention)

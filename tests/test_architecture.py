@@ -12,11 +12,12 @@ PACKAGE = ROOT / "sklearn_lqf"
 
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
-    {"images", "backbones"},
+    {"images", "backbones", "progress", "activations", "surgery", "cut"},
+    {"stages", "tangents"},
     {"graph"},
     {"linearize"},
     {"kfac", "solvers", "head"},
-    {"objective"},
+    {"objective", "model"},
     {"estimators"},
     {"__init__"},
 ]

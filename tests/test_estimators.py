@@ -1,0 +1,509 @@
+"""LQFClassifier on images: the scikit-learn contract where its own checks do not reach, and every bad input."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from images import TinyNet, make_images, tiny_net
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from torch import nn
+
+from sklearn_lqf import LQFClassifier
+
+X, Y = make_images()
+RAVELED = X.reshape(len(X), -1)
+
+
+def classifier(**parameters) -> LQFClassifier:
+    """A small classifier; float64 makes equalities sharp."""
+    options = {"backbone": tiny_net(), "dtype": "float64", "tol": 1e-6, "max_iter": 1000, **parameters}
+    return LQFClassifier(**options)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> LQFClassifier:
+    return classifier().fit(X, Y)
+
+
+def assert_equal_models(one: LQFClassifier, other: LQFClassifier, rtol: float = 1e-6) -> None:
+    np.testing.assert_allclose(one.decision_function(X), other.decision_function(X), rtol=rtol, atol=rtol)
+
+
+# ------------------------------------------------------------------------------------------------ forms of X
+
+
+def test_learns(fitted):
+    assert fitted.score(X, Y) == 1.0
+    test, labels = make_images(seed=1)
+    assert fitted.score(test, labels) > 0.9
+    assert set(fitted.predict(test)) <= {"ant", "bee", "cow"}
+    np.testing.assert_allclose(fitted.predict_proba(test).sum(1), 1)
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(test)), fitted.predict_proba(test))
+
+
+def test_all_forms_of_images_are_equal(fitted, tmp_path):
+    files = []
+    for i, image in enumerate(X):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(files[-1])
+    forms = {
+        "raveled": (RAVELED, {"image_shape": (12, 12, 3)}),
+        "frame": (pd.DataFrame(RAVELED), {"image_shape": (12, 12, 3)}),
+        "pil": ([Image.fromarray(i) for i in X], {}),
+        "paths": ([str(f) for f in files], {}),
+        "series": (pd.Series(files), {}),
+        "channels first": (X.transpose(0, 3, 1, 2), {"channel_axis": 0}),
+    }
+    for name, (form, parameters) in forms.items():
+        clf = classifier(**parameters).fit(form, Y)
+        assert np.array_equal(clf.decision_function(form), fitted.decision_function(X)), name
+        assert clf.image_shape_ == (12, 12, 3), name
+    clf = classifier().fit(X / np.float32(255), Y)
+    assert_equal_models(clf, fitted, rtol=1e-5)
+
+
+def test_a_model_of_arrays_predicts_raveled_rows_and_paths(fitted, tmp_path):
+    Image.fromarray(X[0]).save(tmp_path / "x.png")
+    expected = fitted.decision_function(X[:1])
+    assert np.array_equal(fitted.decision_function(RAVELED[:1]), expected)
+    assert np.array_equal(fitted.decision_function([tmp_path / "x.png"]), expected)
+
+
+def test_grayscale_and_image_size():
+    gray = X[..., 0]
+    clf = classifier(image_size=16).fit(gray, Y)
+    assert clf.image_shape_ == (12, 12, 1)
+    assert clf.n_features_in_ == 144
+    clf.predict(np.zeros((2, 20, 30), np.uint8))  # any size
+
+
+def test_feature_names():
+    frame = pd.DataFrame(RAVELED, columns=[f"p{i}" for i in range(RAVELED.shape[1])])
+    clf = classifier(image_shape=(12, 12, 3)).fit(frame, Y)
+    assert clf.feature_names_in_[0] == "p0"
+    with pytest.raises(ValueError, match="feature names"):
+        clf.predict(frame.rename(columns={"p0": "q0"}))
+
+
+def test_read_only_memmap(fitted, tmp_path):
+    path = tmp_path / "X.npy"
+    np.save(path, X)
+    mapped = np.load(path, mmap_mode="r")
+    assert np.array_equal(classifier().fit(mapped, Y).decision_function(mapped), fitted.decision_function(X))
+
+
+# ----------------------------------------------------------------------------------------- scikit-learn contract
+
+
+def test_fit_is_idempotent(fitted):
+    clf = classifier().fit(X, Y)
+    first = clf.decision_function(X)
+    assert np.array_equal(clf.fit(X, Y).decision_function(X), first)
+    assert np.array_equal(first, fitted.decision_function(X))
+
+
+def test_clone_shares_the_module():
+    net = tiny_net()
+    clf = classifier(backbone=net)
+    twin = clone(clf)
+    assert twin.backbone is net
+    assert clf.backbone is net
+    assert twin.get_params() == clf.get_params()
+
+
+def test_pipeline_grid_search_and_cross_validation():
+    pipeline = make_pipeline(FunctionTransformer(np.ascontiguousarray), classifier(tol=1e-3))
+    assert pipeline.fit(X, Y).score(X, Y) == 1.0
+    search = GridSearchCV(classifier(tol=1e-3), {"alpha": [1e-3, 1e-1]}, cv=2, n_jobs=2).fit(X, Y)
+    assert search.best_score_ > 0.8
+    scores = cross_val_score(classifier(tol=1e-3, image_shape=(12, 12, 3)), RAVELED, Y, cv=2)
+    assert scores.shape == (2,)
+
+
+def test_one_class_missing_in_a_fold():
+    order = np.argsort(Y, kind="stable")  # folds without shuffling leave a class out
+    scores = cross_val_score(classifier(tol=1e-3), X[order], Y[order], cv=KFold(3))
+    assert np.isfinite(scores).all()
+
+
+def test_subset_and_order_invariance(fitted):
+    every = fitted.decision_function(X)
+    order = np.random.default_rng(0).permutation(len(X))
+    np.testing.assert_allclose(fitted.decision_function(X[order]), every[order], rtol=1e-7)
+    np.testing.assert_allclose(fitted.decision_function(X[:5]), every[:5], rtol=1e-7)
+
+
+def test_batch_size_does_not_change_the_solution(fitted):
+    for batch_size in (5, 24, 64):
+        assert_equal_models(classifier(batch_size=batch_size, tol=1e-9).fit(X, Y), classifier(tol=1e-9).fit(X, Y), 1e-7)
+
+
+def test_both_solvers_reach_one_optimum():
+    pcg = classifier(tol=1e-8, alpha=0.1).fit(X, Y)
+    for seed in range(2):
+        sgd = classifier(solver="sgd", tol=1e-8, alpha=0.1, max_iter=2000, batch_size=8, random_state=seed).fit(X, Y)
+        np.testing.assert_allclose(sgd.coef_, pcg.coef_, atol=1e-6 * np.abs(pcg.coef_).max())
+
+
+def test_sample_weights_are_multiplicities():
+    weights = np.arange(len(X)) % 4 % 3  # every class keeps some
+    weighted = classifier(tol=1e-9).fit(X, Y, sample_weight=weights)
+    repeated = classifier(tol=1e-9).fit(np.repeat(X, weights, 0), np.repeat(Y, weights))
+    assert weighted.alpha_ == pytest.approx(repeated.alpha_, rel=1e-9)
+    assert_equal_models(weighted, repeated, 1e-6)
+
+
+def test_class_weight_is_a_sample_weight():
+    balanced = classifier(class_weight="balanced").fit(X[:-4], Y[:-4])
+    counts = {c: (Y[:-4] == c).sum() for c in np.unique(Y)}
+    by_hand = classifier(class_weight={c: len(X[:-4]) / (3 * k) for c, k in counts.items()}).fit(X[:-4], Y[:-4])
+    assert_equal_models(balanced, by_hand)
+
+
+def test_views_and_negative_slope_and_heads():
+    for parameters in (
+        {"views": ("identity", "flip")}, {"negative_slope": 0.1}, {"head": "random", "random_state": 0},
+        {"head": "random", "center": False, "target_scale": 15.0}, {"center": True}, {"damping": 10.0},
+        {"tangent_layers": "head"}, {"tangent_layers": "all"}, {"tangent_layers": ["block2"]},
+    ):  # fmt: skip
+        clf = classifier(tol=1e-3, **parameters).fit(X, Y)
+        assert clf.score(X, Y) > 0.9, parameters
+
+
+def test_attributes(fitted):
+    assert list(fitted.classes_) == ["ant", "bee", "cow"]
+    assert fitted.n_features_in_ == 432
+    assert fitted.coef_.shape == (fitted.n_parameters_,)
+    assert fitted.residual_norms_.shape == (fitted.n_iter_ + 1,)
+    assert fitted.residual_norms_[-1] <= fitted.tol
+    assert fitted.converged_
+    assert fitted.alpha_ > 0
+    assert fitted.device_ == "cpu"
+    assert fitted.features(X).shape == (len(X), 16)
+
+
+def test_decision_values_of_two_classes():
+    two = Y != "cow"
+    clf = classifier().fit(X[two], Y[two])
+    decision = clf.decision_function(X[two])
+    assert decision.shape == (two.sum(),)
+    assert np.array_equal(clf.predict(X[two]), np.where(decision > 0, "bee", "ant"))
+
+
+def test_head_only_equals_ridge():
+    """With the trunk frozen, a random head and no offset, LQF is a ridge regression with a penalized intercept."""
+    clf = classifier(tangent_layers="head", head="random", tol=1e-12).fit(X, Y)
+    features = np.c_[clf.features(X), np.ones(len(X))]
+    targets = (Y[:, None] == clf.classes_).astype(float)
+    mean = targets.mean(0)
+    gram = features.T @ features + clf.alpha_ * np.eye(features.shape[1])
+    expected = mean + features @ np.linalg.solve(gram, features.T @ (targets - mean))
+    np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-9)
+
+
+def test_callbacks():
+    callback = pytest.importorskip("sklearn.callback")
+
+    class Counter:
+        def __init__(self):
+            self.ends = []
+
+        def setup(self, estimator, context):
+            pass
+
+        def teardown(self, estimator, context):
+            pass
+
+        def on_fit_task_begin(self, estimator, context):
+            pass
+
+        def on_fit_task_end(self, estimator, context, *, X=None, fitted_estimator=None):
+            self.ends.append((context.task_name, fitted_estimator.decision_function(X)))
+            return len(self.ends) == 2
+
+    counter = Counter()
+    assert isinstance(counter, callback.FitCallback)
+    clf = classifier().set_callbacks(counter)
+    with pytest.warns(ConvergenceWarning):
+        clf.fit(X, Y)
+    assert [name for name, _ in counter.ends] == ["iteration", "iteration", "fit"]
+    assert clf.n_iter_ == 2
+    np.testing.assert_allclose(counter.ends[-1][1], clf.decision_function(X))
+
+
+def test_verbose_shows_a_bar(capsys):
+    pytest.importorskip("tqdm")
+    classifier(verbose=1, tol=1e-2).fit(X, Y)
+    assert "solve" in capsys.readouterr().err
+    classifier(tol=1e-2).fit(X, Y)
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+
+
+# ---------------------------------------------------------------------------------------------------- persistence
+
+
+def test_copies_predict_bit_equal(fitted, tmp_path):
+    expected = fitted.predict_proba(X)
+    path = tmp_path / "model.joblib"
+    joblib.dump(fitted, path)
+    for twin in (
+        pickle.loads(pickle.dumps(fitted)),
+        copy.deepcopy(fitted),
+        joblib.load(path),
+        joblib.load(path, mmap_mode="r"),
+    ):
+        assert np.array_equal(twin.predict_proba(X), expected)
+
+
+def test_another_process_predicts_bit_equal(fitted, tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(fitted))
+    np.save(tmp_path / "X.npy", X)
+    code = (
+        "import pickle, numpy as np; "
+        "m = pickle.load(open('model.pkl', 'rb')); np.save('p.npy', m.predict_proba(np.load('X.npy')))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert np.array_equal(np.load(tmp_path / "p.npy"), fitted.predict_proba(X))
+
+
+def test_size_of_a_pickle():
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 64, 3),
+        nn.ReLU(),
+        nn.Conv2d(64, 256, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 5),
+    )
+    many, labels = make_images(n=120, size=24)
+    clf = LQFClassifier(backbone, tol=0.5).fit(many, labels)
+    clf.backbone = "auto"  # what the caller passed is the caller's
+    weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
+    assert len(pickle.dumps(clf)) <= 1.3 * (weights + clf.coef_.nbytes)
+
+
+def test_a_model_of_an_absent_device_is_loaded_on_the_cpu(fitted):
+    state = fitted._model.__getstate__()
+    state["device"] = "cuda:7"
+    model = object.__new__(type(fitted._model))
+    with pytest.warns(UserWarning, match="not present"):
+        model.__setstate__(state)
+    assert model.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(fitted):
+    clf = classifier(device="cuda").fit(X, Y)
+    assert clf.device_.startswith("cuda")
+    assert_equal_models(clf, fitted, 1e-6)
+    twin = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_allclose(twin.predict_proba(X), clf.predict_proba(X), rtol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def _state(net: nn.Module) -> dict:
+    return {
+        "weights": {k: v.clone() for k, v in net.state_dict().items()},
+        "training": [m.training for m in net.modules()],
+        "grad": [p.requires_grad for p in net.parameters()],
+        "hooks": [len(m._forward_hooks) for m in net.modules()],
+    }
+
+
+@pytest.mark.parametrize("labels", [Y, np.repeat("ant", len(Y))], ids=["fits", "raises"])
+def test_module_data_and_generators_are_untouched(labels):
+    net = tiny_net().train()
+    net.fc.weight.requires_grad_(False)
+    before, data = _state(net), X.copy()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the global generator is the subject
+    try:
+        LQFClassifier(net, tol=1e-2).fit(X, labels)
+    except ValueError:
+        assert labels is not Y
+    after = _state(net)
+    assert all(torch.equal(v, after["weights"][k]) for k, v in before["weights"].items())
+    assert {k: v for k, v in before.items() if k != "weights"} == {k: v for k, v in after.items() if k != "weights"}
+    assert np.array_equal(X, data)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def test_an_untraceable_module_warns_and_works():
+    class Branches(nn.Sequential):
+        def forward(self, x):
+            if x.mean() > -1e9:  # depends on the data: no graph
+                return super().forward(x)
+            return x
+
+    def layers():
+        return (
+            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(8, 4),
+        )  # fmt: skip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = nn.Sequential(*layers())
+    branches = Branches(*layers())
+    branches.load_state_dict(plain.state_dict())
+    options = {"tangent_layers": "all", "tol": 1e-9, "negative_slope": 0.1}
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        clf = classifier(backbone=branches, **options).fit(X, Y)
+    assert_equal_models(clf, classifier(backbone=plain, **options).fit(X, Y), 1e-6)
+    first = classifier(backbone=plain, tangent_layers=["0"], tol=1e-9).fit(X, Y)
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        clf = classifier(backbone=branches, tangent_layers=["0"], tol=1e-9).fit(X, Y)
+    assert_equal_models(clf, first, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_missed_tolerance_is_said():
+    with pytest.warns(ConvergenceWarning, match="max_iter"):
+        clf = classifier(max_iter=1).fit(X, Y)
+    assert not clf.converged_
+
+
+BAD_X = {
+    "five axes": (np.zeros((24, 2, 12, 12, 3)), "5"),
+    "four channels": (np.zeros((24, 12, 12, 4), np.uint8), "channels"),
+    "channels first": (X.transpose(0, 3, 1, 2), "channel_axis"),
+    "nan": (np.where(np.arange(432).reshape(12, 12, 3) == 5, np.nan, X / 255), "NaN"),
+    "infinity": (np.where(np.arange(432).reshape(12, 12, 3) == 5, np.inf, X / 255), "infinity"),
+    "floats 0..255": (X.astype(float), "0"),
+    "int64": (X.astype(np.int64), "uint8"),
+    "empty": (X[:0], "0 sample"),
+    "lengths": (X[:5], "inconsistent"),
+    "mixed sizes": ([Image.fromarray(X[0]), Image.fromarray(X[0][:6])] * 12, "image_size"),
+    "vectors for a network of images": (RAVELED.astype(float), "shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_X)
+def test_bad_images(case):
+    bad, message = BAD_X[case]
+    with pytest.raises(ValueError, match=message):
+        classifier().fit(bad, Y)
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    Image.fromarray(X[0]).save(tmp_path / "good.png")
+    with pytest.raises(ValueError, match=r"(?s)1.*bad\.png"):
+        classifier().fit([tmp_path / "good.png", tmp_path / "bad.png"], ["a", "b"])
+    with pytest.raises(FileNotFoundError, match=r"(?s)1.*gone\.png"):
+        classifier().fit([tmp_path / "good.png", tmp_path / "gone.png"], ["a", "b"])
+
+
+BAD_PARAMETERS = {
+    "alpha negative": ({"alpha": -1.0}, "alpha"),
+    "alpha zero": ({"alpha": 0.0}, "alpha"),
+    "alpha text": ({"alpha": "small"}, "alpha"),
+    "tol": ({"tol": -1}, "tol"),
+    "slope": ({"negative_slope": 1.0}, "negative_slope"),
+    "max_iter": ({"max_iter": 0}, "max_iter"),
+    "batch_size": ({"batch_size": 2.5}, "batch_size"),
+    "solver": ({"solver": "adam"}, "pcg"),
+    "head": ({"head": "none"}, "ridge"),
+    "center": ({"center": "maybe"}, "center"),
+    "views": ({"views": ("flip", "flip")}, "views"),
+    "dtype": ({"dtype": "float16"}, "float64"),
+    "device": ({"device": "cuda:99"}, "present"),
+    "device name": ({"device": "quantum"}, "device"),
+    "layers": ({"tangent_layers": ["blok2"]}, "block2"),
+    "layers negative": ({"tangent_layers": -1}, "tangent_layers"),
+    "preprocessing": ({"preprocessing": {"mena": 0}}, "mena"),
+    "unknown backbone": ({"backbone": "resnet81"}, "resnet18"),
+    "size of backbone": ({"image_size": "backbone"}, "image_size"),
+    "channel_axis": ({"channel_axis": 1}, "channel_axis"),
+    "class_weight": ({"class_weight": {"ant": -1.0, "bee": 1.0, "cow": 1.0}}, "class_weight"),
+    "no linear head": ({"backbone": nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Tanh())}, "Linear"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+def test_bad_parameters(case):
+    parameters, message = BAD_PARAMETERS[case]
+    with pytest.raises(ValueError, match=message):
+        classifier(**parameters).fit(X, Y)
+
+
+def test_bad_labels_and_weights():
+    with pytest.raises(ValueError, match="one class"):
+        classifier().fit(X, np.repeat("ant", len(X)))
+    with pytest.raises(ValueError, match="y to be passed"):
+        classifier().fit(X, None)
+    with pytest.raises(ValueError, match="Unknown label type"):
+        classifier().fit(X, np.linspace(0, 1, len(X)))
+    with pytest.raises(ValueError, match=r"[Nn]egative"):
+        classifier().fit(X, Y, sample_weight=-np.ones(len(X)))
+    with pytest.raises(ValueError, match="zero"):
+        classifier().fit(X, Y, sample_weight=np.zeros(len(X)))
+    with pytest.raises(ValueError, match="sample_weight"):
+        classifier().fit(X, Y, sample_weight=np.ones(3))
+
+
+def test_tied_weights_are_refused():
+    net = tiny_net()
+    net.block2[0].weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1))
+    net[1].weight = net[0].weight
+    net = nn.Sequential(*net, nn.Flatten(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="tied"):
+        classifier(backbone=net, tangent_layers="all").fit(X, Y)
+
+
+def test_unfitted_and_other_features(fitted):
+    for method in ("predict", "predict_proba", "decision_function", "features"):
+        with pytest.raises(NotFittedError):
+            getattr(classifier(), method)(X)
+    with pytest.raises(ValueError, match="expecting"):
+        fitted.predict(np.zeros((2, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="features"):
+        fitted.predict(RAVELED[:, :-3])
+    vectors = LQFClassifier(random_state=0).fit(RAVELED[:, :4].astype(float), Y)
+    with pytest.raises(ValueError, match="vectors"):
+        vectors.predict(X)
+    with pytest.raises(ValueError, match="flip"):
+        LQFClassifier(views=("identity", "flip")).fit(RAVELED[:, :4].astype(float), Y)
+
+
+def test_features_that_are_not_finite():
+    net = tiny_net()
+    with torch.no_grad():
+        net.block2[0].weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="finite"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        classifier(backbone=net).fit(X, Y)
+
+
+def test_images_of_a_fixed_size_network():
+    class Fixed(TinyNet):
+        def forward(self, x):
+            torch._assert(x.shape[-1] == 32, "needs 32 pixels")
+            return super().forward(x)
+
+    with torch.random.fork_rng(devices=[]):
+        net = Fixed().eval()
+    with pytest.raises(ValueError, match="image_size"):
+        classifier(backbone=net).fit(X, Y)
+    classifier(backbone=net, image_size=32, tol=1e-2).fit(X, Y)
