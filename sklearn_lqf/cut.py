@@ -60,7 +60,7 @@ def cut(graph: fx.GraphModule, tangent: Collection[str], example: Tensor) -> tup
     cached = [n for n in crossing if values.batched(n)]
     tail = _tail(graph, later, crossing, cached, values)
     if len(cached) == 1 and cached[0].op == "placeholder":
-        return NoTrunk(), tail
+        return NoTrunk().eval(), tail
     return _trunk(graph, later, cached), tail
 
 
@@ -159,9 +159,7 @@ class _Sizes:
             return value
         if value == self._rows and longer == self._rows + 1 and self._cached is not None:
             return self._tail.call_method("size", (self._cached, 0))
-        raise ValueError(
-            f"tangent_layers cuts the network at {name!r}, whose value cannot be cached ({value!r})."
-        )
+        raise ValueError(f"tangent_layers cuts the network at {name!r}, whose value cannot be cached ({value!r}).")
 
 
 def _trunk(graph: fx.GraphModule, later: set[fx.Node], cached: list[fx.Node]) -> nn.Module:

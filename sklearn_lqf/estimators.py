@@ -74,13 +74,13 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     center : bool or "auto", default="auto"
         Whether the network's own output at the pre-trained weights is removed from the model, and the mean
         target takes its place. ``"auto"``: for a random head, whose output is noise, but not for a ridge head.
-    damping : float, default=0.0
-        Added to the curvature in the preconditioner, in units of ``alpha_``. It changes the path of the
-        solver, not the solution.
+    damping : float, default=10.0
+        Added to the curvature in the preconditioner, in units of ``alpha_``, against the error of its
+        approximation. It changes the path of the solver, not the solution.
     solver : {"pcg", "sgd"}, default="pcg"
         ``"pcg"``: K-FAC preconditioned conjugate gradients over all images. ``"sgd"``: the paper's K-FAC
         preconditioned stochastic gradient descent with momentum; both go to the same optimum.
-    max_iter : int, default=100
+    max_iter : int, default=200
         Products with the curvature for ``"pcg"``, epochs for ``"sgd"``.
     tol : float, default=1e-2
         The solver stops when the norm of the gradient relative to its value at zero is below.
@@ -179,9 +179,9 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         negative_slope: float = 0.0,
         target_scale: float = 1.0,
         center: bool | str = "auto",
-        damping: float = 0.0,
+        damping: float = 10.0,
         solver: str = "pcg",
-        max_iter: int = 100,
+        max_iter: int = 200,
         tol: float = 1e-2,
         views: str | Sequence[str] = "identity",
         class_weight: Any = None,
@@ -393,7 +393,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     # --------------------------------------------------------------------------------------------- predict
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Outputs of the linearized network.
+        """Compute the outputs of the linearized network.
 
         Parameters
         ----------
@@ -425,7 +425,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return self.classes_[chosen]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities of the classes.
+        """Predict probabilities of the classes.
 
         Parameters
         ----------
@@ -441,7 +441,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return softmax(values / self.temperature_, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Logarithms of the probabilities of the classes.
+        """Predict logarithms of the probabilities of the classes.
 
         Parameters
         ----------
@@ -457,7 +457,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return log_softmax(values / self.temperature_, axis=1)
 
     def features(self, X: Any) -> np.ndarray:
-        """Features of the backbone at the pre-trained weights: what a linear probe is fitted on.
+        """Compute the features of the backbone at the pre-trained weights: what a linear probe is fitted on.
 
         Parameters
         ----------

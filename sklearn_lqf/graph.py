@@ -7,7 +7,7 @@ linearized. A network that does not trace is kept whole.
 from __future__ import annotations
 
 import copy
-import operator
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,9 +67,7 @@ class Split:
     swapped: int = 0
 
 
-def split_network(
-    module: nn.Module, example: Tensor, tangent_layers: Any = 2, negative_slope: float = 0.0
-) -> Split:
+def split_network(module: nn.Module, example: Tensor, tangent_layers: Any = 2, negative_slope: float = 0.0) -> Split:
     """Prepare a feature extractor for linearization.
 
     Parameters
@@ -108,16 +106,10 @@ def split_network(
         if not _agree(evaluate(graph, example), reference):
             raise RuntimeError("the traced graph computes something else")
     except Exception as error:  # whatever tracing raises, the general engine serves
-        warnings.warn(
-            f"The backbone cannot be traced by torch.fx ({type(error).__name__}: {error}). It is linearized "
-            "as a whole through torch.func: exact, but slower, without folding BatchNorm and without caching "
-            "a frozen trunk.",
-            UserWarning,
-            stacklevel=2,
-        )
+        _warn_untraced(error)
         whole = _private_copy(module, example.dtype)
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
-        return Split(NoTrunk(), whole, _tangent_names(whole, prefixes), n_features, False, 0, swapped)
+        return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), n_features, False, 0, swapped)
     modularize_activations(graph)
     folded = _fold_batch_norms(graph, example)
     swapped = swap_activations(graph, negative_slope)
@@ -134,7 +126,17 @@ def _private_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _agree(value: Tensor, reference: Tensor) -> bool:
     """Equal up to the rounding of another order of operations."""
-    return torch.allclose(value, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+    atol = 1e-4 * float(reference.abs().nan_to_num().max())
+    return torch.allclose(value, reference, rtol=1e-3, atol=atol, equal_nan=True)
+
+
+def _warn_untraced(error: Exception) -> None:
+    warnings.warn(
+        f"The backbone cannot be traced by torch.fx ({type(error).__name__}: {error}). It is linearized as a whole "
+        "through torch.func: exact, but slower, without folding BatchNorm and without caching a frozen trunk.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _prepare_untraced(module: nn.Module, example: Tensor, reference: Tensor, slope: float) -> int:
@@ -205,7 +207,7 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*self.leaves, LeakyClamp, StaticPad)):
+        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, StaticPad)):
             return True
         opaque = super().is_leaf_module(m, module_qualified_name)
         return opaque and type(m) is not nn.TransformerEncoderLayer
@@ -221,55 +223,70 @@ def _trace(module: nn.Module) -> fx.GraphModule:
         leaves, functions = tuple(get_notrace_modules()), tuple(get_notrace_functions())
     with plain_attention():  # the choice of a fused kernel depends on the input
         graph = fx.GraphModule(module, _Tracer(leaves, functions).trace(module))
-    for node in list(graph.graph.nodes):
-        _clean(graph, node)
+    _make_functional(graph)
+    _simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
-_FUNCTIONAL = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-} | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+def _make_functional(graph: fx.GraphModule) -> None:
+    """Let every operation in place return a new tensor; what reads its input later reads this tensor.
+
+    Changes through a view of a tensor are not followed; they are seen by comparing the graph with the network.
+    """
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in order:
+        if node.op == "call_module":
+            writes = getattr(graph.get_submodule(str(node.target)), "inplace", False)
+        else:
+            writes = node.op in ("call_function", "call_method") and _out_of_place(node)
+        source = node.args[0] if node.args else None
+        if writes and isinstance(source, fx.Node):
+            for user in list(source.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(source, node)
+    for m in graph.modules():
+        if getattr(m, "inplace", False):
+            cast(Any, m).inplace = False
 
 
-def _clean(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Remove a node that does nothing in evaluation mode, or make it functional."""
+def _out_of_place(node: fx.Node) -> bool:
+    """Let a function or method return a new tensor; whether it wrote into its first argument before."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    nothing = (
-        type(graph.get_submodule(name)) is nn.Identity
-        if node.op == "call_module"
-        else node.op == "call_function" and (target is F.dropout or name == "stochastic_depth")
-    )
-    if target is torch._assert:
-        graph.graph.erase_node(node)
-    elif nothing:
-        node.replace_all_uses_with(cast(fx.Node, node.args[0] if node.args else node.kwargs["input"]))
-        graph.graph.erase_node(node)
-    elif target is F.scaled_dot_product_attention:
-        node.target = attention
-    elif target in _FUNCTIONAL:
-        node.target = _FUNCTIONAL[target]
-    elif node.op in ("call_function", "call_method"):
-        if name.endswith("_") and not name.endswith("__"):
-            node.target = _out_of_place(node, name)
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
+    if name.endswith("_") and not name.endswith("__"):
+        owners = [Tensor] if isinstance(target, str) else [o for o in (F, torch) if getattr(o, name, None) is target]
+        new = getattr(owners[0], name[:-1], None) if owners else None
+        if not callable(new):
+            raise RuntimeError(f"the operation {name!r} works in place")
+        node.target = name[:-1] if isinstance(target, str) else new
+        return True
+    if getattr(target, "__module__", None) != F.__name__ or isinstance(target, str):
+        return False
+    given = inspect.signature(target).bind(*node.args, **node.kwargs)
+    writes = bool(given.arguments.get("inplace"))
+    if writes:
+        given.arguments["inplace"] = False
+        node.args, node.kwargs = given.args, given.kwargs
+    return writes
 
 
-def _out_of_place(node: fx.Node, name: str) -> Any:
-    """The method or function that computes what one with a trailing underscore writes into its input.
-
-    That nothing reads the changed input afterwards is seen by comparing the graph with the network.
-    """
-    owners = [o for o in (F, torch) if getattr(o, name, None) is node.target]
-    if node.op == "call_method" and callable(getattr(Tensor, name[:-1], None)):
-        return name[:-1]
-    if owners and callable(getattr(owners[0], name[:-1], None)):
-        return getattr(owners[0], name[:-1])
-    raise RuntimeError(f"the operation {name!r} works in place")
+def _simplify(graph: fx.GraphModule) -> None:
+    """Remove assertions, and what does nothing in evaluation mode; write attention by its formula."""
+    for node in list(graph.graph.nodes):
+        target = node.target
+        if node.op == "call_module":
+            nothing = type(graph.get_submodule(target)) is nn.Identity
+        else:
+            nothing = target is F.dropout or getattr(target, "__name__", "") == "stochastic_depth"
+        if nothing:
+            node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
+            graph.graph.erase_node(node)
+        elif target is torch._assert:
+            graph.graph.erase_node(node)
+        elif target is F.scaled_dot_product_attention:
+            node.target = attention
 
 
 # ------------------------------------------------------------------------------------------------------- fold
@@ -280,11 +297,7 @@ def _fold_batch_norms(graph: fx.GraphModule, example: Tensor) -> int:
     targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     folded = 0
     for node in list(graph.graph.nodes):
-        if (
-            node.op != "call_module"
-            or not node.args
-            or not is_plain(graph.get_submodule(node.target), BATCH_NORMS)
-        ):
+        if node.op != "call_module" or not node.args or not is_plain(graph.get_submodule(node.target), BATCH_NORMS):
             continue
         source = node.args[0]
         once = targets.count(source.target) == targets.count(node.target) == 1 and len(source.users) == 1

@@ -60,9 +60,7 @@ class KroneckerBlock:
         shape = (self.groups, size) if size > _DENSE_MAX else (self.groups, size, size)
         return torch.zeros(shape, dtype=torch.float64, device=self.layer.weight.device)
 
-    def update(
-        self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], weights: Tensor
-    ) -> None:
+    def update(self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> None:
         """Add one batch.
 
         Parameters
@@ -114,9 +112,7 @@ class KroneckerBlock:
                 self.left += _contract(j.mT, j.mT, self.left)
                 self.right += _contract(j, j, self.right)
 
-    def _accumulate_exact(
-        self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], root: Tensor
-    ) -> None:
+    def _accumulate_exact(self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], root: Tensor) -> None:
         """Add outer products of each image's gradient of a group; images are groups of one convolution."""
         layer = cast(nn.Conv2d, self.layer)
         batch, parts = inputs[0].shape[:2]
@@ -359,9 +355,7 @@ def _dense_solve(block: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[T
     return lambda v: (inverse @ v.reshape(*inverse.shape[:-1], 1)).view(v.shape)
 
 
-def _kronecker_solve(
-    left: Tensor, right: Tensor, ridge: float, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+def _kronecker_solve(left: Tensor, right: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m); factors are (G, n, n) or diagonals (G, n)."""
     tau = left.sum(1) if left.ndim == 2 else _trace(left)  # (G,)
     norm = torch.where(tau > 0, tau, 1.0)  # zero where a layer is dead: the inverse is 1 / ridge there
@@ -371,9 +365,7 @@ def _kronecker_solve(
         (l_values, l_basis), (r_values, r_basis) = _eigh(left), _eigh(right)
         values = (1 / (l_values.unsqueeze(2) * r_values.unsqueeze(1) + ridge)).to(dtype)  # (G, o, m)
         l_basis, r_basis = l_basis.to(dtype), r_basis.to(dtype)
-        return lambda v: _sandwich(
-            l_basis, values * _sandwich(_transposed(l_basis), v, r_basis), _transposed(r_basis)
-        )
+        return lambda v: _sandwich(l_basis, values * _sandwich(_transposed(l_basis), v, r_basis), _transposed(r_basis))
     # Factored Tikhonov damping with the mean eigenvalues balanced: Martens & Grosse 2015, section 6.3.
     pi = torch.where(tau > 0, tau * o / m, 1.0).sqrt()
     l_inverse = _inverse(left, math.sqrt(ridge) / pi).to(dtype)

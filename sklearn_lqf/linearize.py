@@ -90,8 +90,7 @@ class Point:
                 self._graph, net.parameters, cotangent @ net.weight, retain_graph=True, allow_unused=True
             )
         parts = [
-            (torch.zeros_like(p) if g is None else g).reshape(-1)
-            for g, p in zip(grads, net.parameters, strict=True)
+            (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, net.parameters, strict=True)
         ]
         return torch.cat([*parts, (cotangent.T @ self.features).reshape(-1), cotangent.sum(0)])
 

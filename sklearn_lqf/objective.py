@@ -34,6 +34,7 @@ Batch = Sequence[Tensor]
 _GRADIENTS = 1 << 28  # elements of the output gradients of all layers and probes held at once
 _OTHER_ROWS = 64  # images from which the curvature of parameters outside Linear and Conv2d is estimated
 _OTHER_ELEMENTS = 1 << 25  # elements of their Jacobians held at once
+_OTHER_PRODUCTS = 256  # of their gradients evaluated at once: each holds activations of its own
 
 
 class Quadratic:
@@ -80,7 +81,7 @@ class Quadratic:
         return point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
 
     def _sum(self, term: Callable[[Point, int], Tensor]) -> Tensor:
-        total = self.weights[0].new_zeros(self.network.n_parameters)
+        total = self.network.weight.new_zeros(self.network.n_parameters)
         with _full_precision():
             for k, batch in enumerate(self.batches):
                 total.add_(term(self.network.at(batch), k))
@@ -132,9 +133,7 @@ def build_kfac(
         for name, layer in layers.items()
     }
     n_outputs, n_features = network.weight.shape
-    head = HeadBlock(
-        n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"], device
-    )
+    head = HeadBlock(n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"], device)
     others, owners = _other_blocks(network, set(layers), device)
     probes = (probes if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(weights), -1)
     # As many rows at once as the caller evaluates, if the gradients of all probes fit.
@@ -151,9 +150,7 @@ def build_kfac(
     return KFAC([*blocks.values(), *others, head])
 
 
-def _layers_of_images(
-    network: LinearizedNetwork, batch: Batch
-) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
+def _layers_of_images(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
     """Layers that see each image in rows of its own, one image after the other; elements of their outputs.
 
     The rest, such as layers that are never called (their weight is read by a function) or called with tokens
@@ -223,18 +220,17 @@ def _update_others(
     groups: list[list[str]],
 ) -> None:
     """Exact Jacobians of a few images, evenly spread, scaled to all."""
-    n = len(weights)
-    chosen = torch.linspace(0, n - 1, min(n, _OTHER_ROWS), device="cpu").round().long().unique()
-    scale = weights.sum() / weights[chosen.to(weights.device)].sum()
+    present = weights.nonzero().squeeze(1)
+    count = min(len(present), _OTHER_ROWS)
+    chosen = present[torch.arange(count, device=weights.device) * len(present) // count]
+    scale = weights.sum() / weights[chosen].sum()
     names = [n for group in groups for n in group]
-    size = sum(network.slices[n].stop - network.slices[n].start for n in names) * network.weight.shape[0]
-    rows = max(1, _OTHER_ELEMENTS // max(size, 1))
-    start = 0
-    for batch, s in zip(batches, weights.split([b[0].shape[0] for b in batches]), strict=True):
-        mine = chosen[(chosen >= start) & (chosen < start + len(s))] - start
-        for part in mine.to(s.device).split(rows):
-            with torch.no_grad():
-                jacobians = network.sample_jacobians([z[part] for z in batch], names)
+    n_outputs = network.weight.shape[0]
+    size = sum(network.slices[n].stop - network.slices[n].start for n in names)
+    limit = max(1, min(_OTHER_PRODUCTS // n_outputs, _OTHER_ELEMENTS // (size * n_outputs)))
+    for rows, batch in _pieces(batches, len(weights)):
+        mine = chosen[(chosen >= rows.start) & (chosen < rows.stop)]
+        for part in mine.split(limit):
+            jacobians = network.sample_jacobians([z[part - rows.start] for z in batch], names)
             for block, group in zip(blocks, groups, strict=True):
-                block.update([jacobians[n] for n in group], s[part] * scale)
-        start += len(s)
+                block.update([jacobians[n] for n in group], weights[part] * scale)

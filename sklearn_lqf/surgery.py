@@ -175,9 +175,7 @@ class StaticPad(nn.Module):
 def _same_pad(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, ...]:
     """TensorFlow's padding 'SAME' of one input size (H, W), in the order of ``F.pad``."""
     pad: list[int] = []
-    for s, k, stride, d in zip(
-        size[::-1], conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1], strict=True
-    ):
+    for s, k, stride, d in zip(size[::-1], conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1], strict=True):
         total = max((-(-s // stride) - 1) * stride + (k - 1) * d + 1 - s, 0)
         pad += [total // 2, total - total // 2]
     return tuple(pad)
@@ -236,13 +234,11 @@ def make_explicit(module: nn.Module, example: Tensor) -> None:
 
     timm's norm-plus-activation modules become a norm and an activation, its size-dependent 'SAME'
     convolutions get the padding of the image size in use, torch's attention becomes Linear layers, its
-    encoder a chain of layers; dropout and operation in place are removed.
+    encoder a chain of layers; dropout is removed.
     """
     sizes, self_attention = _observe(module, example)
     replaced: set[str] = set()
     for name, m in list(module.named_modules()):
-        if getattr(m, "inplace", False):
-            m.inplace = False
         if not name or any(name.startswith(f"{other}.") for other in replaced):
             continue
         new = _explicit_form(m, sizes.get(name), name in self_attention)
@@ -258,9 +254,7 @@ def _explicit_form(m: nn.Module, size: tuple[int, ...] | None, self_attention: b
         conv = cast(nn.Conv2d, m)
         return _plain_conv(conv, _same_pad(conv, size))
     if type(m).__name__ == "BatchNormAct2d" and isinstance(m, nn.BatchNorm2d):
-        norm = nn.BatchNorm2d(
-            m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats, device="meta"
-        )
+        norm = nn.BatchNorm2d(m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats, device="meta")
         for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(norm, part, getattr(m, part))
         return nn.Sequential(norm, cast(nn.Module, m.act))

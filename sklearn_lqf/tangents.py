@@ -39,6 +39,7 @@ _ELEMENTWISE: dict[type, _Elementwise] = {
     nn.Sigmoid: lambda m, x, y, t: _aten.sigmoid_backward(t, y),
     nn.Tanh: lambda m, x, y, t: _aten.tanh_backward(t, y),
 }
+_SATURATING = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 # Operations without parameters that are linear in their one tensor: the tangent goes the same way.
 _LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d)
 _LINEAR_FUNCTIONS = {
@@ -59,16 +60,12 @@ def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor 
     leaves, spec = pytree.tree_flatten(args)
     try:
         with torch.no_grad(), fwAD.dual_level():
-            duals = [
-                leaf if dot is None else _dual(leaf, dot) for leaf, dot in zip(leaves, dots, strict=True)
-            ]
+            duals = [leaf if dot is None else _dual(leaf, dot) for leaf, dot in zip(leaves, dots, strict=True)]
             out = function(*pytree.tree_unflatten(duals, spec))
             if isinstance(out, Tensor):
                 return fwAD.unpack_dual(out).tangent
-            return pytree.tree_map(
-                lambda o: fwAD.unpack_dual(o).tangent if isinstance(o, Tensor) else None, out
-            )
-    except RuntimeError:  # an operation has no forward-mode derivative
+            return pytree.tree_map(lambda o: fwAD.unpack_dual(o).tangent if isinstance(o, Tensor) else None, out)
+    except NotImplementedError:  # an operation has no forward-mode derivative
         return _double_vjp(lambda parts: function(*pytree.tree_unflatten(parts, spec)), leaves, dots)
 
 
@@ -81,7 +78,7 @@ def _double_vjp(function: Callable[[list], Any], leaves: list, dots: Sequence[Te
     """J t as the gradient of <J' u, t> with respect to u: two reverse passes, for any differentiable operation."""
     with torch.enable_grad():
         inputs = [
-            leaf if dot is None else leaf.detach().requires_grad_()
+            leaf.detach().requires_grad_(dot is not None) if isinstance(leaf, Tensor) else leaf
             for leaf, dot in zip(leaves, dots, strict=True)
         ]
         outputs, spec = pytree.tree_flatten(function(list(inputs)))
@@ -122,10 +119,9 @@ class TracedTail:
     def __init__(self, module: fx.GraphModule, tangent: Sequence[str]):
         self.module = module
         self.tangent = set(tangent)
-        self.nodes = list(module.graph.nodes)
-        self.modules = {
-            str(n.target): module.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"
-        }
+        *self.nodes, output = module.graph.nodes
+        self.output = cast(fx.Node, output.args[0])
+        self.modules = {str(n.target): module.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
         self.own = {  # tangent parameters of each called module, by their local name
             name: [local for local, _ in m.named_parameters() if f"{name}.{local}" in self.tangent]
             for name, m in self.modules.items()
@@ -141,12 +137,10 @@ class TracedTail:
                 values[node] = next(feed)
             elif node.op == "get_attr":
                 values[node] = operator.attrgetter(str(node.target))(self.module)
-            elif node.op == "output":
-                return values[cast(fx.Node, node.args[0])], values
             else:
                 args, kwargs = _evaluated(node, values)
                 values[node] = self._function(node)(*args, **kwargs)
-        raise RuntimeError("the graph has no output")
+        return values[self.output], values
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         if callable(node.target):
@@ -163,15 +157,13 @@ class TracedTail:
             for node in self.nodes:
                 if node.op == "get_attr":
                     dots[node] = direction.get(str(node.target))
-                elif node.op == "output":
-                    return dots[cast(fx.Node, node.args[0])]
                 elif not (self._depends(node, dots) and _has_tensor(values[node])):
                     dots[node] = None
                 elif node.op == "call_module":
                     dots[node] = self._module_tangent(node, values, dots, direction)
                 else:
                     dots[node] = self._function_tangent(node, values, dots)
-        raise RuntimeError("the graph has no output")
+        return dots[self.output]
 
     def _depends(self, node: fx.Node, dots: dict[fx.Node, Any]) -> bool:
         own = node.op == "call_module" and self.own[str(node.target)]
@@ -259,12 +251,7 @@ def _rule(module: nn.Module) -> _Rule | None:
     if type(module) in _ELEMENTWISE:
         derivative = _ELEMENTWISE[type(module)]
         return lambda m, x, y, x_dot, *_: derivative(m, x, y, x_dot)
-    if type(module) is LeakyClamp and type(module.base) in (
-        nn.ReLU6,
-        nn.Hardtanh,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-    ):
+    if type(module) is LeakyClamp and type(module.base) in _SATURATING:
         return _leaky_clamp_tangent
     if is_plain(module, _LINEAR_MODULES):
         return lambda m, x, y, x_dot, *_: m(x_dot)
@@ -286,8 +273,6 @@ def _affine_tangent(
         terms.append(apply(x_dot, cast(Tensor, module.weight), bias if weight is None else None))
     if weight is not None:
         terms.append(apply(x, weight, bias))
-    if not terms:
-        raise RuntimeError("a bias cannot be linearized without its weight or an input tangent")
     return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
 
 

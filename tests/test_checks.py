@@ -8,11 +8,11 @@ from sklearn_lqf import LQFClassifier
 ESTIMATORS = [
     LQFClassifier(),
     LQFClassifier(solver="sgd"),
-    LQFClassifier(head="random"),
+    LQFClassifier(damping=1.0, target_scale=15.0, negative_slope=0.1, tangent_layers="all"),
 ]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=["default", "sgd", "others"])
 def test_every_check_passes(estimator):
     results = check_estimator(estimator, on_skip=None, on_fail=None)
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] not in ("passed", "skipped")}

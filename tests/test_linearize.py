@@ -371,6 +371,39 @@ def test_operations_without_forward_mode_derivative():
     check(randomized(net), VECTORS, rows=True)
 
 
+class Doubled(torch.autograd.Function):
+    """Backward alone is written down."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x)
+        return x**2, y * 1
+
+    @staticmethod
+    def backward(ctx, g, h):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g, h
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_functions_without_forward_mode_derivative(constant):
+    class Function(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            square, _ = Doubled.apply(h, h.detach() if constant else h)
+            return self.last(square)
+
+    class Formula(Function):
+        def forward(self, x):
+            return self.last(self.first(x) ** 2)
+
+    check(randomized(Function()), VECTORS, expected=randomized(Formula()))
+
+
 def test_hooks_that_change_an_output():
     net = randomized(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
     net[0].register_forward_hook(lambda module, args, out: out * 3)

@@ -1,0 +1,448 @@
+"""K-FAC: factors, inverses and exactness against explicit Jacobians."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+from oracle import as_matrix, gauss_newton, jacobian, layer_jacobians
+from torch import Tensor, nn
+
+from sklearn_lqf import kfac
+from sklearn_lqf.kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
+
+F64 = torch.float64
+Linear, Conv2d = partial(nn.Linear, dtype=F64), partial(nn.Conv2d, dtype=F64)
+RIDGE = 0.3
+
+
+@dataclass
+class Case:
+    """A layer with inputs, output gradients and weights of images."""
+
+    layer: nn.Linear | nn.Conv2d
+    inputs: list[Tensor]
+    gradients: list[list[Tensor]]
+    weights: Tensor
+
+    def jacobians(self) -> Tensor:
+        """Explicit Jacobians times roots of the weights, (B, K, G, o, m)."""
+        j = layer_jacobians(self.layer, self.inputs, self.gradients, len(self.weights))
+        return j * self.weights.sqrt().view(-1, 1, 1, 1, 1)
+
+    def empty(self) -> KroneckerBlock:
+        size, *bias = (p.numel() for p in self.layer.parameters())
+        return KroneckerBlock(self.layer, slice(0, size), slice(size, size + bias[0]) if bias else None)
+
+    def feed(self, block: KroneckerBlock) -> KroneckerBlock:
+        with torch.no_grad():
+            block.update(self.inputs, self.gradients, self.weights)
+        return block
+
+    def block(self) -> KroneckerBlock:
+        return self.feed(self.empty())
+
+    def part(self, start: int, stop: int) -> Case:
+        """Some of the images."""
+
+        def rows(x: Tensor) -> Tensor:
+            return torch.cat(x.chunk(len(self.weights))[start:stop])
+
+        gradients = [[rows(g) for g in probe] for probe in self.gradients]
+        return Case(self.layer, [rows(x) for x in self.inputs], gradients, self.weights[start:stop])
+
+
+def make(layer, shape, calls=1, windows=1, images=3, probes=2) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    rand = partial(torch.randn, generator=generator, dtype=F64)
+    for p in layer.parameters():
+        p.data = rand(p.shape)
+    inputs = [rand(images * windows, *shape) for _ in range(calls)]
+    outputs = [layer(x).detach() for x in inputs]
+    gradients = [[rand(o.shape) for o in outputs] for _ in range(probes)]
+    return Case(layer, inputs, gradients, torch.rand(images, generator=generator, dtype=F64) + 0.5)
+
+
+CASES = {
+    "linear": make(Linear(5, 4), (5,)),
+    "linear without bias": make(Linear(5, 4, bias=False), (5,)),
+    "linear on tokens": make(Linear(5, 4), (7, 5)),
+    "linear on a grid": make(Linear(5, 4), (3, 2, 5)),
+    "linear on few tokens": make(Linear(30, 20), (2, 30)),
+    "linear twice": make(Linear(5, 4), (7, 5), calls=2),
+    "linear on windows": make(Linear(5, 4), (3, 5), windows=4),
+    "conv": make(Conv2d(3, 4, 3), (3, 7, 6)),
+    "conv without bias": make(Conv2d(3, 4, 3, bias=False), (3, 6, 6)),
+    "conv strided": make(Conv2d(3, 4, 3, 2, 1), (3, 8, 7)),
+    "conv on few pixels": make(Conv2d(8, 9, 3, 2, 1), (8, 3, 3)),
+    "conv dilated": make(Conv2d(3, 4, 3, 1, 2, dilation=2), (3, 6, 6)),
+    "conv oblong": make(Conv2d(3, 4, (3, 1), (1, 2), (0, 1), (2, 1)), (3, 7, 6)),
+    "conv same": make(Conv2d(3, 4, 3, padding="same"), (3, 6, 6)),
+    "conv valid": make(Conv2d(3, 4, 3, padding="valid"), (3, 6, 6)),
+    "conv reflect": make(Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (3, 5, 6)),
+    "conv circular": make(Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 5, 6)),
+    "conv replicate": make(Conv2d(3, 4, 3, padding=(1, 0), padding_mode="replicate"), (3, 5, 6)),
+    "conv twice": make(Conv2d(3, 4, 3, padding=1), (3, 5, 5), calls=2),
+    "conv on windows": make(Conv2d(3, 4, 3), (3, 5, 5), windows=2),
+    "pixel conv": make(Conv2d(6, 5, 1), (6, 4, 5)),
+    "pixel conv strided": make(Conv2d(6, 5, 1, (2, 1), 1, bias=False), (6, 5, 4)),
+    "two groups": make(Conv2d(6, 8, 3, 2, 1, groups=2), (6, 7, 7)),
+    "two groups of pixels": make(Conv2d(20, 12, 1, groups=2), (20, 3, 3)),
+    "large depthwise": make(Conv2d(3, 3, 9, padding=4, groups=3), (3, 6, 6)),
+}
+EXACT = {
+    "small groups": make(Conv2d(6, 6, 1, groups=3), (6, 4, 4)),
+    "depthwise": make(Conv2d(5, 5, 3, 2, 1, groups=5), (5, 6, 7)),
+    "depthwise without bias": make(Conv2d(5, 5, 3, groups=5, bias=False), (5, 6, 6)),
+    "depthwise dilated": make(Conv2d(5, 5, 3, 1, 2, 2, groups=5), (5, 7, 6)),
+    "depthwise same": make(Conv2d(5, 5, 3, padding="same", groups=5), (5, 6, 6)),
+    "depthwise reflect": make(Conv2d(5, 5, 3, padding=1, padding_mode="reflect", groups=5), (5, 6, 6)),
+    "depth multiplier": make(Conv2d(5, 10, 3, (2, 1), (1, 2), groups=5), (5, 6, 6)),
+    "depthwise twice": make(Conv2d(5, 5, 3, padding=1, groups=5), (5, 4, 4), calls=2),
+    "depthwise on windows": make(Conv2d(5, 10, 3, padding=1, groups=5), (5, 4, 4), windows=3),
+}
+ALL = CASES | EXACT
+FEW = ["linear on tokens", "conv without bias", "two groups", "large depthwise"]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
+    """Equal up to rounding, relative to the largest element."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def close_factors(found: KroneckerBlock, expected: KroneckerBlock) -> None:
+    for name in ("block",) if expected.exact else ("left", "right"):
+        close(getattr(found, name), getattr(expected, name), 1e-12)
+
+
+def applied(block: KroneckerBlock | SmallBlock | HeadBlock | KFAC, size: int) -> Tensor:
+    """The matrix that a factorized block applies; nan where it writes nothing."""
+
+    def apply(v: Tensor) -> Tensor:
+        out = torch.full_like(v, torch.nan)
+        block.apply(v, out)
+        return out
+
+    return as_matrix(block if isinstance(block, KFAC) else apply, size)
+
+
+def flat(blocks: Tensor, o: int, m: int, bias: bool) -> Tensor:
+    """Matrices of groups (G, o m, o m), the bias as last column, as one matrix for weight, then bias."""
+    index = torch.arange(len(blocks) * o * m).view(-1, m)
+    order = torch.cat([index[:, :-1].flatten(), index[:, -1]]) if bias else index.flatten()
+    return torch.block_diag(*blocks)[order][:, order]
+
+
+def kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """Kronecker products of the matrices of each group."""
+    return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
+
+
+def factors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """L (G, o, o), R (G, m, m) and tau (G,) by their definition."""
+    j = case.jacobians()
+    left, right = torch.einsum("bkgom,bkgpm->gop", j, j), torch.einsum("bkgom,bkgon->gmn", j, j)
+    return left, right, j.square().sum((0, 1, 3, 4))
+
+
+def eye(size: int) -> Tensor:
+    return torch.eye(size, dtype=F64)
+
+
+# ------------------------------------------------------------------------------------------------ factors
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_factors_are_partial_traces_of_the_jacobians(name):
+    block, (left, right, tau) = CASES[name].block(), factors(CASES[name])
+    assert not block.exact
+    close(block.left, left)
+    close(block.right, right)
+    assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_small_groups_are_exact(name):
+    block, j = EXACT[name].block(), EXACT[name].jacobians().flatten(3)
+    assert block.exact
+    close(block.block, torch.einsum("bkgx,bkgy->gxy", j, j))
+    assert block.trace == pytest.approx(float(j.square().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("by_gram", [True, False])
+@pytest.mark.parametrize("chunk", [1, 1 << 25])
+@pytest.mark.parametrize("name", ALL)
+def test_paths_and_chunks_agree(name, chunk, by_gram, monkeypatch):
+    expected = ALL[name].block()
+    monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda self, positions, probes: by_gram)
+    monkeypatch.setattr(kfac, "_CHUNK", chunk)
+    close_factors(ALL[name].block(), expected)
+
+
+def test_both_paths_are_taken():
+    block = CASES["linear on few tokens"].empty()
+    assert block._prefers_gram(2, 2)
+    assert not block._prefers_gram(500, 2)
+
+
+@pytest.mark.parametrize("name", ["conv strided", "linear on windows", "depthwise on windows"])
+def test_batches_add_up(name):
+    block = ALL[name].empty()
+    ALL[name].part(0, 1).feed(block)
+    ALL[name].part(1, 3).feed(block)
+    close_factors(block, ALL[name].block())
+
+
+@pytest.mark.parametrize("name", ["conv strided", "two groups", "depthwise"])
+def test_memory_format_does_not_matter(name):
+    case = ALL[name]
+    last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
+    other = replace(
+        case, inputs=[last(x) for x in case.inputs], gradients=[[last(g) for g in p] for p in case.gradients]
+    )
+    close_factors(other.block(), case.block())
+
+
+# ----------------------------------------------------------------------------------------------- inverses
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_inverse_is_dense_inverse(name):
+    case, block = ALL[name], ALL[name].block()
+    if block.exact:
+        dense = block.block.clone()
+    else:
+        left, right, tau = factors(case)
+        dense = kronecker(left / tau.view(-1, 1, 1), right)
+    expected = flat(torch.linalg.inv(dense + RIDGE * eye(dense.shape[1])), block.o, block.m, block.bias is not None)
+    block.factorize(RIDGE, F64)
+    close(applied(block, len(expected)), expected)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_cholesky_is_factored_tikhonov(name, monkeypatch):
+    monkeypatch.setattr(kfac, "_EIGH_MAX", 0)
+    case, block = CASES[name], CASES[name].block()
+    left, right, tau = factors(case)
+    left = left / tau.view(-1, 1, 1)
+    pi = ((tau / block.m) / (1 / block.o)).sqrt().view(-1, 1, 1)  # mean eigenvalue of R over that of L / tau
+    l_inverse = torch.linalg.inv(left + RIDGE**0.5 / pi * eye(block.o))
+    r_inverse = torch.linalg.inv(right + RIDGE**0.5 * pi * eye(block.m))
+    expected = flat(kronecker(l_inverse, r_inverse), block.o, block.m, block.bias is not None)
+    block.factorize(RIDGE, F64)
+    found = applied(block, len(expected))
+    close(found, expected)
+    assert float(torch.linalg.eigvalsh(found).min()) > 0
+
+
+@pytest.mark.parametrize("eigh_max", [0, 100])
+@pytest.mark.parametrize("dense_max", [3, 6, 8])  # both factors, the left one or the right one is a diagonal
+@pytest.mark.parametrize("name", ["linear on tokens", "two groups", "linear wide"])
+def test_large_factors_become_diagonals(name, dense_max, eigh_max, monkeypatch):
+    monkeypatch.setattr(kfac, "_DENSE_MAX", dense_max)
+    monkeypatch.setattr(kfac, "_EIGH_MAX", eigh_max)
+    case = make(Linear(3, 7), (5, 3)) if name == "linear wide" else CASES[name]
+    block, (left, right, tau) = case.block(), factors(case)
+    if block.o > dense_max:
+        left = torch.diag_embed(left.diagonal(dim1=1, dim2=2))
+        close(block.left, left.diagonal(dim1=1, dim2=2))
+    if block.m > dense_max:
+        right = torch.diag_embed(right.diagonal(dim1=1, dim2=2))
+        close(block.right, right.diagonal(dim1=1, dim2=2))
+    assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
+    left = left / tau.view(-1, 1, 1)
+    if max([n for n in (block.o, block.m) if n <= dense_max], default=0) > eigh_max:
+        pi = (tau / block.m * block.o).sqrt().view(-1, 1, 1)
+        l_inverse = torch.linalg.inv(left + RIDGE**0.5 / pi * eye(block.o))
+        dense = kronecker(l_inverse, torch.linalg.inv(right + RIDGE**0.5 * pi * eye(block.m)))
+    else:
+        dense = torch.linalg.inv(kronecker(left, right) + RIDGE * eye(block.o * block.m))
+    expected = flat(dense, block.o, block.m, block.bias is not None)
+    block.factorize(RIDGE, F64)
+    close(applied(block, len(expected)), expected)
+
+
+@pytest.mark.parametrize("by_gram", [True, False])
+def test_diagonals_agree_on_both_paths(by_gram, monkeypatch):
+    expected = CASES["two groups"].block()
+    monkeypatch.setattr(kfac, "_DENSE_MAX", 0)
+    monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda self, positions, probes: by_gram)
+    block = CASES["two groups"].block()
+    close(block.left, expected.left.diagonal(dim1=1, dim2=2))
+    close(block.right, expected.right.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, {"_DENSE_MAX": 0}])
+@pytest.mark.parametrize("name", ["conv", "two groups", "depthwise"])
+def test_dead_layer_is_damped_alone(name, limit, monkeypatch):
+    for constant, value in limit.items():
+        monkeypatch.setattr(kfac, constant, value)
+    case = ALL[name]
+    block = replace(case, gradients=[[torch.zeros_like(g) for g in p] for p in case.gradients]).block()
+    assert block.trace == 0.0
+    block.factorize(RIDGE, F64)
+    size = sum(p.numel() for p in case.layer.parameters())
+    close(applied(block, size), eye(size) / RIDGE)
+
+
+@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}])
+@pytest.mark.parametrize("name", ["linear", "linear on few tokens", "depthwise"])
+def test_ridge_below_rounding_errors_leaves_inverse_positive(name, limit, monkeypatch):
+    for constant, value in limit.items():
+        monkeypatch.setattr(kfac, constant, value)
+    case = ALL[name].part(0, 1)  # one image: the factors are singular
+    block = case.block()
+    block.factorize(1e-40, F64)
+    size = sum(p.numel() for p in case.layer.parameters())
+    for v in torch.randn(5, size, dtype=F64, generator=torch.Generator().manual_seed(0)):
+        out = torch.empty_like(v)
+        block.apply(v, out)
+        assert 0 < float(v @ out) < float("inf")
+
+
+def test_float32_factors_are_close_to_float64():
+    case = CASES["conv strided"]
+    layer = Conv2d(3, 4, 3, 2, 1).float()
+    single = Case(
+        layer, [x.float() for x in case.inputs], [[g.float() for g in p] for p in case.gradients], case.weights.float()
+    ).block()
+    assert single.left.dtype == torch.float64
+    close(single.right, case.block().right, 1e-6)
+    single.factorize(RIDGE, torch.float32)
+    out = torch.empty(112)
+    single.apply(torch.ones(112), out)
+    assert bool(out.isfinite().all())
+
+
+# ---------------------------------------------------------------------------------- where K-FAC is exact
+
+
+def body_block(net: nn.Sequential, index: int, x: Tensor, weights: Tensor) -> tuple[KroneckerBlock, Tensor]:
+    """The block of one layer of a sequential network, all outputs as probes, and the Gauss-Newton block."""
+    values = [x]
+    for module in net:
+        values.append(module(values[-1]))
+    layer, inputs, out = net[index], values[index].detach(), values[index + 1]
+    outputs = values[-1].flatten(1)
+    gradients = [[torch.autograd.grad(outputs[:, c].sum(), out, retain_graph=True)[0]] for c in range(outputs.shape[1])]
+    sizes = [p.numel() for p in layer.parameters()]
+    block = KroneckerBlock(layer, slice(0, sizes[0]), slice(sizes[0], sum(sizes)))
+    with torch.no_grad():
+        block.update([inputs], gradients, weights)
+    features = nn.Sequential(*net, nn.Flatten())
+    identity, zero = eye(outputs.shape[1]), torch.zeros(outputs.shape[1], dtype=F64)
+    names = [f"{index}.weight", f"{index}.bias"]
+    j = jacobian(features, names, identity, zero, x)[..., : sum(sizes)]
+    return block, gauss_newton(j, weights)
+
+
+def assert_exact(block: KroneckerBlock, gauss_newton_block: Tensor) -> None:
+    block.factorize(RIDGE, F64)
+    size = len(gauss_newton_block)
+    close(applied(block, size), torch.linalg.inv(gauss_newton_block + RIDGE * eye(size)), 1e-9)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_exact_in_deep_linear_network(index):
+    net = nn.Sequential(Linear(4, 6), Linear(6, 5), Linear(5, 3))
+    assert_exact(*body_block(net, index, rand(7, 4), torch.rand(7, dtype=F64) + 0.5))
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_exact_for_one_datum(index):
+    net = nn.Sequential(Linear(4, 6), nn.Tanh(), Linear(6, 3))
+    assert_exact(*body_block(net, index, rand(1, 4), torch.full((1,), 2.0, dtype=F64)))
+
+
+def test_exact_for_convolution_to_one_pixel_with_gradients_that_do_not_depend_on_data():
+    net = nn.Sequential(Conv2d(2, 4, 3), nn.Flatten(), Linear(4, 3))
+    assert_exact(*body_block(net, 0, rand(6, 2, 3, 3), torch.ones(6, dtype=F64)))
+
+
+def test_depthwise_is_exact_for_each_group():
+    net = nn.Sequential(Conv2d(3, 6, 3, padding=1, groups=3), nn.Tanh(), nn.Flatten(), Linear(96, 4))
+    block, dense = body_block(net, 0, rand(5, 3, 4, 4), torch.ones(5, dtype=F64))
+    group = torch.cat([torch.arange(6).repeat_interleave(9), torch.arange(6)]) // 2
+    assert_exact(block, dense * (group[:, None] == group))
+
+
+# -------------------------------------------------------------------------------------------- other blocks
+
+
+@pytest.mark.parametrize("dense_max", [0, 512])
+def test_small_block(dense_max):
+    shapes, n, k = [(2, 3), (), (4,)], 5, 3  # a matrix, a scalar and a vector
+    jacobians = [rand(n, k, *shape) for shape in shapes]
+    weights = torch.rand(n, dtype=F64) + 0.5
+    slices = [slice(4, 10), slice(12, 13), slice(0, 4)]
+    block = SmallBlock(slices, torch.device("cpu"), dense_max)
+    block.update([j[:2] for j in jacobians], weights[:2])
+    block.update([j[2:] for j in jacobians], weights[2:])
+    dense = gauss_newton(torch.cat([j.reshape(n, k, -1) for j in jacobians], 2), weights)
+    dense = dense if dense_max else torch.diag(dense.diagonal())
+    assert block.trace == pytest.approx(float(dense.trace()), rel=1e-12)
+    block.factorize(RIDGE, F64)
+    own = [*range(4, 10), 12, *range(4)]
+    found = applied(block, 13)[own][:, own]
+    close(found, torch.linalg.inv(dense + RIDGE * eye(11)))
+
+
+def test_head_block_is_exact():
+    x, weights, n_outputs = rand(9, 4), torch.rand(9, dtype=F64) + 0.5, 3
+    w, b = rand(n_outputs, 4), torch.zeros(n_outputs, dtype=F64)
+    dense = gauss_newton(jacobian(nn.Identity(), [], w, b, x), weights)
+    block = HeadBlock(n_outputs, 4, slice(0, 12), slice(12, 15), torch.device("cpu"))
+    block.update(x[:5], weights[:5])
+    block.update(x[5:], weights[5:])
+    assert block.trace == pytest.approx(float(dense.trace()), rel=1e-12)
+    block.factorize(RIDGE, F64)
+    close(applied(block, 15), torch.linalg.inv(dense + RIDGE * eye(15)))
+
+
+# ------------------------------------------------------------------------------------------ all of them
+
+
+def preconditioner() -> tuple[KFAC, int]:
+    """A layer in slices 0..24, a small block in 24..30 and a head in 30..45."""
+    layer = CASES["linear"].block()
+    small = SmallBlock([slice(24, 28), slice(28, 30)], torch.device("cpu"))
+    small.update([rand(3, 2, 4), rand(3, 2, 2)], torch.ones(3, dtype=F64))
+    head = HeadBlock(3, 4, slice(30, 42), slice(42, 45), torch.device("cpu"))
+    head.update(rand(6, 4), torch.ones(6, dtype=F64))
+    return KFAC([layer, small, head]), 45
+
+
+@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, {"_DENSE_MAX": 4}])
+def test_preconditioner_is_symmetric_positive_definite_and_owns_every_parameter_once(limit, monkeypatch):
+    for constant, value in limit.items():
+        monkeypatch.setattr(kfac, constant, value)
+    operator, size = preconditioner()
+    trace = sum(block.trace for block in operator.blocks)
+    assert operator.trace == pytest.approx(trace)
+    assert operator.factorize(RIDGE, F64) is operator
+    found = applied(operator, size)
+    close(found, found.T, 1e-13)
+    assert float(torch.linalg.eigvalsh(found).min()) > 0
+    covered = torch.zeros(size)
+    for block in operator.blocks:
+        covered += applied(block, size).isfinite().all(1)
+    assert bool((covered == 1).all())
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
+def test_damping_must_be_positive_and_finite(ridge):
+    with pytest.raises(ValueError, match="damping"):
+        preconditioner()[0].factorize(ridge, F64)
+
+
+def test_curvature_that_is_not_finite_is_refused():
+    operator, _ = preconditioner()
+    operator.blocks[2].update(torch.full((1, 4), torch.inf, dtype=F64), torch.ones(1, dtype=F64))
+    with pytest.raises(ValueError, match="finite"):
+        operator.factorize(RIDGE, F64)
