@@ -51,14 +51,16 @@ class KroneckerBlock:
         self.m = layer.weight[0].numel() + (bias is not None)
         self.exact = self.o * self.m <= _EXACT_MAX and self.groups > 1
         if self.exact:
-            self.block = self._zeros(self.o * self.m)
+            self.block = self._zeros(self.o * self.m, self.o * self.m)
         else:
-            self.left, self.right = self._zeros(self.o), self._zeros(self.m)
+            self.left, self.right = self._factor(self.o), self._factor(self.m)
 
-    def _zeros(self, size: int) -> Tensor:
+    def _factor(self, size: int) -> Tensor:
         """A matrix (G, size, size), or its diagonal (G, size) when it is too large."""
-        shape = (self.groups, size) if size > _DENSE_MAX else (self.groups, size, size)
-        return torch.zeros(shape, dtype=torch.float64, device=self.layer.weight.device)
+        return self._zeros(size) if size > _DENSE_MAX else self._zeros(size, size)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(self.groups, *shape, dtype=torch.float64, device=self.layer.weight.device)
 
     def update(self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> None:
         """Add one batch.
@@ -166,7 +168,7 @@ class KroneckerBlock:
     @property
     def trace(self) -> float:
         """tau: trace of the block of the Gauss-Newton matrix (exact, whatever the factors)."""
-        return float(_trace(self.block if self.exact else self.left).sum())
+        return float(_traces(self.block if self.exact else self.left).sum())
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
@@ -338,6 +340,11 @@ def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def _traces(factor: Tensor) -> Tensor:
+    """Traces (G,) of matrices (G, n, n), or of diagonals (G, n)."""
+    return factor.sum(1) if factor.ndim == 2 else _trace(factor)
+
+
 def _contract(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
     """Sum over images and positions of x' y for (B, G, T, p) and (B, G, T, q), in float64.
 
@@ -357,7 +364,7 @@ def _dense_solve(block: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[T
 
 def _kronecker_solve(left: Tensor, right: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m); factors are (G, n, n) or diagonals (G, n)."""
-    tau = left.sum(1) if left.ndim == 2 else _trace(left)  # (G,)
+    tau = _traces(left)
     norm = torch.where(tau > 0, tau, 1.0)  # zero where a layer is dead: the inverse is 1 / ridge there
     left = left / norm.view(-1, *[1] * (left.ndim - 1))
     o, m = left.shape[1], right.shape[1]

@@ -193,7 +193,8 @@ class LinearizedNetwork:
             features = functional_call(self.module, parameters, tuple(r.unsqueeze(0) for r in row))
             return torch.nn.functional.linear(features, self.weight, self.bias).squeeze(0)
 
-        with plain_attention(), warnings.catch_warnings():
+        # Gradients inside jacrev do not depend on the outer no_grad, which keeps the result free of a graph.
+        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # nobody can act on it
             return vmap(jacrev(outputs), in_dims=(None, *(0 for _ in inputs)))(chosen, *inputs)
 

@@ -148,14 +148,16 @@ def sgd(
         nonlocal step
         order = torch.randperm(n_batches, generator=generator).tolist()
         velocity = precondition(residual)  # at the anchor every batch has the full gradient
-        moved = step * velocity
+        first = moved = step * velocity
         for k in order[1:]:
             velocity = _MOMENTUM * velocity + precondition(residual - batch_matvec(k, moved))
             moved = moved + step * velocity
-        if 0 < _dot(residual, moved) < math.inf:
+        # A gradient that never shrinks moves this far; more is the growth of too long a step.
+        longest = n_batches / (1 - _MOMENTUM) * _dot(first, first) ** 0.5
+        if _dot(residual, moved) > 0 and _dot(moved, moved) ** 0.5 <= longest:
             return moved
-        step /= 2  # the batches differ too much for this step: this epoch descends by the full gradient
-        return precondition(residual)
+        step /= 2
+        return first
 
     return _conjugate_directions(matvec, b, epoch, tol, max_iter, callback)
 

@@ -7,6 +7,7 @@ torch.func for networks that do not trace. Both share one primal evaluation betw
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -50,6 +51,17 @@ _LINEAR_METHODS = {
     "view", "reshape", "flatten", "permute", "transpose", "contiguous", "mean", "sum", "chunk", "squeeze",
     "unsqueeze", "expand", "unflatten", "unbind",
 }  # fmt: skip
+
+
+def _load_formulas() -> None:
+    """Make torch compile its forward-mode formulas, which warns at first use of its own torch.jit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with fwAD.dual_level():
+            fwAD.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+_load_formulas()
 
 
 def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor | None]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +17,9 @@ from sklearn_lqf.kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 F64 = torch.float64
 Linear, Conv2d = partial(nn.Linear, dtype=F64), partial(nn.Conv2d, dtype=F64)
 RIDGE = 0.3
+
+# torch says that asymmetric padding takes a copy.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 
 @dataclass
@@ -60,7 +64,9 @@ def make(layer, shape, calls=1, windows=1, images=3, probes=2) -> Case:
     for p in layer.parameters():
         p.data = rand(p.shape)
     inputs = [rand(images * windows, *shape) for _ in range(calls)]
-    outputs = [layer(x).detach() for x in inputs]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same'")
+        outputs = [layer(x).detach() for x in inputs]
     gradients = [[rand(o.shape) for o in outputs] for _ in range(probes)]
     return Case(layer, inputs, gradients, torch.rand(images, generator=generator, dtype=F64) + 0.5)
 
@@ -80,6 +86,7 @@ CASES = {
     "conv dilated": make(Conv2d(3, 4, 3, 1, 2, dilation=2), (3, 6, 6)),
     "conv oblong": make(Conv2d(3, 4, (3, 1), (1, 2), (0, 1), (2, 1)), (3, 7, 6)),
     "conv same": make(Conv2d(3, 4, 3, padding="same"), (3, 6, 6)),
+    "conv same, even kernel": make(Conv2d(3, 4, (4, 2), padding="same"), (3, 6, 6)),
     "conv valid": make(Conv2d(3, 4, 3, padding="valid"), (3, 6, 6)),
     "conv reflect": make(Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (3, 5, 6)),
     "conv circular": make(Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 5, 6)),
@@ -98,6 +105,7 @@ EXACT = {
     "depthwise without bias": make(Conv2d(5, 5, 3, groups=5, bias=False), (5, 6, 6)),
     "depthwise dilated": make(Conv2d(5, 5, 3, 1, 2, 2, groups=5), (5, 7, 6)),
     "depthwise same": make(Conv2d(5, 5, 3, padding="same", groups=5), (5, 6, 6)),
+    "depthwise same, even kernel": make(Conv2d(5, 5, 2, padding="same", groups=5), (5, 6, 6)),
     "depthwise reflect": make(Conv2d(5, 5, 3, padding=1, padding_mode="reflect", groups=5), (5, 6, 6)),
     "depth multiplier": make(Conv2d(5, 10, 3, (2, 1), (1, 2), groups=5), (5, 6, 6)),
     "depthwise twice": make(Conv2d(5, 5, 3, padding=1, groups=5), (5, 4, 4), calls=2),

@@ -667,6 +667,7 @@ def test_sample_jacobians(tangent_layers):
     oracle = Oracle(net, IMAGES, network)
     expected = jacrev(oracle)(oracle.parameters)
     for name in names:
+        assert not found[name].requires_grad
         assert_close(found[name], expected[name])
 
 
@@ -747,6 +748,7 @@ def test_sample_jacobians_of_a_network_that_does_not_trace(untraced):
     oracle = Oracle(net, VECTORS.clone(), network)
     expected = jacrev(lambda p: oracle(p, VECTORS.clone()))(oracle.parameters)
     for name in ("norm.weight", "second.bias"):
+        assert not found[name].requires_grad
         assert_close(found[name], expected[name])
 
 
