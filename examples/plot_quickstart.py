@@ -8,12 +8,12 @@ in a Pipeline, in a grid search over its L2 penalty, and in a pickle.
 """
 
 import pickle
-import tempfile
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -32,7 +32,7 @@ test = np.setdiff1d(np.arange(len(y)), train)
 
 # %%
 # Fit, and the same features in a linear probe.
-clf = LQFClassifier(backbone="efficientnet_lite0", image_shape=(8, 8), image_size=96)
+clf = LQFClassifier(backbone="efficientnet_lite0", image_shape=(8, 8), image_size=64)
 start = time.perf_counter()
 clf.fit(X[train], y[train])
 seconds = time.perf_counter() - start
@@ -47,7 +47,7 @@ print(
 
 # %%
 # In a Pipeline: whatever ends in pixels may come before it.
-pipeline = make_pipeline(FunctionTransformer(lambda rows: 255 - rows), clf)
+pipeline = make_pipeline(FunctionTransformer(lambda rows: 255 - rows), clone(clf))
 few, some = train[::2], test[:200]
 print(f"Pipeline (inverted) accuracy {pipeline.fit(X[few], y[few]).score(X[some], y[some]):.3f}   10 images a digit")
 
@@ -59,8 +59,8 @@ print(f"GridSearchCV        accuracy {search.best_score_:.3f}   cross-validated,
 
 # %%
 # Through a pickle: equal predictions, bit by bit.
-clone = pickle.loads(pickle.dumps(clf))
-assert np.array_equal(clone.predict_proba(X[some]), clf.predict_proba(X[some]))
+twin = pickle.loads(pickle.dumps(clf))
+assert np.array_equal(twin.predict_proba(X[some]), clf.predict_proba(X[some]))
 print("pickle              equal predictions")
 
 # %%
@@ -83,7 +83,8 @@ ax.axhline(clf.tol, color="tab:gray", linestyle="--", label="tol")
 ax.set(xlabel="iteration", ylabel="relative gradient")
 ax.legend()
 right.suptitle("K-FAC preconditioned conjugate gradients")
-path = Path(tempfile.gettempdir()) / "sklearn_lqf_quickstart.png"
+path = Path(__file__).parent / "output" / "quickstart.png"
+path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
 print(f"figure              {path}")
 

@@ -125,9 +125,7 @@ class ImageInputs:
         if not _is_positive_int(in_channels):
             raise ValueError(f"in_channels must be a positive int, got {in_channels!r}.")
         if interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise ValueError(
-                f"interpolation must be 'nearest', 'bilinear' or 'bicubic', got {interpolation!r}."
-            )
+            raise ValueError(f"interpolation must be 'nearest', 'bilinear' or 'bicubic', got {interpolation!r}.")
         self._target = _checked_size(image_size)
         self._in_channels = int(in_channels)
         self._interpolation = InterpolationMode(interpolation)
@@ -242,9 +240,7 @@ class _Stack:
         """Check the shape of X against `image_shape` and return that of one image as given."""
         shape = tuple(int(length) for length in self._table.shape)
         if shape and shape[0] == 0:
-            raise ValueError(
-                f"Found array with 0 sample(s) (shape={shape}) while a minimum of 1 is required."
-            )
+            raise ValueError(f"Found array with 0 sample(s) (shape={shape}) while a minimum of 1 is required.")
         if len(shape) not in (2, 3, 4):
             raise ValueError(
                 "Expected images of shape (n, H, W), (n, H, W, C) or (n, n_features), or a sequence of "
@@ -252,9 +248,7 @@ class _Stack:
                 f"and dtype {self._table.dtype}. Put a single image into a list."
             )
         if 0 in shape:
-            raise ValueError(
-                f"Found array with 0 feature(s) (shape={shape}) while a minimum of 1 is required."
-            )
+            raise ValueError(f"Found array with 0 feature(s) (shape={shape}) while a minimum of 1 is required.")
         if len(shape) > 2:
             axis = self._channel_axis
             if given is not None and _channels_last(given, axis) != _channels_last(shape[1:], axis):
@@ -353,9 +347,7 @@ class _Elements:
                 return self._decode_pil(image)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name} does not exist.") from error
-        except (
-            Exception
-        ) as error:  # decoders raise OSError, SyntaxError, struct.error and more on broken files
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on broken files
             raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
     def _decode_pil(self, image: Image.Image) -> np.ndarray:
@@ -366,9 +358,7 @@ class _Elements:
             )
         if image.mode == "F" or image.mode.startswith("I"):
             # PIL would clip the values to 0..255, which turns 16-bit images white.
-            raise ValueError(
-                f"mode {image.mode!r} has more than 8 bits a channel: pass an array of floats in 0..1"
-            )
+            raise ValueError(f"mode {image.mode!r} has more than 8 bits a channel: pass an array of floats in 0..1")
         image = ImageOps.exif_transpose(image)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colors, without PIL's warning about such palettes
@@ -513,9 +503,7 @@ def _checked_shape(image_shape: Sequence[int] | None) -> tuple[int, ...] | None:
         return None
     shape = _positive_ints(image_shape)
     if len(shape) not in (2, 3):
-        raise ValueError(
-            f"image_shape must be 2 or 3 positive ints, (H, W) or with channels, got {image_shape!r}."
-        )
+        raise ValueError(f"image_shape must be 2 or 3 positive ints, (H, W) or with channels, got {image_shape!r}.")
     return shape
 
 
@@ -525,9 +513,7 @@ def _checked_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | N
         return None
     size = _positive_ints((image_size, image_size) if isinstance(image_size, Integral) else image_size)
     if len(size) != 2:
-        raise ValueError(
-            f"image_size must be a positive int, a pair (H, W) of them, or None, got {image_size!r}."
-        )
+        raise ValueError(f"image_size must be a positive int, a pair (H, W) of them, or None, got {image_size!r}.")
     return size[0], size[1]
 
 

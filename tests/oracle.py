@@ -20,7 +20,7 @@ def jacobian(features: nn.Module, names: Sequence[str], weight: Tensor, bias: Te
     rows = []
     for row in x:
         body, w, b = jacrev(outputs, argnums=(0, 1, 2))({n: parameters[n] for n in names}, weight, bias, row)
-        rows.append(torch.cat([j.flatten(1) for j in (*(body[n] for n in names), w, b)], 1))
+        rows.append(torch.cat([j.reshape(len(bias), -1) for j in (*(body[n] for n in names), w, b)], 1))
     return torch.stack(rows)
 
 

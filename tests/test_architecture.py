@@ -77,9 +77,7 @@ def _tree(module: str) -> ast.Module:
 def _text_files() -> list[Path]:
     folders = [path for name in SCANNED for path in (ROOT / name).rglob("*") if path.is_file()]
     files = [ROOT / name for name in SCANNED_FILES if (ROOT / name).exists()]
-    return sorted(
-        p for p in [*folders, *files] if "__pycache__" not in p.parts and b"\0" not in p.read_bytes()
-    )
+    return sorted(p for p in [*folders, *files] if "__pycache__" not in p.parts and b"\0" not in p.read_bytes())
 
 
 def test_package_is_flat():

@@ -470,9 +470,7 @@ def test_files_for_other_than_1_or_3_channels(color, tmp_path):
 # Values
 
 
-@pytest.mark.parametrize(
-    "dtype", ["int8", "int64", "uint16", "bool", "complex64", "longdouble", "object", "str"]
-)
+@pytest.mark.parametrize("dtype", ["int8", "int64", "uint16", "bool", "complex64", "longdouble", "object", "str"])
 def test_other_dtypes(gray, dtype):
     X = gray.astype(dtype)
     message = r"X has dtype .*cast to uint8 \(0\.\.255\) or scale floats to 0\.\.1"
@@ -573,9 +571,7 @@ def test_wrong_ndim(shape):
         ImageInputs(np.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "X", ["a.png", Path("a.png"), Image.new("RGB", (4, 4)), 3, None, sparse.eye(4).tocsr()]
-)
+@pytest.mark.parametrize("X", ["a.png", Path("a.png"), Image.new("RGB", (4, 4)), 3, None, sparse.eye(4).tocsr()])
 def test_what_is_no_collection_of_images(X):
     assert not is_image_input(X)
     with pytest.raises(ValueError, match=r"Expected images as an array or as a sequence .* got "):
