@@ -60,7 +60,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         The head at which the network is linearized. ``"ridge"``: the ridge regression on the features whose
         penalty minimizes the leave-one-out error; the quadratic is then fitted to its leave-one-out residuals,
         and corrects its predictions. ``"random"``: rows drawn from N(0, 1/D), which see no label.
-    alpha : float, default=0.01
+    alpha : float, default=1.0
         L2 penalty on the change of weights, relative to the mean squared norm of the Jacobian of one output of
         one training image, so that one grid serves every backbone and any number of images: the ratio of the
         variance of label noise to the prior variance of an output. The absolute value is ``alpha_``.
@@ -74,9 +74,9 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     center : bool or "auto", default="auto"
         Whether the network's own output at the pre-trained weights is removed from the model, and the mean
         target takes its place. ``"auto"``: for a random head, whose output is noise, but not for a ridge head.
-    damping : float, default=10.0
-        Added to the curvature in the preconditioner, in units of ``alpha_``, against the error of its
-        approximation. It changes the path of the solver, not the solution.
+    damping : float, default=0.1
+        Added to ``alpha`` in the preconditioner, in the same units, against the error of its approximation. It
+        changes the path of the solver, not the solution.
     solver : {"pcg", "sgd"}, default="pcg"
         ``"pcg"``: K-FAC preconditioned conjugate gradients over all images. ``"sgd"``: the paper's K-FAC
         preconditioned stochastic gradient descent with momentum; both go to the same optimum.
@@ -175,11 +175,11 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         weights: Any = "auto",
         tangent_layers: Any = 2,
         head: str = "ridge",
-        alpha: float = 0.01,
+        alpha: float = 1.0,
         negative_slope: float = 0.0,
         target_scale: float = 1.0,
         center: bool | str = "auto",
-        damping: float = 10.0,
+        damping: float = 0.1,
         solver: str = "pcg",
         max_iter: int = 200,
         tol: float = 1e-2,
@@ -351,9 +351,9 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         residual = (t - offset).reshape(-1, t.shape[1]).to(model.dtype)
         weights = (s / views).repeat(views).to(model.dtype)
         kfac = build_kfac(network, batches, weights, _probes(*residual.shape).to(residual))
-        alpha = float(self.alpha) * kfac.trace / (t.shape[1] * float(s.sum()))
-        kfac.factorize(alpha * (1 + float(self.damping)), model.dtype)
-        return Quadratic(network, batches, residual, weights, alpha), kfac
+        unit = kfac.trace / (t.shape[1] * float(s.sum()))  # mean squared norm of one row of the Jacobian
+        kfac.factorize(unit * (float(self.alpha) + float(self.damping)), model.dtype)
+        return Quadratic(network, batches, residual, weights, unit * float(self.alpha)), kfac
 
     def _solve(self, quadratic: Quadratic, preconditioner: Any, progress: Progress) -> SolverResult:
         def report(number: int, residual: float, x: Tensor) -> bool:

@@ -23,7 +23,8 @@ _REFRESH = 20  # iterations after which the recursive residual is replaced by th
 _DRIFT = 1 / 3  # part of the true residual from which on it is put down to rounding
 _DRIFTS = 3  # replacements dominated by rounding after which a solver gives up
 _MOMENTUM = 0.9  # of the paper's optimizer: Achille et al. 2021, section 4
-_POWER_STEPS = 3  # of the power method; the step only has to be right within a factor of about 3
+_STEP = 0.25  # over the largest eigenvalue of the batches: Johnson & Zhang 2013, theorem 1
+_POWER_STEPS = 3  # of the power method: the step only has to be right within a factor of about 3
 _DOT_CHUNK = 1 << 18  # elements of a product converted to float64 at once: they stay in the cache
 
 
@@ -95,7 +96,8 @@ def pcg(
 
     References
     ----------
-    Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1.
+    Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1; with the
+    products that make it flexible: Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput. 2000.
     """
     return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback)
 
@@ -119,6 +121,9 @@ def sgd(
     epoch's displacement is made orthogonal to the one before and scaled to the minimum of the quadratic along
     it. This costs nothing beside the full gradient that the next epoch needs, and cannot diverge.
 
+    The order of the batches is drawn once: an epoch is then one linear map of the residual, whose
+    displacements lose less of their orthogonality to those before the last.
+
     Parameters
     ----------
     matvec : callable
@@ -129,7 +134,7 @@ def sgd(
     b, precondition, tol, max_iter, callback
         As in `pcg`; ``max_iter`` counts epochs.
     generator : torch.Generator
-        On the CPU; draws the order of the batches.
+        On the CPU; draws the order of the batches, once.
 
     Returns
     -------
@@ -142,11 +147,11 @@ def sgd(
     2000.
     """
     largest = max(_largest_eigenvalue(batch_matvec, k, precondition, b) for k in range(n_batches))
-    step = (1 - _MOMENTUM) / largest if largest > 0 else 1.0
+    step = _STEP * (1 - _MOMENTUM) / largest if largest > 0 else 1.0
+    order = torch.randperm(n_batches, generator=generator).tolist()
 
     def epoch(residual: Tensor) -> Tensor:
         nonlocal step
-        order = torch.randperm(n_batches, generator=generator).tolist()
         velocity = precondition(residual)  # at the anchor every batch has the full gradient
         first = moved = step * velocity
         for k in order[1:]:

@@ -8,7 +8,7 @@ from sklearn_lqf import LQFClassifier
 ESTIMATORS = [
     LQFClassifier(),
     LQFClassifier(solver="sgd"),
-    LQFClassifier(damping=1.0, target_scale=15.0, negative_slope=0.1, tangent_layers="all"),
+    LQFClassifier(damping=0.0, target_scale=15.0, negative_slope=0.1, tangent_layers="all"),
 ]
 
 
