@@ -88,7 +88,8 @@ def pcg(
         Stop when |b - H x| <= tol |b|, confirmed on the recomputed residual.
     max_iter : int
     callback : callable
-        Called after each iteration with its number, the relative residual and x; true stops.
+        Called after each iteration with its number, the relative residual and x, which the next iteration
+        overwrites; true stops.
 
     Returns
     -------

@@ -190,6 +190,11 @@ def test_values_that_are_not_finite(solver, value):
     assert solver(identity, b, identity, 1e-6, 10).status is Status.NOT_FINITE
 
 
+def test_true_residual_that_is_not_finite():
+    products = iter([1.0, float("nan")])  # the second one confirms convergence
+    assert pcg(lambda v: v * next(products), rand(6), identity, 1e-6, 10).status is Status.NOT_FINITE
+
+
 @both
 def test_operator_that_is_not_positive_makes_no_step(solver):
     result = solver(lambda v: -v, rand(6, seed=1), identity, 1e-6, 10)
