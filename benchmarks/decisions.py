@@ -1,6 +1,6 @@
 """Measurements behind defaults: directions of K-FAC, damping, leaky activations.
 
-TrashNet, EfficientNet-Lite0, 128 px, one split. Convergence is that of the default solver on 20 images of each class;
+TrashNet, EfficientNet-Lite0, 128 px, one split. Convergence is that of the default solver on 10 images of each class;
 the slope is judged by a ridge linear probe with its penalty by leave-one-out.
 
     python benchmarks/decisions.py --data-dir FOLDER        (FOLDER/trashnet/CLASS/*.jpg)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decisions.json")
     args = parser.parse_args()
     X, y = read_folder(args.data_dir / "trashnet")
-    train, _ = split(y, 20, 0)
+    train, _ = split(y, 10, 0)
     runs = [convergence(X[train], y[train], exact=True), convergence(X[train], y[train])]
     runs += [convergence(X[train], y[train], damping=d) for d in (0.0, 0.1, 10.0)]
     for run in runs:
