@@ -46,7 +46,7 @@ def main() -> None:
     X, y = read_folder(args.data_dir / "trashnet")
     train, _ = split(y, 10, 0)
     runs = [convergence(X[train], y[train], exact=True), convergence(X[train], y[train])]
-    runs += [convergence(X[train], y[train], damping=d) for d in (0.0, 0.1, 10.0)]
+    runs += [convergence(X[train], y[train], damping=d) for d in (0.0, 1.0, 10.0)]
     for run in runs:
         gradients = run["relative_gradients"]
         print(

@@ -74,7 +74,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     center : bool or "auto", default="auto"
         Whether the network's own output at the pre-trained weights is removed from the model, and the mean
         target takes its place. ``"auto"``: for a random head, whose output is noise, but not for a ridge head.
-    damping : float, default=1.0
+    damping : float, default=0.1
         Added to ``alpha`` in the preconditioner, in the same units, against the error of its approximation. It
         changes the path of the solver, not the solution.
     solver : {"pcg", "sgd"}, default="pcg"
@@ -179,7 +179,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         negative_slope: float = 0.0,
         target_scale: float = 1.0,
         center: bool | str = "auto",
-        damping: float = 1.0,
+        damping: float = 0.1,
         solver: str = "pcg",
         max_iter: int = 200,
         tol: float = 1e-2,
