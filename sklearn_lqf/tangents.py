@@ -305,8 +305,9 @@ class GeneralTail:
         """Features (B, D); the inputs and the evaluations of every layer are kept."""
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-        def see(name: str, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
+        def see(name: str, args: tuple, kwargs: dict[str, Any], out: Tensor) -> Tensor:
             calls.setdefault(name, []).append((args[0] if args else kwargs["input"], out))
+            return out.clone()  # what follows may change it in place
 
         hooks = [
             m.register_forward_hook(
