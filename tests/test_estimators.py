@@ -177,7 +177,8 @@ def test_class_weight_is_a_sample_weight():
 def test_views_and_negative_slope_and_heads():
     for parameters in (
         {"views": ("identity", "flip")}, {"negative_slope": 0.1}, {"head": "random", "random_state": 0},
-        {"head": "random", "center": False, "target_scale": 15.0, "random_state": 0}, {"center": True}, {"damping": 0.0},
+        {"head": "random", "center": False, "target_scale": 15.0, "random_state": 0},
+        {"center": True}, {"damping": 0.0},
         {"tangent_layers": "head"}, {"tangent_layers": "all"}, {"tangent_layers": ["block2"]},
     ):  # fmt: skip
         clf = classifier(tol=1e-3, **parameters).fit(X, Y)
