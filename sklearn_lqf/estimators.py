@@ -300,9 +300,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self, model: LinearModel, rows: Any, keep: np.ndarray, progress: Progress
     ) -> list[tuple[Tensor, ...]]:
         """Activations of every view of every kept row, in batches: all rows of the first view, then the next."""
-        views = [self.views] if isinstance(self.views, str) else list(self.views)
         found = []
-        for view in views:
+        for view in self._view_names():
             images = _batches(rows, self.batch_size, keep)
             for x in progress.over(images, -(-len(keep) // self.batch_size), "trunk"):
                 found.append(model.activations(x.flip(-1) if view == "flip" else x))
@@ -328,8 +327,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         if self.head == "ridge":
             model.set_head(ridge.weight, ridge.bias)
         else:
-            seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-            weight = random_head(t.shape[1], features.shape[2], torch.Generator().manual_seed(int(seed)))
+            weight = random_head(t.shape[1], features.shape[2], self._generator())
             model.set_head(weight, torch.zeros(t.shape[1]))
         return ridge
 
@@ -362,12 +360,10 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         b = quadratic.rhs()
         if self.solver == "pcg":
             return pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report)
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        generator = torch.Generator().manual_seed(int(seed))
         n_batches = len(quadratic.batches)
         return sgd(
             quadratic.matvec, quadratic.batch_matvec, n_batches, b, preconditioner, self.tol, self.max_iter,
-            generator, report,
+            self._generator(), report,
         )  # fmt: skip
 
     def _set_result(self, model: LinearModel, quadratic: Quadratic, ridge: RidgeHead, t: Tensor, s: Tensor) -> None:
@@ -386,6 +382,14 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self.n_iter_ = result.n_iter
         self.residual_norms_ = np.array(result.residual_norms)
         self.converged_ = result.converged
+
+    def _view_names(self) -> list[str]:
+        return [self.views] if isinstance(self.views, str) else list(self.views)
+
+    def _generator(self) -> torch.Generator:
+        """A generator of torch's own, seeded by ``random_state``."""
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        return torch.Generator().manual_seed(int(seed))
 
     def _centered(self) -> bool:
         return self.head == "random" if isinstance(self.center, str) else bool(self.center)
@@ -506,7 +510,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
         if not isinstance(self.center, bool | np.bool_) and self.center != "auto":
             raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
-        views = [self.views] if isinstance(self.views, str) else list(self.views)
+        views = self._view_names()
         if not views or len(set(views)) != len(views) or not set(views) <= set(_VIEWS):
             raise ValueError(f"views must name each of {list(_VIEWS)} at most once, got {self.views!r}.")
 
@@ -536,7 +540,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         rows, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         self.image_shape_ = None
-        if "flip" in ([self.views] if isinstance(self.views, str) else self.views):
+        if "flip" in self._view_names():
             raise ValueError(
                 "views names 'flip', which mirrors images, but X holds vectors (set image_shape if its rows are "
                 "raveled images)."
