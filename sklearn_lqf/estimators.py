@@ -20,7 +20,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor, nn
 
 from .backbones import Backbone, VectorNetwork, load_backbone
-from .head import RidgeHead, fit_ridge_head, random_head
+from .head import RidgeHead, fit_ridge_head, orthogonal_head, random_head
 from .images import ImageInputs, is_image_input
 from .model import LinearModel, choose_device
 from .objective import Quadratic, build_kfac
@@ -31,6 +31,7 @@ __all__ = ["LQFClassifier"]
 
 _EXACT_MAX = 1024  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
 _RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
+_ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
 _VIEWS = ("identity", "flip")
 
 
@@ -173,9 +174,11 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
-        tangent_layers: Any = 2,
-        head: str = "ridge",
-        alpha: float = 1.0,
+        tangent_layers: Any = 1,
+        readout: str = "stages",
+        head: str = "orthogonal",
+        alpha: float | str = "auto",
+        tail_weight: float | None = 0.1,
         negative_slope: float = 0.0,
         target_scale: float = 1.0,
         center: bool | str = "auto",
@@ -192,14 +195,16 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         batch_size: int = 64,
         device: Any = "auto",
         dtype: str = "auto",
-        random_state: Any = None,
+        random_state: Any = 0,
         verbose: int = 0,
     ):
         self.backbone = backbone
         self.weights = weights
         self.tangent_layers = tangent_layers
+        self.readout = readout
         self.head = head
         self.alpha = alpha
+        self.tail_weight = tail_weight
         self.negative_slope = negative_slope
         self.target_scale = target_scale
         self.center = center
@@ -293,7 +298,14 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             shape = (backbone.in_channels, *rows.size)
         return LinearModel(
-            backbone, shape, self.tangent_layers, float(self.negative_slope), preprocessing, dtype, device
+            backbone,
+            shape,
+            self.tangent_layers,
+            float(self.negative_slope),
+            self.readout == "stages",
+            preprocessing,
+            dtype,
+            device,
         )
 
     def _trunk_activations(
@@ -322,13 +334,14 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 "The backbone's features of the training images are not all finite: check its weights and "
                 "preprocessing, or use dtype='float64'."
             )
+        features = model.standardize(features, s.repeat(len(features) // len(t)))
         features = features.view(-1, len(t), features.shape[1])  # (V, n, D)
         ridge = fit_ridge_head(features, t, s, multiplicity, _RIDGE_ALPHAS)
         if self.head == "ridge":
             model.set_head(ridge.weight, ridge.bias)
         else:
-            weight = random_head(t.shape[1], features.shape[2], self._generator())
-            model.set_head(weight, torch.zeros(t.shape[1]))
+            draw = orthogonal_head if self.head == "orthogonal" else random_head
+            model.set_head(draw(t.shape[1], features.shape[2], self._generator()), torch.zeros(t.shape[1]))
         return ridge
 
     def _pose(
@@ -349,13 +362,18 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         residual = (t - offset).reshape(-1, t.shape[1]).to(model.dtype)
         weights = (s / views).repeat(views).to(model.dtype)
         kfac = build_kfac(network, batches, weights, _probes(*residual.shape).to(residual))
+        head, tail = kfac.head_trace, kfac.trace - kfac.head_trace
+        if self.tail_weight is not None and head > 0 and tail > 0:
+            network.tail_scale = (float(self.tail_weight) * head / tail) ** 0.5
+            kfac.scale_tail(network.tail_scale**2)
         unit = kfac.trace / (t.shape[1] * float(s.sum()))  # mean squared norm of one row of the Jacobian
-        kfac.factorize(unit * (float(self.alpha) + float(self.damping)), model.dtype)
-        return Quadratic(network, batches, residual, weights, unit * float(self.alpha)), kfac
+        alpha = max(ridge.alpha, _ALPHA_MIN * unit) if self.alpha == "auto" else unit * float(self.alpha)
+        kfac.factorize(alpha + unit * float(self.damping), model.dtype)
+        return Quadratic(network, batches, residual, weights, alpha), kfac
 
     def _solve(self, quadratic: Quadratic, preconditioner: Any, progress: Progress) -> SolverResult:
         def report(number: int, residual: float, x: Tensor) -> bool:
-            return progress.iteration(number, residual, lambda: {"coef_": x.cpu().numpy().copy()})
+            return progress.iteration(number, residual, lambda: {"coef_": self._change_of_weights(x)})
 
         b = quadratic.rhs()
         if self.solver == "pcg":
@@ -372,16 +390,26 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self.alpha_ = quadratic.alpha
         self.device_ = str(model.device)
         self.n_parameters_ = quadratic.network.n_parameters
+        self.tail_scale_ = quadratic.network.tail_scale
+        self._n_tail = quadratic.network.slices["head.weight"].start
         mean = _weighted_mean(t, s).cpu().numpy()
         self.intercept_ = mean if self._centered() else None
         outputs = ridge.held_out.mean(0).cpu().numpy() / self.target_scale
         self.temperature_ = _fit_temperature(outputs, t.argmax(1).cpu().numpy(), s.cpu().numpy())
 
     def _set_solution(self, result: SolverResult) -> None:
-        self.coef_ = result.x.cpu().numpy()
+        assert self._model.network is not None
+        self._model.network.tail_scale = 1.0  # from here on directions are in the units of the weights
+        self.coef_ = self._change_of_weights(result.x)
         self.n_iter_ = result.n_iter
         self.residual_norms_ = np.array(result.residual_norms)
         self.converged_ = result.converged
+
+    def _change_of_weights(self, x: Tensor) -> np.ndarray:
+        """d in the units of the weights, from the solver's."""
+        d = x.detach().cpu().numpy().copy()
+        d[: self._n_tail] *= self.tail_scale_
+        return d
 
     def _view_names(self) -> list[str]:
         return [self.views] if isinstance(self.views, str) else list(self.views)
@@ -392,7 +420,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return torch.Generator().manual_seed(int(seed))
 
     def _centered(self) -> bool:
-        return self.head == "random" if isinstance(self.center, str) else bool(self.center)
+        return self.head != "ridge" if isinstance(self.center, str) else bool(self.center)
 
     # --------------------------------------------------------------------------------------------- predict
 
@@ -461,7 +489,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return log_softmax(values / self.temperature_, axis=1)
 
     def features(self, X: Any) -> np.ndarray:
-        """Compute the features of the backbone at the pre-trained weights: what a linear probe is fitted on.
+        """Compute what the head reads at the pre-trained weights: the standardized features of the backbone.
 
         Parameters
         ----------
@@ -475,8 +503,10 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         rows = self._read_new_data(X)
-        found = [self._model.features(self._model.activations(x)) for x in _batches(rows, self.batch_size)]
-        return torch.cat(found).cpu().numpy()
+        model = self._model
+        assert model.standardization is not None
+        found = [model.features(model.activations(x)) for x in _batches(rows, self.batch_size)]
+        return model.standardization(torch.cat(found)).cpu().numpy()
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of one-hot targets, (n, C)."""
@@ -489,10 +519,12 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         for name, low, strict in (
-            ("alpha", 0, True), ("negative_slope", 0, False), ("target_scale", 0, True), ("damping", 0, False),
-            ("tol", 0, False),
+            ("alpha", 0, True), ("tail_weight", 0, True), ("negative_slope", 0, False), ("target_scale", 0, True),
+            ("damping", 0, False), ("tol", 0, False),
         ):  # fmt: skip
             value = getattr(self, name)
+            if (name, value) in (("alpha", "auto"), ("tail_weight", None)):
+                continue
             number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(float(value))
             if not number or value < low or (strict and value == low):
                 raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low}, got {value!r}.")
@@ -503,7 +535,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
         for name, allowed in (
-            ("solver", ("pcg", "sgd")), ("head", ("ridge", "random")), ("dtype", ("auto", "float32", "float64")),
+            ("solver", ("pcg", "sgd")), ("head", ("orthogonal", "random", "ridge")), ("readout", ("stages", "last")),
+            ("dtype", ("auto", "float32", "float64")),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in allowed:

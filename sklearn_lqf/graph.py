@@ -20,7 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
-from .stages import find_head, remove_head, tangent_prefixes
+from .readout import Statistics, add_readout
+from .stages import find_head, find_stages, remove_head, tangent_prefixes
 from .surgery import (
     BATCH_NORMS,
     CONVS,
@@ -40,7 +41,7 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 @dataclass
 class Split:
-    """A network in two parts: ``tail(*trunk(x))`` are its features, shape (B, D).
+    """A network in two parts: ``tail(*trunk(x))`` is what the head reads, shape (B, D).
 
     Attributes
     ----------
@@ -50,8 +51,8 @@ class Split:
         The rest; an ``fx.GraphModule`` when the network traces, else the whole network.
     tangent : list of str
         Names of the parameters of ``tail`` that are linearized.
-    n_features : int
-        D.
+    parts : list of int
+        Sizes of the parts of the features: the network's own, then those of the stages that are read.
     traced : bool
         False when the network does not trace and torch.func serves.
     folded, swapped : int
@@ -61,13 +62,24 @@ class Split:
     trunk: nn.Module
     tail: nn.Module
     tangent: list[str]
-    n_features: int
+    parts: list[int]
     traced: bool = True
     folded: int = 0
     swapped: int = 0
 
+    @property
+    def n_features(self) -> int:
+        """D."""
+        return sum(self.parts)
 
-def split_network(module: nn.Module, example: Tensor, tangent_layers: Any = 2, negative_slope: float = 0.0) -> Split:
+
+def split_network(
+    module: nn.Module,
+    example: Tensor,
+    tangent_layers: Any = 2,
+    negative_slope: float = 0.0,
+    read_stages: bool = False,
+) -> Split:
     """Prepare a feature extractor for linearization.
 
     Parameters
@@ -80,6 +92,8 @@ def split_network(module: nn.Module, example: Tensor, tangent_layers: Any = 2, n
         What is linearized: nothing but the head, all, this many last stages, or named modules.
     negative_slope : float
         Slope of the leak of piecewise activations; 0 leaves them as they are.
+    read_stages : bool
+        Append the statistics of every stage to the features, see `readout`.
 
     Returns
     -------
@@ -97,19 +111,19 @@ def split_network(module: nn.Module, example: Tensor, tangent_layers: Any = 2, n
     """
     explicit = _private_copy(module, example.dtype)
     reference = evaluate(explicit, example)
-    n_features = reference.shape[1]
     prefixes = tangent_prefixes(explicit, example, tangent_layers)
     _refuse_tied(explicit, prefixes)
     try:
         make_explicit(explicit, example)
-        graph = _trace(explicit)
-        if not _agree(evaluate(graph, example), reference):
+        stages = find_stages(explicit, example, by_width=True) if read_stages else []
+        graph, parts = _trace(explicit, example, stages)
+        if not _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
             raise RuntimeError("the traced graph computes something else")
     except Exception as error:  # whatever tracing raises, the general engine serves
         _warn_untraced(error)
         whole = _private_copy(module, example.dtype)
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
-        return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), n_features, False, 0, swapped)
+        return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [reference.shape[1]], False, 0, swapped)
     modularize_activations(graph)
     folded = _fold_batch_norms(graph, example)
     swapped = swap_activations(graph, negative_slope)
@@ -117,7 +131,7 @@ def split_network(module: nn.Module, example: Tensor, tangent_layers: Any = 2, n
     graph.delete_all_unused_submodules()
     graph.recompile()
     trunk, tail = cut(graph, _tangent_names(graph, prefixes), example)
-    return Split(trunk, tail, _tangent_names(tail, prefixes), n_features, True, folded, swapped)
+    return Split(trunk, tail, _tangent_names(tail, prefixes), parts, True, folded, swapped)
 
 
 def _private_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -205,16 +219,25 @@ class _Tracer(fx.Tracer):
     def __init__(self, leaves: tuple[type, ...], functions: tuple[Callable, ...]):
         super().__init__(autowrap_functions=functions)
         self.leaves = leaves
+        self.outputs: dict[str, Any] = {}  # of every module that was called, by name
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        out = super().call_module(m, forward, args, kwargs)
+        self.outputs[self.path_of_module(m)] = out
+        return out
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, StaticPad)):
+        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, StaticPad, Statistics)):
             return True
         opaque = super().is_leaf_module(m, module_qualified_name)
         return opaque and type(m) is not nn.TransformerEncoderLayer
 
 
-def _trace(module: nn.Module) -> fx.GraphModule:
-    """The graph of a network in evaluation mode, without assertions, dropout and operations in place."""
+def _trace(module: nn.Module, example: Tensor, stages: list[list[str]]) -> tuple[fx.GraphModule, list[int]]:
+    """The graph of a network in evaluation mode, without assertions, dropout and operations in place.
+
+    The statistics of stages are appended to its features; the sizes of these parts are returned, too.
+    """
     leaves: tuple[type, ...] = ()
     functions: tuple[Callable, ...] = ()
     if any(type(m).__module__.startswith("timm.") for m in module.modules()):
@@ -222,12 +245,16 @@ def _trace(module: nn.Module) -> fx.GraphModule:
 
         leaves, functions = tuple(get_notrace_modules()), tuple(get_notrace_functions())
     with plain_attention():  # the choice of a fused kernel depends on the input
-        graph = fx.GraphModule(module, _Tracer(leaves, functions).trace(module))
+        tracer = _Tracer(leaves, functions)
+        graph = fx.GraphModule(module, tracer.trace(module))
+    ends = [tracer.outputs.get(stage[-1]) for stage in stages]
+    blocks = [out.node for out in ends if isinstance(out, fx.Proxy)]
+    parts = add_readout(graph, blocks, node_values(graph, example))
     _make_functional(graph)
     _simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph
+    return graph, parts
 
 
 def _make_functional(graph: fx.GraphModule) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RidgeHead", "fit_ridge_head", "random_head"]
+__all__ = ["RidgeHead", "fit_ridge_head", "orthogonal_head", "random_head"]
 
 _GRAM_RATIO = 4  # rows for each column from which the Gram matrix serves: much faster, and accurate enough
 
@@ -134,3 +134,10 @@ def _thin_svd(x: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
 def random_head(n_classes: int, n_features: int, generator: torch.Generator) -> Tensor:
     """Rows drawn from N(0, 1/D), shape (C, D) in float64: label-free."""
     return torch.randn(n_classes, n_features, generator=generator, dtype=torch.float64) / n_features**0.5
+
+
+def orthogonal_head(n_classes: int, n_features: int, generator: torch.Generator) -> Tensor:
+    """Random rows of norm 1, orthogonal as far as D allows, shape (C, D) in float64: label-free."""
+    rows = random_head(n_classes, n_features, generator)
+    blocks = [torch.linalg.qr(block.T)[0].T for block in rows.split(n_features)]
+    return torch.cat(blocks)

@@ -170,6 +170,11 @@ class KroneckerBlock:
         """tau: trace of the block of the Gauss-Newton matrix (exact, whatever the factors)."""
         return float(_traces(self.block if self.exact else self.left).sum())
 
+    def scale(self, factor: float) -> None:
+        """Multiply the curvature that was accumulated."""
+        for part in (self.block,) if self.exact else (self.left, self.right):
+            part.mul_(factor)
+
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
         if self.exact:
@@ -204,27 +209,41 @@ class HeadBlock:
 
     def __init__(self, n_outputs: int, n_features: int, weight: slice, bias: slice, device: torch.device):
         self.n_outputs, self.weight, self.bias = n_outputs, weight, bias
-        self.right = torch.zeros(n_features + 1, n_features + 1, dtype=torch.float64, device=device)
+        self.size = n_features + 1
+        self.rows: list[Tensor] = []  # (B, D + 1), as long as they are fewer than the columns
+        self.right: Tensor | None = None
+        self._device = device
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Add one batch: features (B, D), weights (B,)."""
-        x = F.pad(features.double(), (0, 1), value=1.0) * weights.double().sqrt().unsqueeze(1)
-        self.right += x.T @ x
+        self.rows.append(F.pad(features.double(), (0, 1), value=1.0) * weights.double().sqrt().unsqueeze(1))
+        if self.right is not None or sum(map(len, self.rows)) >= self.size:
+            x = torch.cat(self.rows)
+            self.right = x.T @ x if self.right is None else self.right.addmm_(x.T, x)
+            self.rows = []
 
     @property
     def trace(self) -> float:
         """Trace of the block of the Gauss-Newton matrix."""
-        return self.n_outputs * float(_trace(self.right))
+        total = sum(float(x.square().sum()) for x in self.rows)
+        return self.n_outputs * (total if self.right is None else float(_trace(self.right)))
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
-        """Prepare the inverse of the block plus ``ridge`` times the identity; the factor is released."""
-        self.inverse = _inverse(self.right, self.right.new_tensor(ridge)).to(dtype)
-        del self.right
+        """Prepare the inverse of the block plus ``ridge`` times the identity; what it is made of is released."""
+        if self.right is not None:
+            inverse = _inverse(self.right, self.right.new_tensor(ridge)).to(dtype)
+            self.solve = lambda v: v @ inverse
+        else:
+            # (X'X + r I)^-1 = (I - X' (XX' + r I)^-1 X) / r
+            x = torch.cat(self.rows) if self.rows else torch.zeros(0, self.size, device=self._device).double()
+            half = _inverse(x @ x.T, x.new_tensor(ridge)) @ x
+            self.solve = lambda v: ((v.double() - (v.double() @ x.T) @ half) / ridge).to(dtype)
+        self.rows, self.right = [], None
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
         """Write the inverse times the head's part of ``vector`` into ``out``, both (P,)."""
         v = torch.cat([vector[self.weight].view(self.n_outputs, -1), vector[self.bias].unsqueeze(1)], 1)
-        v = v @ self.inverse
+        v = self.solve(v)
         out[self.weight], out[self.bias] = v[:, :-1].reshape(-1), v[:, -1]
 
 
@@ -257,6 +276,10 @@ class SmallBlock:
     def trace(self) -> float:
         """Trace of the block of the Gauss-Newton matrix."""
         return float(_trace(self.block) if self.dense else self.block.sum())
+
+    def scale(self, factor: float) -> None:
+        """Multiply the curvature that was accumulated."""
+        self.block.mul_(factor)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the block is released."""
@@ -295,6 +318,17 @@ class KFAC:
     def trace(self) -> float:
         """Trace of the Gauss-Newton matrix."""
         return sum(b.trace for b in self.blocks)
+
+    @property
+    def head_trace(self) -> float:
+        """The head's part of the trace."""
+        return sum(b.trace for b in self.blocks if isinstance(b, HeadBlock))
+
+    def scale_tail(self, factor: float) -> None:
+        """Multiply the curvature of everything but the head."""
+        for block in self.blocks:
+            if not isinstance(block, HeadBlock):
+                block.scale(factor)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> KFAC:
         """Invert the damped blocks, once, in float64; the accumulated factors are released.

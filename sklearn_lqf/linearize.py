@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, jacrev, vmap
 
 from .graph import Split
+from .readout import Standardization
 from .surgery import is_plain, plain_attention
 from .tangents import GeneralTail, TracedTail
 
@@ -58,7 +59,7 @@ class Point:
     Attributes
     ----------
     features : Tensor of shape (B, D)
-        Input of the head at w0.
+        Input of the head at w0, standardized.
     outputs : Tensor of shape (B, C)
         f_w0, detached.
     """
@@ -68,7 +69,7 @@ class Point:
         self._values: dict[Any, Any]
         with torch.set_grad_enabled(gradients):
             self._graph, self._values = network.tail.primal(inputs)
-        self.features = self._graph.detach()
+        self.features = network.standardized(self._graph.detach())
         self.outputs = torch.nn.functional.linear(self.features, network.weight, network.bias)
 
     def jvp(self, direction: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Point:
         body, weight, bias = net.views(direction)
         out = torch.nn.functional.linear(self.features, weight, bias)
         dot = net.tail.tangents(self._values, body) if body else None
-        return out if dot is None else out + torch.nn.functional.linear(dot, net.weight)
+        return out if dot is None else out + torch.nn.functional.linear(dot, net.tail_weight)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J' u for a cotangent (B, C): shape (P,). The graph is kept for further products."""
@@ -87,7 +88,7 @@ class Point:
         grads: Sequence[Tensor | None] = [None] * len(net.parameters)
         if self._graph.requires_grad:
             grads = torch.autograd.grad(
-                self._graph, net.parameters, cotangent @ net.weight, retain_graph=True, allow_unused=True
+                self._graph, net.parameters, cotangent @ net.tail_weight, retain_graph=True, allow_unused=True
             )
         parts = [
             (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, net.parameters, strict=True)
@@ -101,7 +102,7 @@ class Point:
     def output_gradients(self, outputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
         """Gradients of <u, f> with respect to the outputs of layers, in their shapes."""
         grads = torch.autograd.grad(
-            self._graph, list(outputs), cotangent @ self._network.weight, retain_graph=True, allow_unused=True
+            self._graph, list(outputs), cotangent @ self._network.tail_weight, retain_graph=True, allow_unused=True
         )
         return [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
 
@@ -116,9 +117,14 @@ class LinearizedNetwork:
     weight : Tensor of shape (C, D)
         Head weight at which the network is linearized.
     bias : Tensor of shape (C,)
+    standardization : Standardization or None
+        Of the features in front of the head.
 
     Attributes
     ----------
+    tail_scale : float
+        Unit of the tail's parameters in d: their Jacobian is multiplied by it, which multiplies their prior
+        variance under the penalty |d|^2 by its square.
     n_parameters : int
         P: tangent parameters of the tail in the order of ``names``, then head weight, then head bias.
     slices : dict of str to slice
@@ -129,9 +135,11 @@ class LinearizedNetwork:
     Achille et al., "LQF: Linear Quadratic Fine-Tuning", CVPR 2021, section 3 (arXiv 2012.11140).
     """
 
-    def __init__(self, split: Split, weight: Tensor, bias: Tensor):
+    def __init__(self, split: Split, weight: Tensor, bias: Tensor, standardization: Standardization | None = None):
         self.trunk = split.trunk
         self.weight, self.bias = weight, bias
+        self.standardization = standardization
+        self.tail_scale = 1.0
         owned = dict(split.tail.named_parameters())
         self.names = list(split.tangent)
         self.parameters = [owned[n].requires_grad_(True) for n in self.names]
@@ -146,6 +154,16 @@ class LinearizedNetwork:
         keys = [*self.names, "head.weight", "head.bias"]
         self.slices = {k: slice(a, b) for k, (a, b) in zip(keys, itertools.pairwise(offsets), strict=True)}
         self.n_parameters = offsets[-1]
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Features as the head reads them."""
+        return features if self.standardization is None else self.standardization(features)
+
+    @property
+    def tail_weight(self) -> Tensor:
+        """Derivative of the outputs by the tail's features, times the unit of its parameters, (C, D)."""
+        weight = self.weight if self.standardization is None else self.weight / self.standardization.scale
+        return weight * self.tail_scale
 
     def at(self, inputs: Sequence[Tensor], gradients: bool = True) -> Point:
         """Evaluate the tail on one batch of trunk activations.
@@ -191,7 +209,7 @@ class LinearizedNetwork:
 
         def outputs(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
             features = functional_call(self.module, parameters, tuple(r.unsqueeze(0) for r in row))
-            return torch.nn.functional.linear(features, self.weight, self.bias).squeeze(0)
+            return torch.nn.functional.linear(features, self.tail_weight).squeeze(0)
 
         # Gradients inside jacrev do not depend on the outer no_grad, which keeps the result free of a graph.
         with torch.no_grad(), plain_attention(), warnings.catch_warnings():
@@ -205,7 +223,7 @@ class LinearizedNetwork:
         for row in zip(*inputs, strict=True):
             with torch.enable_grad():
                 features, _ = self.tail.primal([z.unsqueeze(0) for z in row])
-            for w in self.weight:
+            for w in self.tail_weight:
                 grads = torch.autograd.grad(
                     features, list(chosen.values()), w.unsqueeze(0), retain_graph=True, materialize_grads=True
                 )

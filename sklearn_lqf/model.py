@@ -18,6 +18,7 @@ from torch import Tensor
 from .backbones import Backbone, Preprocessing
 from .graph import Split, remove_head, split_network
 from .linearize import LinearizedNetwork, _full_precision
+from .readout import Standardization, fit_standardization
 
 __all__ = ["LinearModel", "choose_device"]
 
@@ -46,7 +47,7 @@ class LinearModel:
     backbone : Backbone
     shape : tuple of int
         (C, H, W) of an image, or (n_features,) of a vector.
-    tangent_layers, negative_slope
+    tangent_layers, negative_slope, read_stages
         As in `graph.split_network`.
     preprocessing : Preprocessing or None
         None for vectors.
@@ -60,6 +61,7 @@ class LinearModel:
         shape: Sequence[int],
         tangent_layers: Any,
         negative_slope: float,
+        read_stages: bool,
         preprocessing: Preprocessing | None,
         dtype: torch.dtype,
         device: torch.device,
@@ -67,9 +69,14 @@ class LinearModel:
         source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         remove_head(source, self._example(shape, next(source.parameters()).dtype))
         self._source, self._shape = source, tuple(shape)
-        self._options = {"tangent_layers": tangent_layers, "negative_slope": negative_slope}
+        self._options = {
+            "tangent_layers": tangent_layers,
+            "negative_slope": negative_slope,
+            "read_stages": read_stages,
+        }
         self._preprocessing, self.dtype, self.device = preprocessing, dtype, device
         self.network: LinearizedNetwork | None = None
+        self.standardization: Standardization | None = None
         self._build()
 
     @staticmethod
@@ -87,10 +94,15 @@ class LinearModel:
             if len(self._shape) == 3:
                 part.to(memory_format=torch.channels_last)
 
+    def standardize(self, features: Tensor, weights: Tensor) -> Tensor:
+        """Fix the standardization of the features by those of the training images, which it returns standardized."""
+        self.standardization = fit_standardization(features, weights, self.split.parts)
+        return self.standardization(features)
+
     def set_head(self, weight: Tensor, bias: Tensor) -> LinearizedNetwork:
-        """Linearize at a head of weight (C, D) and bias (C,)."""
+        """Linearize at a head of weight (C, D) and bias (C,) on the standardized features."""
         weight, bias = (v.to(self.device, self.dtype).contiguous() for v in (weight, bias))
-        self.network = LinearizedNetwork(self.split, weight, bias)
+        self.network = LinearizedNetwork(self.split, weight, bias, self.standardization)
         return self.network
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +114,7 @@ class LinearModel:
             return tuple(self.split.trunk(x))
 
     def features(self, activations: Sequence[Tensor]) -> Tensor:
-        """Input of the head at the pre-trained weights, (B, D)."""
+        """Input of the head at the pre-trained weights, before it is standardized, (B, D)."""
         with torch.no_grad(), _full_precision():
             return self.split.tail(*activations)
 
@@ -119,14 +131,19 @@ class LinearModel:
         return np.concatenate(found)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "network")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "network", "standardization")}
         state["device"] = str(self.device)
         if self.network is not None:
             state["head"] = (self.network.weight.cpu().numpy(), self.network.bias.cpu().numpy())
+        if self.standardization is not None:
+            state["standardization"] = (
+                self.standardization.shift.cpu().numpy(),
+                self.standardization.scale.cpu().numpy(),
+            )
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        head = state.pop("head", None)
+        head, standardization = state.pop("head", None), state.pop("standardization", None)
         self.__dict__.update(state)
         try:
             self.device = choose_device(state["device"])
@@ -137,7 +154,9 @@ class LinearModel:
                 stacklevel=2,
             )
             self.device = torch.device("cpu")
-        self.network = None
+        self.network = self.standardization = None
+        if standardization is not None:
+            self.standardization = Standardization(*(torch.tensor(v, device=self.device) for v in standardization))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said at fit
             self._build()

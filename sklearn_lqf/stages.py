@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .surgery import DROPOUTS, evaluate, replace_module
 
-__all__ = ["Head", "find_head", "find_stages", "remove_head", "tangent_prefixes"]
+__all__ = ["Head", "channels_last", "find_head", "find_stages", "remove_head", "tangent_prefixes"]
 
 # What may stand between the last layer and the output.
 _PASS = (nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, *DROPOUTS)
@@ -164,7 +164,7 @@ def _units(module: nn.Module, prefix: str = "", total: int | None = None) -> lis
     return names
 
 
-def find_stages(module: nn.Module, example: Tensor) -> list[list[str]]:
+def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> list[list[str]]:
     """Stages of a network in order of evaluation: runs of blocks whose outputs have one spatial resolution.
 
     Blocks of a transformer (token sequences) and of a network on vectors are a stage each. Blocks without a
@@ -175,6 +175,8 @@ def find_stages(module: nn.Module, example: Tensor) -> list[list[str]]:
     module : nn.Module
         In evaluation mode; it is only evaluated.
     example : Tensor of shape (B, ...)
+    by_width : bool
+        Whether another number of channels begins a stage, too.
 
     Returns
     -------
@@ -198,11 +200,12 @@ def find_stages(module: nn.Module, example: Tensor) -> list[list[str]]:
         weighted = any(p.ndim > 1 for p in module.get_submodule(name).parameters())
         size = _resolution(shape)
         pooled = spatial and (len(shape) == 2 or size == (1, 1))
-        if stages and (not weighted or pooled or (size is not None and size == last)):
+        kind = shape[1:] if by_width and size is not None else size
+        if stages and (not weighted or pooled or (size is not None and kind == last)):
             stages[-1].append(name)
         else:
             stages.append([name])
-        last = size if len(shape) == 4 else last
+        last = kind if len(shape) == 4 else last
     return stages
 
 
@@ -210,8 +213,12 @@ def _resolution(shape: torch.Size) -> tuple[int, ...] | None:
     """Height and width of an activation, channels first or last; None for tokens and vectors."""
     if len(shape) != 4:
         return None
-    channels_last = shape[1] == shape[2] != shape[3]
-    return tuple(shape[1:3]) if channels_last else tuple(shape[2:])
+    return tuple(shape[1:3]) if channels_last(shape) else tuple(shape[2:])
+
+
+def channels_last(shape: torch.Size) -> bool:
+    """Whether the channels of an activation (B, ?, ?, ?) seem to come last: two equal sizes, then another."""
+    return shape[1] == shape[2] != shape[3]
 
 
 def tangent_prefixes(module: nn.Module, example: Tensor, layers: Any) -> list[str] | None:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .activations import LeakyClamp
+from .readout import Statistics
 from .surgery import CONVS, is_plain, plain_attention
 
 __all__ = ["GeneralTail", "TracedTail"]
@@ -219,6 +220,10 @@ class TracedTail:
             pair = [dots[a] for a in node.args if isinstance(a, fx.Node)]
             if len(pair) == 2 and all(p is not None for p in pair):
                 return pair[0] + pair[1]
+        if target is torch.cat and len(node.args) == 2 and isinstance(node.args[0], tuple | list):
+            moved = zip(node.args[0], args[0], strict=True)  # what does not move has a tangent of zero
+            dim = cast(int, args[1])
+            return torch.cat([torch.zeros_like(v) if dots[n] is None else dots[n] for n, v in moved], dim)
         function = self._function(node)
         return _dual_call(
             lambda a, k: function(*a, **k),
@@ -265,6 +270,8 @@ def _rule(module: nn.Module) -> _Rule | None:
         return lambda m, x, y, x_dot, *_: derivative(m, x, y, x_dot)
     if type(module) is LeakyClamp and type(module.base) in _SATURATING:
         return _leaky_clamp_tangent
+    if type(module) is Statistics:
+        return lambda m, x, y, x_dot, *_: m.tangent(x, y, x_dot)
     if is_plain(module, _LINEAR_MODULES):
         return lambda m, x, y, x_dot, *_: m(x_dot)
     return None
