@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn_lqf import LQFClassifier
 
 RESULTS = Path(__file__).parent / "results" / "recipe.json"
-CELLS = [("trashnet", 10, 0), ("trashnet", 10, 1), ("digits", 10, 0), ("digits", 10, 1), ("trashnet", 50, 0)]
+CELLS = [("trashnet", 10, 0), ("digits", 10, 0), ("trashnet", 50, 0)]
 N_TEST = 1000
 PAPER = {"readout": "last", "head": "random", "tail_weight": None, "center": False}
 
@@ -36,7 +36,7 @@ LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "layers": {"two stages": {"tangent_layers": 2}, "all layers": {"tangent_layers": "all"}},
     "tail": {
         "tail weight 0.01": {"tail_weight": 0.01},
-        "tail weight 0.03": {"tail_weight": 0.03},
+        "tail weight 0.1": {"tail_weight": 0.1},
         "tail weight 0.3": {"tail_weight": 0.3},
         "tail weight 1": {"tail_weight": 1.0},
     },

@@ -53,18 +53,28 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ``"auto"``: the pre-trained weights of the named backbone, or a module as it is. None: random
         initialization. Else the name of a set of weights of torchvision, or a local file (state dict, loaded
         with ``weights_only=True``, or safetensors).
-    tangent_layers : {"head", "all"}, int or list of str, default=2
+    tangent_layers : {"head", "all"}, int or list of str, default=1
         What is linearized and trained: the head only, everything, this many last stages (runs of blocks at one
         spatial resolution; a stage is one block for transformers), or modules by name. The rest is a frozen
         trunk, evaluated once for each image. The head is always trained.
-    head : {"ridge", "random"}, default="ridge"
-        The head at which the network is linearized. ``"ridge"``: the ridge regression on the features whose
-        penalty minimizes the leave-one-out error; the quadratic is then fitted to its leave-one-out residuals,
-        and corrects its predictions. ``"random"``: rows drawn from N(0, 1/D), which see no label.
-    alpha : float, default=1.0
-        L2 penalty on the change of weights, relative to the mean squared norm of the Jacobian of one output of
-        one training image, so that one grid serves every backbone and any number of images: the ratio of the
-        variance of label noise to the prior variance of an output. The absolute value is ``alpha_``.
+    readout : {"stages", "last"}, default="stages"
+        What the head reads: ``"stages"`` appends to the network's own features the mean and standard deviation
+        over all positions of the activations behind each stage; ``"last"`` is the network's own features alone.
+        Each part is centered and scaled to variance 1 on the training images. A network that cannot be traced
+        has the last features only.
+    head : {"orthogonal", "random", "ridge"}, default="orthogonal"
+        The head at which the network is linearized; it decides what the layers before it can learn.
+        ``"orthogonal"``: random orthogonal rows, and ``"random"``: rows drawn from N(0, 1/D); neither sees a
+        label. ``"ridge"``: the ridge regression on the features whose penalty minimizes the leave-one-out error;
+        the quadratic is then fitted to its leave-one-out residuals, and corrects its predictions.
+    alpha : float or "auto", default="auto"
+        L2 penalty. ``"auto"``: that of the ridge regression on the features with the smallest squared
+        leave-one-out error, in closed form. A number is relative to the mean squared norm of the Jacobian of one
+        output of one training image, so that one grid serves every backbone and any number of images: the ratio
+        of the variance of label noise to the prior variance of an output. The absolute value is ``alpha_``.
+    tail_weight : float or None, default=0.03
+        Prior variance of what the linearized layers before the head add to an output, relative to the head's: the
+        penalty weighs their weights accordingly. None: all weights have one prior, as in the paper.
     negative_slope : float, default=0.0
         Slope of the leak put into ReLU, ReLU6, Hardtanh, Hardswish and Hardsigmoid, in [0, 1). The paper uses
         weights pre-trained with Leaky-ReLU; for weights trained without, any leak costs accuracy, so the
@@ -74,10 +84,11 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         solution. Decision values are divided by it.
     center : bool or "auto", default="auto"
         Whether the network's own output at the pre-trained weights is removed from the model, and the mean
-        target takes its place. ``"auto"``: for a random head, whose output is noise, but not for a ridge head.
+        target takes its place. ``"auto"``: for heads that see no label, whose output is noise, but not for a ridge
+        head.
     damping : float, default=0.1
-        Added to ``alpha`` in the preconditioner, in the same units, against the error of its approximation. It
-        changes the path of the solver, not the solution.
+        Added to the penalty in the preconditioner, in the units of a numeric ``alpha``, against the error of its
+        approximation. It changes the path of the solver, not the solution.
     solver : {"pcg", "sgd"}, default="pcg"
         ``"pcg"``: K-FAC preconditioned conjugate gradients over all images. ``"sgd"``: the paper's K-FAC
         preconditioned stochastic gradient descent with momentum; both go to the same optimum.
@@ -105,9 +116,9 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ``"auto"``: CUDA where present, else the CPU.
     dtype : {"auto", "float32", "float64"}, default="auto"
         Precision of the network. ``"auto"``: float64 for vectors, float32 for images.
-    random_state : int, RandomState instance or None, default=None
-        Seeds the built-in network for vectors, random weights, a random head and the order of batches of
-        ``"sgd"``. Nothing else is random.
+    random_state : int, RandomState instance or None, default=0
+        Seeds the built-in network for vectors, random weights, the head and the order of batches of ``"sgd"``.
+        Nothing else is random: by default the same data give the same model. None draws anew at each fit.
     verbose : int, default=0
         Above 0: progress bars (needs tqdm, extra ``progress``).
 
@@ -127,6 +138,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         Mean target, when centered; else None.
     alpha_ : float
         Absolute L2 penalty lambda.
+    tail_scale_ : float
+        Prior scale of the weights before the head, relative to the head's: the square root of their variance.
     temperature_ : float
         Divides the decision values before the softmax of ``predict_proba``; fitted on leave-one-out outputs of
         the ridge regression on the features.
@@ -149,16 +162,21 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     -----
     With J the Jacobian of the C outputs at the pre-trained weights w0, minimizes over d = w - w0
 
-    ``sum_i s_i |offset(x_i) + J(x_i) d - t_i|^2 + alpha_ |d|^2``,
+    ``sum_i s_i |offset(x_i) + J(x_i) d - t_i|^2 + alpha_ (|d_head|^2 + |d_tail|^2 / tail_scale_^2)``,
 
-    where s are sample weights, t scaled one-hot targets, and the offset is the head's leave-one-out output
-    (``head="ridge"``) or the mean target. Strong convexity bounds the distance to the optimum by the norm of the
-    gradient over 2 ``alpha_``.
+    where s are sample weights, t scaled one-hot targets, and the offset is the mean target, or the head's
+    leave-one-out output (``head="ridge"``). Strong convexity bounds the distance to the optimum, in the norm of the
+    penalty, by the norm of the gradient over 2 ``alpha_``.
+
+    The readout reads intermediate features because the expansion of a network is, to a good part, a linear model
+    of them [2]_; it is the largest single gain in accuracy (see the page on accuracy in the documentation).
 
     References
     ----------
-    Achille, Golatkar, Ravichandran, Polito, Soatto, "LQF: Linear Quadratic Fine-Tuning", CVPR 2021
-    (arXiv 2012.11140), sections 3 and 4.
+    .. [1] Achille, Golatkar, Ravichandran, Polito, Soatto, "LQF: Linear Quadratic Fine-Tuning", CVPR 2021
+       (arXiv 2012.11140), sections 3 and 4.
+    .. [2] Evci, Dumoulin, Larochelle, Mozer, "Head2Toe: Utilizing Intermediate Representations for Better Transfer
+       Learning", ICML 2022 (arXiv 2201.03529).
 
     Examples
     --------
@@ -178,7 +196,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         readout: str = "stages",
         head: str = "orthogonal",
         alpha: float | str = "auto",
-        tail_weight: float | None = 0.1,
+        tail_weight: float | None = 0.03,
         negative_slope: float = 0.0,
         target_scale: float = 1.0,
         center: bool | str = "auto",

@@ -13,7 +13,9 @@ PACKAGE = ROOT / "sklearn_lqf"
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
     {"images", "backbones", "progress", "activations", "surgery", "cut"},
-    {"stages", "tangents"},
+    {"stages"},
+    {"readout"},
+    {"tangents"},
     {"graph"},
     {"linearize"},
     {"kfac", "solvers", "head"},

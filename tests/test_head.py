@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from sklearn_lqf import head
-from sklearn_lqf.head import RidgeHead, fit_ridge_head, random_head
+from sklearn_lqf.head import RidgeHead, fit_ridge_head, orthogonal_head, random_head
 
 F64 = torch.float64
 ALPHAS = torch.logspace(-4, 2, 9, dtype=F64)
@@ -268,3 +268,11 @@ def test_random_head_is_determined_by_its_generator():
     first, second, other = (random_head(4, 6, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("n_classes", [1, 4, 7, 10])
+def test_orthogonal_head_has_orthonormal_rows_as_far_as_there_is_room(n_classes):
+    head = orthogonal_head(n_classes, 4, torch.Generator().manual_seed(0))
+    assert head.shape == (n_classes, 4)
+    for rows in head.split(4):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64))

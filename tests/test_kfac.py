@@ -401,13 +401,14 @@ def test_small_block(dense_max):
     close(found, torch.linalg.inv(dense + RIDGE * eye(11)))
 
 
-def test_head_block_is_exact():
-    x, weights, n_outputs = rand(9, 4), torch.rand(9, dtype=F64) + 0.5, 3
+@pytest.mark.parametrize("rows", [3, 9])  # fewer and more than there are columns
+def test_head_block_is_exact(rows):
+    x, weights, n_outputs = rand(rows, 4), torch.rand(rows, dtype=F64) + 0.5, 3
     w, b = rand(n_outputs, 4), torch.zeros(n_outputs, dtype=F64)
     dense = gauss_newton(jacobian(nn.Identity(), [], w, b, x), weights)
     block = HeadBlock(n_outputs, 4, slice(0, 12), slice(12, 15), torch.device("cpu"))
-    block.update(x[:5], weights[:5])
-    block.update(x[5:], weights[5:])
+    for part in (slice(0, 2), slice(2, 7), slice(7, 9)):
+        block.update(x[part], weights[part])
     assert block.trace == pytest.approx(float(dense.trace()), rel=1e-12)
     block.factorize(RIDGE, F64)
     close(applied(block, 15), torch.linalg.inv(dense + RIDGE * eye(15)))
@@ -441,6 +442,17 @@ def test_preconditioner_is_symmetric_positive_definite_and_owns_every_parameter_
     for block in operator.blocks:
         covered += applied(block, size).isfinite().all(1)
     assert bool((covered == 1).all())
+
+
+def test_tail_is_scaled_without_the_head():
+    kfac, size = preconditioner()
+    head, total = kfac.head_trace, kfac.trace
+    kfac.scale_tail(4.0)
+    assert kfac.head_trace == head
+    assert kfac.trace == pytest.approx(4 * (total - head) + head, rel=1e-12)
+    found = applied(kfac.factorize(4 * RIDGE, F64), size)
+    expected = applied(preconditioner()[0].factorize(RIDGE, F64), size) / 4
+    close(found[:30, :30], expected[:30, :30])
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
