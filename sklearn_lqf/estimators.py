@@ -32,6 +32,7 @@ __all__ = ["LQFClassifier"]
 _EXACT_MAX = 1024  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
 _RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
 _ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
+_SPECIAL = {"alpha": "auto", "tail_weight": None}  # what these parameters may be beside a number
 _VIEWS = ("identity", "flip")
 
 
@@ -541,11 +542,12 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             ("damping", 0, False), ("tol", 0, False),
         ):  # fmt: skip
             value = getattr(self, name)
-            if (name, value) in (("alpha", "auto"), ("tail_weight", None)):
+            if name in _SPECIAL and (value is None or isinstance(value, str)) and value == _SPECIAL[name]:
                 continue
             number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(float(value))
             if not number or value < low or (strict and value == low):
-                raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low}, got {value!r}.")
+                special = f"{_SPECIAL[name]!r} or " if name in _SPECIAL else ""
+                raise ValueError(f"{name} must be {special}a number {'>' if strict else '>='} {low}, got {value!r}.")
         if self.negative_slope >= 1:
             raise ValueError(f"negative_slope must be below 1, got {self.negative_slope!r}.")
         for name in ("max_iter", "batch_size"):

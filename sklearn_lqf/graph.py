@@ -147,7 +147,8 @@ def _agree(value: Tensor, reference: Tensor) -> bool:
 def _warn_untraced(error: Exception) -> None:
     warnings.warn(
         f"The backbone cannot be traced by torch.fx ({type(error).__name__}: {error}). It is linearized as a whole "
-        "through torch.func: exact, but slower, without folding BatchNorm and without caching a frozen trunk.",
+        "through torch.func: exact, but slower, without folding BatchNorm, without caching a frozen trunk and without "
+        "reading its stages.",
         UserWarning,
         stacklevel=3,
     )

@@ -17,6 +17,7 @@ from images import TinyNet, make_images, tiny_net
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -153,9 +154,10 @@ def test_batch_size_does_not_change_the_solution(fitted):
 
 
 def test_both_solvers_reach_one_optimum():
-    pcg = classifier(tol=1e-8, alpha=0.1).fit(X, Y)
+    options = {"tol": 1e-8, "alpha": 0.1, "head": "ridge", "tail_weight": None}  # a head that no seed changes
+    pcg = classifier(**options).fit(X, Y)
     for seed in range(2):
-        sgd = classifier(solver="sgd", tol=1e-8, alpha=0.1, max_iter=2000, batch_size=8, random_state=seed).fit(X, Y)
+        sgd = classifier(solver="sgd", max_iter=2000, batch_size=8, random_state=seed, **options).fit(X, Y)
         np.testing.assert_allclose(sgd.coef_, pcg.coef_, atol=1e-6 * np.abs(pcg.coef_).max())
 
 
@@ -176,9 +178,9 @@ def test_class_weight_is_a_sample_weight():
 
 def test_views_and_negative_slope_and_heads():
     for parameters in (
-        {"views": ("identity", "flip")}, {"negative_slope": 0.1}, {"head": "random", "random_state": 0},
-        {"head": "random", "center": False, "target_scale": 15.0, "random_state": 0},
-        {"center": True}, {"damping": 0.0},
+        {"views": ("identity", "flip")}, {"negative_slope": 0.1}, {"head": "random"}, {"head": "ridge"},
+        {"head": "random", "center": False, "target_scale": 15.0},
+        {"head": "ridge", "center": True}, {"damping": 0.0}, {"readout": "last"}, {"random_state": None},
         {"tangent_layers": "head"}, {"tangent_layers": "all"}, {"tangent_layers": ["block2"]},
     ):  # fmt: skip
         clf = classifier(tol=1e-3, **parameters).fit(X, Y)
@@ -194,7 +196,8 @@ def test_attributes(fitted):
     assert fitted.converged_
     assert fitted.alpha_ > 0
     assert fitted.device_ == "cpu"
-    assert fitted.features(X).shape == (len(X), 16)
+    assert fitted.features(X).shape == (len(X), 64)  # 16 of the network, and twice the channels of both stages
+    assert classifier(readout="last").fit(X, Y).features(X).shape == (len(X), 16)
 
 
 def test_decision_values_of_two_classes():
@@ -206,14 +209,40 @@ def test_decision_values_of_two_classes():
 
 
 def test_head_only_equals_ridge():
-    """With the trunk frozen, a random head and no offset, LQF is a ridge regression with a penalized intercept."""
-    clf = classifier(tangent_layers="head", head="random", tol=1e-12).fit(X, Y)
-    features = np.c_[clf.features(X), np.ones(len(X))]
+    """With the trunk frozen, LQF is scikit-learn's ridge regression on the features that it reads."""
+    for alpha in ("auto", 0.1):
+        clf = classifier(tangent_layers="head", tol=1e-12, alpha=alpha).fit(X, Y)
+        targets = (Y[:, None] == clf.classes_).astype(float)
+        ridge = Ridge(clf.alpha_).fit(clf.features(X), targets)
+        np.testing.assert_allclose(clf.decision_function(X), ridge.predict(clf.features(X)), atol=1e-9)
+
+
+@pytest.mark.parametrize("tail_weight", [0.2, None])
+def test_solution_is_the_dense_optimum_under_the_prior_of_the_tail(tail_weight):
+    clf = classifier(tail_weight=tail_weight, tol=1e-12).fit(X, Y)
+    network = clf._model.network
+    point = network.at(clf._model.activations(torch.from_numpy(X / np.float32(255)).permute(0, 3, 1, 2)))
+    eye = torch.eye(len(X) * 3, dtype=torch.float64).view(-1, len(X), 3)
+    j = np.stack([point.vjp(u).numpy() for u in eye])  # (n C, P)
+    tail = np.arange(j.shape[1]) < network.slices["head.weight"].start
+    prior = np.where(tail, clf.tail_scale_, 1.0) ** 2
+    ratio = (j[:, tail] ** 2).sum() * clf.tail_scale_**2 / (j[:, ~tail] ** 2).sum()
+    if tail_weight is None:
+        assert clf.tail_scale_ == 1.0
+    else:
+        assert ratio == pytest.approx(tail_weight, rel=1e-6)
     targets = (Y[:, None] == clf.classes_).astype(float)
-    mean = targets.mean(0)
-    gram = features.T @ features + clf.alpha_ * np.eye(features.shape[1])
-    expected = mean + features @ np.linalg.solve(gram, features.T @ (targets - mean))
-    np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-9)
+    dual = np.linalg.solve((j * prior) @ j.T + clf.alpha_ * np.eye(len(j)), (targets - targets.mean(0)).ravel())
+    expected = prior * (j.T @ dual)
+    np.testing.assert_allclose(clf.coef_, expected, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(clf.decision_function(X), targets.mean(0) + (j @ expected).reshape(-1, 3), atol=1e-8)
+
+
+def test_same_data_give_the_same_model_and_a_seed_another_head(fitted):
+    other = classifier(random_state=1).fit(X, Y)
+    assert not np.allclose(other.coef_, fitted.coef_)
+    assert other.alpha_ == fitted.alpha_  # chosen by the features alone
+    assert other.score(X, Y) == 1.0
 
 
 def test_callbacks():
@@ -365,11 +394,11 @@ def test_an_untraceable_module_warns_and_works():
         plain = nn.Sequential(*layers())
     branches = Branches(*layers())
     branches.load_state_dict(plain.state_dict())
-    options = {"tangent_layers": "all", "tol": 1e-9, "negative_slope": 0.1}
+    options = {"tangent_layers": "all", "tol": 1e-9, "negative_slope": 0.1, "readout": "last"}
     with pytest.warns(UserWarning, match="cannot be traced"):
         clf = classifier(backbone=branches, **options).fit(X, Y)
     assert_equal_models(clf, classifier(backbone=plain, **options).fit(X, Y), 1e-6)
-    first = classifier(backbone=plain, tangent_layers=["0"], tol=1e-9).fit(X, Y)
+    first = classifier(backbone=plain, tangent_layers=["0"], tol=1e-9, readout="last").fit(X, Y)
     with pytest.warns(UserWarning, match="cannot be traced"):
         clf = classifier(backbone=branches, tangent_layers=["0"], tol=1e-9).fit(X, Y)
     assert_equal_models(clf, first, 1e-6)
@@ -418,13 +447,15 @@ def test_bad_files(tmp_path):
 BAD_PARAMETERS = {
     "alpha negative": ({"alpha": -1.0}, "alpha"),
     "alpha zero": ({"alpha": 0.0}, "alpha"),
-    "alpha text": ({"alpha": "small"}, "alpha"),
+    "alpha text": ({"alpha": "small"}, "alpha must be 'auto' or"),
+    "tail_weight": ({"tail_weight": 0.0}, "tail_weight must be None or"),
+    "readout": ({"readout": "first"}, "stages"),
     "tol": ({"tol": -1}, "tol"),
     "slope": ({"negative_slope": 1.0}, "negative_slope"),
     "max_iter": ({"max_iter": 0}, "max_iter"),
     "batch_size": ({"batch_size": 2.5}, "batch_size"),
     "solver": ({"solver": "adam"}, "pcg"),
-    "head": ({"head": "none"}, "ridge"),
+    "head": ({"head": "none"}, "orthogonal"),
     "center": ({"center": "maybe"}, "center"),
     "views": ({"views": ("flip", "flip")}, "views"),
     "dtype": ({"dtype": "float16"}, "float64"),
