@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench clean help
+.PHONY: demo test lint types bench report clean help
 
 demo: $(STAMP)  ## fine-tune EfficientNet-Lite0 on digits; prints accuracies and the path of a figure
 	MPLBACKEND=Agg $(RUN) examples/plot_quickstart.py
@@ -31,6 +31,9 @@ bench: $(STAMP)  ## all benchmarks; DATA_DIR=folder says where the image folders
 		echo "$$script --data-dir $(DATA_DIR) $(ARGS)"; \
 		MPLBACKEND=Agg $(RUN) "$$script" --data-dir "$(DATA_DIR)" $(ARGS); \
 	done
+
+report: $(STAMP)  ## tables and figures of README and docs from benchmarks/results
+	MPLBACKEND=Agg $(RUN) benchmarks/_report.py
 
 clean:  ## remove caches, reports and builds; keeps .venv
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.* htmlcov build dist

@@ -3,7 +3,7 @@ Quick start: digits by a network that was trained on photographs
 ================================================================
 
 EfficientNet-Lite0, with the ImageNet weights that a package carries, learns scikit-learn's digits from 20 images
-of each: a ridge regression on its features beside the linearized network (LQF). The same estimator then lives
+of each: a linear probe (ridge regression on its last features) beside the linearized network (LQF). The same estimator then lives
 in a Pipeline, in a grid search over its L2 penalty, and in a pickle.
 """
 
@@ -31,14 +31,15 @@ train = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:20] for k in ra
 test = np.setdiff1d(np.arange(len(y)), train)
 
 # %%
-# Fit, and the same features in a linear probe.
+# Fit, and a linear probe on the last features of the same network.
 clf = LQFClassifier(backbone="efficientnet_lite0", image_shape=(8, 8), image_size=64)
 start = time.perf_counter()
 clf.fit(X[train], y[train])
 seconds = time.perf_counter() - start
 accuracy = clf.score(X[test], y[test])
-probe = RidgeClassifierCV(alphas=np.logspace(-2, 6, 17)).fit(clf.features(X[train]), y[train])
-probe_accuracy = probe.score(clf.features(X[test]), y[test])
+last = clone(clf).set_params(readout="last", tangent_layers="head").fit(X[train], y[train])
+probe = RidgeClassifierCV(alphas=np.logspace(-4, 4, 17)).fit(last.features(X[train]), y[train])
+probe_accuracy = probe.score(last.features(X[test]), y[test])
 print(f"ridge linear probe  accuracy {probe_accuracy:.3f}")
 print(
     f"LQF                 accuracy {accuracy:.3f}   {clf.n_iter_} iterations, relative gradient "
@@ -52,9 +53,9 @@ few, some = train[::2], test[:200]
 print(f"Pipeline (inverted) accuracy {pipeline.fit(X[few], y[few]).score(X[some], y[some]):.3f}   10 images a digit")
 
 # %%
-# In a grid search: ``alpha`` is relative, one grid serves every backbone.
+# In a grid search: a numeric ``alpha`` is relative, one grid serves every backbone.
 fewer = train[::4]
-search = GridSearchCV(clf, {"alpha": [0.1, 10]}, cv=StratifiedKFold(2))
+search = GridSearchCV(clf, {"alpha": [0.01, 1]}, cv=StratifiedKFold(2))
 search.fit(X[fewer], y[fewer])
 print(f"GridSearchCV        accuracy {search.best_score_:.3f}   cross-validated, alpha={search.best_params_['alpha']}")
 
@@ -89,4 +90,4 @@ path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
 print(f"figure              {path}")
 
-assert accuracy > probe_accuracy - 0.01, "LQF should not be below the linear probe"
+assert accuracy > probe_accuracy + 0.03, "LQF should be clearly above the linear probe"

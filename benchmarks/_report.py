@@ -2,7 +2,7 @@
 
 A table stands between the comments ``<!-- NAME -->`` and ``<!-- end -->``; what is between them is replaced.
 
-    python benchmarks/report.py
+    make report
 """
 
 import itertools
@@ -12,9 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -137,6 +134,19 @@ def recipe_table() -> str:
     return table(["lever", *names, "mean", "log-loss", "iterations", "seconds"], lines)
 
 
+def readout_table() -> str:
+    groups: dict[str, dict] = defaultdict(lambda: defaultdict(list))
+    for r in json.loads((RESULTS / "readout.json").read_text())["rows"]:
+        groups[r["readout"]][r["dataset"], r["per_class"]].append(r)
+    columns = list(dict.fromkeys(c for found in groups.values() for c in found))
+    rows = [
+        [name, *(f"{100 * np.mean([r['accuracy'] for r in found[c]]):.1f} "
+                 f"({np.mean([r['leave_one_out_error'] for r in found[c]]):.3f})" for c in columns)]
+        for name, found in groups.items()
+    ]  # fmt: skip
+    return table(["readout", *(f"{DATASETS[d]} {k}" for d, k in columns)], rows)
+
+
 def ablation_table() -> str:
     report = json.loads((RESULTS / "ablation.json").read_text())
     groups: dict[tuple, list[dict[str, float]]] = defaultdict(list)
@@ -218,6 +228,7 @@ def main() -> None:
         "summary": summary_table(cells),
         "seconds": seconds_table(cells),
         "calibration": calibration_table(cells),
+        "readout": readout_table(),
         "recipe": recipe_table(),
         "ablation": ablation_table(),
         "robustness": robustness_table(),
