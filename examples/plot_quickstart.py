@@ -3,8 +3,8 @@ Quick start: digits by a network that was trained on photographs
 ================================================================
 
 EfficientNet-Lite0, with the ImageNet weights that a package carries, learns scikit-learn's digits from 20 images
-of each: a linear probe (ridge regression on its last features) beside the linearized network (LQF). The same estimator then lives
-in a Pipeline, in a grid search over its L2 penalty, and in a pickle.
+of each: a linear probe (ridge regression on its last features) beside the linearized network (LQF). The same
+estimator then lives in a Pipeline, in a grid search over its L2 penalty, and in a pickle.
 """
 
 import pickle
