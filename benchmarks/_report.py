@@ -160,9 +160,14 @@ def ablation_table() -> str:
     return table(["slope of the leak", "loss", "K-FAC", *iterations], rows)
 
 
+def read_robustness() -> list[dict[str, Any]]:
+    reports = [json.loads((RESULTS / f"robustness-{m}.json").read_text()) for m in ("nft", "lqf")]
+    return [{"method": report["method"], **row} for report in reports for row in report["rows"]]
+
+
 def robustness_table() -> str:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for r in json.loads((RESULTS / "robustness.json").read_text())["rows"]:
+    for r in read_robustness():
         groups[r["method"], r["parameter"]].append(r)
     rows = []
     for (method, parameter), found in groups.items():
@@ -195,7 +200,7 @@ def draw_accuracy(cells: Cells) -> None:
 
 
 def draw_robustness() -> None:
-    rows = json.loads((RESULTS / "robustness.json").read_text())["rows"]
+    rows = read_robustness()
     fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
     marks = {("nft", "lr"): "tab:orange", ("lqf", "alpha"): "tab:blue", ("lqf", "tail_weight"): "tab:cyan",
              ("lqf", "damping"): "tab:purple"}  # fmt: skip

@@ -1,6 +1,6 @@
 """The paper's ablation on one linearized network: Leaky-ReLU, squared loss and K-FAC, each alone and together.
 
-TrashNet, 20 images a class, two splits, a fixed random thousand of the other images for testing. All eight
+TrashNet, 20 images a class, one split, a fixed random thousand of the other images for testing. All eight
 combinations minimize their objective by the same method, (preconditioned) nonlinear conjugate gradients with an
 exact line search, which for squared loss is linear conjugate gradients; accuracy is taken along the way. For
 cross-entropy the outputs are divided by the temperature of the leave-one-out outputs, and the penalty is that of
@@ -29,7 +29,7 @@ from sklearn_lqf.model import LinearModel
 from sklearn_lqf.objective import build_kfac
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
-DATASET, PER_CLASS, SPLITS, N_TEST = "trashnet", 20, 2, 1000
+DATASET, PER_CLASS, SPLITS, N_TEST = "trashnet", 20, 1, 1000
 LEAK, TAIL_WEIGHT, DAMPING = 0.01, 0.03, 0.1
 REPORTED = (1, 3, 10, 30)  # iterations
 

@@ -78,7 +78,7 @@ class Point:
         body, weight, bias = net.views(direction)
         out = torch.nn.functional.linear(self.features, weight, bias)
         dot = net.tail.tangents(self._values, body) if body else None
-        return out if dot is None else out + torch.nn.functional.linear(dot, net.tail_weight)
+        return out if dot is None else out + torch.nn.functional.linear(dot, net.feature_gradient)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J' u for a cotangent (B, C): shape (P,). The graph is kept for further products."""
@@ -88,7 +88,7 @@ class Point:
         grads: Sequence[Tensor | None] = [None] * len(net.parameters)
         if self._graph.requires_grad:
             grads = torch.autograd.grad(
-                self._graph, net.parameters, cotangent @ net.tail_weight, retain_graph=True, allow_unused=True
+                self._graph, net.parameters, cotangent @ net.feature_gradient, retain_graph=True, allow_unused=True
             )
         parts = [
             (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, net.parameters, strict=True)
@@ -102,7 +102,7 @@ class Point:
     def output_gradients(self, outputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
         """Gradients of <u, f> with respect to the outputs of layers, in their shapes."""
         grads = torch.autograd.grad(
-            self._graph, list(outputs), cotangent @ self._network.tail_weight, retain_graph=True, allow_unused=True
+            self._graph, list(outputs), cotangent @ self._network.feature_gradient, retain_graph=True, allow_unused=True
         )
         return [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
 
@@ -160,8 +160,8 @@ class LinearizedNetwork:
         return features if self.standardization is None else self.standardization(features)
 
     @property
-    def tail_weight(self) -> Tensor:
-        """Derivative of the outputs by the tail's features, times the unit of its parameters, (C, D)."""
+    def feature_gradient(self) -> Tensor:
+        """Gradient of the outputs by the features of the tail, times the unit of its parameters, (C, D)."""
         weight = self.weight if self.standardization is None else self.weight / self.standardization.scale
         return weight * self.tail_scale
 
@@ -209,7 +209,7 @@ class LinearizedNetwork:
 
         def outputs(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
             features = functional_call(self.module, parameters, tuple(r.unsqueeze(0) for r in row))
-            return torch.nn.functional.linear(features, self.tail_weight).squeeze(0)
+            return torch.nn.functional.linear(features, self.feature_gradient).squeeze(0)
 
         # Gradients inside jacrev do not depend on the outer no_grad, which keeps the result free of a graph.
         with torch.no_grad(), plain_attention(), warnings.catch_warnings():
@@ -223,7 +223,7 @@ class LinearizedNetwork:
         for row in zip(*inputs, strict=True):
             with torch.enable_grad():
                 features, _ = self.tail.primal([z.unsqueeze(0) for z in row])
-            for w in self.tail_weight:
+            for w in self.feature_gradient:
                 grads = torch.autograd.grad(
                     features, list(chosen.values()), w.unsqueeze(0), retain_graph=True, materialize_grads=True
                 )

@@ -1,9 +1,8 @@
 """What the head reads: the network's own features, and statistics of the activations of each stage.
 
-The pooled mean and standard deviation of every stage are appended to the features with a head weight of zero at
-the pre-trained point, so that the network computes what it computed, and its expansion can use what the last
-layer has thrown away. Hides where stages end in a traced graph, which axes are positions, and the scale of each
-part.
+Outputs are linear in the head's weights on them, so they belong to the linear model exactly, and give it what the
+last layer has thrown away. Hides which axes of an activation are positions, how the statistics get into a traced
+graph, and the scale of each part.
 """
 
 from __future__ import annotations
