@@ -9,7 +9,8 @@ n       ``n_rows``                 training rows: images times views
 C       ``n_outputs``              outputs of the network (classes)
 P       ``n_parameters``           tangent parameters: tail, head weight, head bias
 J(x)    ``jvp, vjp``    (C, P)     Jacobian of the outputs at the pre-trained weights w0
-d       ``coef``        (P,)       w - w0
+tau     ``tail_scale``             prior scale of the tail's parameters over the head's
+d       ``coef``        (P,)       w - w0, the tail's part over tau
 t       ``targets``     (n, C)     what J d is to equal
 s       ``weights``     (n,)       weights of the rows
 lambda  ``alpha``                  L2 penalty, absolute
