@@ -130,6 +130,7 @@ def recipe_table() -> str:
             [lever, *(f"{a:.1f}" for a in accuracies), f"{np.mean(accuracies):.1f}", f"{loss:.3f}",
              f"{iterations / len(every):.0f}", f"{seconds / len(every):.0f}"]
         )  # fmt: skip
+    lines.sort(key=lambda line: line[0] != "default")
     names = [f"{DATASETS[d]} {k}" for d, k in columns]
     return table(["lever", *names, "mean", "log-loss", "iterations", "seconds"], lines)
 
