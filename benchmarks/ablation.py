@@ -26,7 +26,7 @@ from sklearn_lqf.backbones import load_backbone
 from sklearn_lqf.estimators import _RIDGE_ALPHAS, _fit_temperature, _probes
 from sklearn_lqf.head import fit_ridge_head, orthogonal_head
 from sklearn_lqf.model import LinearModel
-from sklearn_lqf.objective import build_kfac
+from sklearn_lqf.objective import build_kfac, weigh_tail
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 DATASET, PER_CLASS, SPLITS, N_TEST = "trashnet", 20, 1, 1000
@@ -60,13 +60,11 @@ class Problem:
         head = orthogonal_head(n_classes, features.shape[1], torch.Generator().manual_seed(0))
         self.network = model.set_head(head, torch.zeros(n_classes))
         self.kfac = build_kfac(self.network, self.batches, ones.float(), _probes(*targets.shape).float())
-        tail = self.kfac.trace - self.kfac.head_trace
-        self.network.tail_scale = (TAIL_WEIGHT * self.kfac.head_trace / tail) ** 0.5
-        self.kfac.scale_tail(self.network.tail_scale**2)
+        weigh_tail(self.network, self.kfac, TAIL_WEIGHT)
         unit = self.kfac.trace / (len(train) * n_classes)
         self.alpha, self.mean = ridge.alpha, targets.mean(0).float()
         self.targets = targets.float()
-        self.kfac.factorize(self.alpha + DAMPING * unit, torch.float32)
+        self.kfac.factorize(self.alpha, torch.float32, DAMPING * unit)
 
     def jvp(self, d: Tensor, batches: list) -> Tensor:
         return torch.cat([self.network.at(z, gradients=False).jvp(d) for z in batches])

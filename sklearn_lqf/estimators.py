@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from .backbones import Backbone, VectorNetwork, load_backbone
 from .head import RidgeHead, fit_ridge_head, orthogonal_head, random_head
 from .images import ImageInputs, is_image_input
+from .kfac import KFAC
 from .model import LinearModel, choose_device
-from .objective import Quadratic, build_kfac
+from .objective import Quadratic, build_kfac, weigh_tail
 from .progress import CallbackSupportMixin, Progress, with_callbacks
 from .solvers import SolverResult, pcg, sgd
 
 __all__ = ["LQFClassifier"]
 
-_EXACT_MAX = 1024  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
+_EXACT_MAX = 256  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
 _RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
 _ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
 _SPECIAL = {"alpha": "auto", "tail_weight": None}  # what these parameters may be beside a number
@@ -365,7 +366,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
     def _pose(
         self, model: LinearModel, batches: list[tuple[Tensor, ...]], ridge: RidgeHead, t: Tensor, s: Tensor
-    ) -> tuple[Quadratic, Any]:
+    ) -> tuple[Quadratic, KFAC]:
         """The quadratic and its preconditioner."""
         network = model.network
         assert network is not None
@@ -381,26 +382,24 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         residual = (t - offset).reshape(-1, t.shape[1]).to(model.dtype)
         weights = (s / views).repeat(views).to(model.dtype)
         kfac = build_kfac(network, batches, weights, _probes(*residual.shape).to(residual))
-        head, tail = kfac.head_trace, kfac.trace - kfac.head_trace
-        if self.tail_weight is not None and head > 0 and tail > 0:
-            network.tail_scale = (float(self.tail_weight) * head / tail) ** 0.5
-            kfac.scale_tail(network.tail_scale**2)
+        weigh_tail(network, kfac, self.tail_weight)
         unit = kfac.trace / (t.shape[1] * float(s.sum()))  # mean squared norm of one row of the Jacobian
         alpha = max(ridge.alpha, _ALPHA_MIN * unit) if self.alpha == "auto" else unit * float(self.alpha)
-        kfac.factorize(alpha + unit * float(self.damping), model.dtype)
+        kfac.factorize(alpha, model.dtype, unit * float(self.damping))
         return Quadratic(network, batches, residual, weights, alpha), kfac
 
-    def _solve(self, quadratic: Quadratic, preconditioner: Any, progress: Progress) -> SolverResult:
+    def _solve(self, quadratic: Quadratic, preconditioner: KFAC, progress: Progress) -> SolverResult:
         def report(number: int, residual: float, x: Tensor) -> bool:
             return progress.iteration(number, residual, lambda: {"coef_": self._change_of_weights(x)})
 
         b = quadratic.rhs()
+        start = preconditioner.head_solution(b)
         if self.solver == "pcg":
-            return pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report)
+            return pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report, start)
         n_batches = len(quadratic.batches)
         return sgd(
             quadratic.matvec, quadratic.batch_matvec, n_batches, b, preconditioner, self.tol, self.max_iter,
-            self._generator(), report,
+            self._generator(), report, start,
         )  # fmt: skip
 
     def _set_result(self, model: LinearModel, quadratic: Quadratic, ridge: RidgeHead, t: Tensor, s: Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.utils import _pytree as pytree
 
 from .graph import Split
 from .readout import Standardization
@@ -77,7 +78,7 @@ class Point:
         net = self._network
         body, weight, bias = net.views(direction)
         out = torch.nn.functional.linear(self.features, weight, bias)
-        dot = net.tail.tangents(self._values, body) if body else None
+        dot = net.tail.tangents(self._values, body) if any(bool(v.any()) for v in body.values()) else None
         return out if dot is None else out + torch.nn.functional.linear(dot, net.feature_gradient)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
@@ -94,6 +95,13 @@ class Point:
             (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, net.parameters, strict=True)
         ]
         return torch.cat([*parts, (cotangent.T @ self.features).reshape(-1), cotangent.sum(0)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the activations that it keeps."""
+        tensors = (v for v in pytree.tree_leaves(list(self._values.values())) if isinstance(v, Tensor))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
 
     def layer_calls(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """(input, output) of each evaluation of a layer of the tail."""

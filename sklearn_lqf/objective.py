@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 from .linearize import LinearizedNetwork, Point, _full_precision
 
-__all__ = ["Quadratic", "build_kfac"]
+__all__ = ["Quadratic", "build_kfac", "weigh_tail"]
 
 Batch = Sequence[Tensor]
+_POINTS_BYTES = 1 << 30  # of activations kept between products, which are evaluated anew for the batches beyond
 _GRADIENTS = 1 << 28  # elements of the output gradients of all layers and probes held at once
 _OTHER_ROWS = 64  # images from which the curvature of parameters outside Linear and Conv2d is estimated
 _OTHER_ELEMENTS = 1 << 25  # elements of their Jacobians held at once
@@ -61,6 +62,8 @@ class Quadratic:
         alpha: float,
     ):
         self.network, self.batches, self.alpha = network, batches, alpha
+        self._points: dict[int, Point] = {}
+        self._free = _POINTS_BYTES
         sizes = [batch[0].shape[0] for batch in batches]
         self.targets, self.weights = targets.split(sizes), weights.split(sizes)
 
@@ -75,7 +78,7 @@ class Quadratic:
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
         """H_k v, with H the mean of H_k over the batches."""
         with _full_precision():
-            product = self._product(self.network.at(self.batches[k]), k, v)
+            product = self._product(self._point(k), k, v)
         return (len(self.batches) * product).add_(v, alpha=self.alpha)
 
     def _product(self, point: Point, k: int, v: Tensor) -> Tensor:
@@ -84,14 +87,25 @@ class Quadratic:
     def _sum(self, term: Callable[[Point, int], Tensor]) -> Tensor:
         total = self.network.weight.new_zeros(self.network.n_parameters)
         with _full_precision():
-            for k, batch in enumerate(self.batches):
-                total.add_(term(self.network.at(batch), k))
+            for k in range(len(self.batches)):
+                total.add_(term(self._point(k), k))
         return total
+
+    def _point(self, k: int) -> Point:
+        """The network linearized on a batch, kept as far as memory is meant for it."""
+        if k in self._points:
+            return self._points[k]
+        point = self.network.at(self.batches[k])
+        if point.nbytes <= self._free:
+            self._free -= point.nbytes
+            self._points[k] = point
+        return point
 
     def predict(self, d: Tensor) -> Tensor:
         """J d for every row, shape (n, C)."""
         with _full_precision():
-            return torch.cat([self.network.at(batch, gradients=False).jvp(d) for batch in self.batches])
+            points = (self._points.get(k) or self.network.at(z, gradients=False) for k, z in enumerate(self.batches))
+            return torch.cat([point.jvp(d) for point in points])
 
     def value(self, d: Tensor) -> float:
         """The objective at d."""
@@ -149,6 +163,24 @@ def build_kfac(
         if others:
             _update_others(network, batches, weights, others, owners)
     return KFAC([*blocks.values(), *others, head])
+
+
+def weigh_tail(network: LinearizedNetwork, kfac: KFAC, weight: float | None) -> None:
+    """Set the prior variance of what the tail adds to an output, relative to the head's.
+
+    Parameters
+    ----------
+    network : LinearizedNetwork
+        Its ``tail_scale`` is set; 1 before.
+    kfac : KFAC
+        Of that network, not yet factorized; follows.
+    weight : float or None
+        None leaves all parameters one prior.
+    """
+    head, tail = kfac.head_trace, kfac.trace - kfac.head_trace
+    if weight is not None and head > 0 and tail > 0:
+        network.tail_scale = (weight * head / tail) ** 0.5
+        kfac.scale_tail(network.tail_scale**2)
 
 
 def _layers_of_images(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:

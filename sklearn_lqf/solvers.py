@@ -74,8 +74,9 @@ def pcg(
     tol: float,
     max_iter: int,
     callback: Callback = _continue,
+    start: Tensor | None = None,
 ) -> SolverResult:
-    """Preconditioned conjugate gradients from zero.
+    """Preconditioned conjugate gradients.
 
     Parameters
     ----------
@@ -85,11 +86,13 @@ def pcg(
     precondition : callable
         Symmetric positive definite approximation of H^-1.
     tol : float
-        Stop when |b - H x| <= tol |b|, confirmed on the recomputed residual.
+        Stop when |b - H x| <= tol |b|, confirmed on the recomputed residual; after one iteration at the earliest.
     max_iter : int
     callback : callable
         Called after each iteration with its number, the relative residual and x, which the next iteration
         overwrites; true stops.
+    start : Tensor of shape (P,) or None
+        First x; None: zero.
 
     Returns
     -------
@@ -100,7 +103,7 @@ def pcg(
     Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1; with the
     products that make it flexible: Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput. 2000.
     """
-    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback)
+    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback, start)
 
 
 def sgd(
@@ -113,6 +116,7 @@ def sgd(
     max_iter: int,
     generator: torch.Generator,
     callback: Callback = _continue,
+    start: Tensor | None = None,
 ) -> SolverResult:
     """Preconditioned stochastic gradient descent with momentum, anchored and rescaled once an epoch.
 
@@ -132,7 +136,7 @@ def sgd(
     batch_matvec : callable
         (k, v) -> H_k v with H the mean of H_k over batches k = 0 .. n_batches - 1.
     n_batches : int
-    b, precondition, tol, max_iter, callback
+    b, precondition, tol, max_iter, callback, start
         As in `pcg`; ``max_iter`` counts epochs.
     generator : torch.Generator
         On the CPU; draws the order of the batches, once.
@@ -165,11 +169,17 @@ def sgd(
         step /= 2
         return first
 
-    return _conjugate_directions(matvec, b, epoch, tol, max_iter, callback)
+    return _conjugate_directions(matvec, b, epoch, tol, max_iter, callback, start)
 
 
 def _conjugate_directions(
-    matvec: Operator, b: Tensor, propose: Operator, tol: float, max_iter: int, callback: Callback
+    matvec: Operator,
+    b: Tensor,
+    propose: Operator,
+    tol: float,
+    max_iter: int,
+    callback: Callback,
+    start: Tensor | None,
 ) -> SolverResult:
     """Minimize the quadratic along directions that ``propose`` makes of the residual b - H x.
 
@@ -177,11 +187,17 @@ def _conjugate_directions(
     method of conjugate gradients; with explicit products in place of the ratio of residuals it also bears
     preconditioners that change, residuals that are replaced, and rounding, without a restart.
     """
-    x, r = torch.zeros_like(b), b
     scale = _dot(b, b) ** 0.5
     if scale == 0.0:
-        return SolverResult(x, Status.CONVERGED, 0, [0.0])
-    history, drifts, status = [1.0], 0, Status.MAX_ITER
+        return SolverResult(torch.zeros_like(b), Status.CONVERGED, 0, [0.0])
+    if start is None:
+        x, r, first = torch.zeros_like(b), b, 1.0
+    else:
+        x, r = start.clone(), b - matvec(start)
+        first = _dot(r, r) ** 0.5 / scale
+    history, drifts, status = [first], 0, Status.MAX_ITER
+    if first == 0.0:
+        return SolverResult(x, Status.CONVERGED, 0, history)
     p = hp = torch.zeros_like(b)
     curvature = 1.0
     for i in range(1, max_iter + 1):

@@ -455,10 +455,32 @@ def test_tail_is_scaled_without_the_head():
     close(found[:30, :30], expected[:30, :30])
 
 
-@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
-def test_damping_must_be_positive_and_finite(ridge):
+def test_damping_spares_the_head():
+    found = applied(preconditioner()[0].factorize(RIDGE, F64, damping=2 * RIDGE), 45)
+    expected = applied(preconditioner()[0].factorize(3 * RIDGE, F64), 45)
+    close(found[:30, :30], expected[:30, :30])
+    close(found[30:, 30:], applied(preconditioner()[0].factorize(RIDGE, F64), 45)[30:, 30:])
+
+
+def test_head_solution_is_the_minimum_over_the_head():
+    operator, size = preconditioner()
+    head = torch.linalg.inv(applied(preconditioner()[0].factorize(RIDGE, F64), size)[30:, 30:])
+    b = rand(size)
+    found = operator.factorize(RIDGE, F64, damping=1.0).head_solution(b)
+    assert not found[:30].any()
+    close(head @ found[30:], b[30:])
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_penalty_must_be_positive_and_finite(alpha):
+    with pytest.raises(ValueError, match="penalty"):
+        preconditioner()[0].factorize(alpha, F64)
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
+def test_damping_must_be_finite(damping):
     with pytest.raises(ValueError, match="damping"):
-        preconditioner()[0].factorize(ridge, F64)
+        preconditioner()[0].factorize(RIDGE, F64, damping)
 
 
 def test_curvature_that_is_not_finite_is_refused():

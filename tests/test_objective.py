@@ -173,6 +173,34 @@ def test_products_equal_the_dense_quadratic(problem):
     assert quadratic.value(d) == pytest.approx(float(loss + problem.alpha * d.square().sum()), rel=1e-12)
 
 
+def evaluations(problem: Problem, monkeypatch, quadratic: Quadratic) -> list[int]:
+    """How often the tail has been evaluated after each of three products."""
+    count, primal = [], problem.network.tail.primal
+    monkeypatch.setattr(problem.network.tail, "primal", lambda z: (count.append(1), primal(z))[1])
+    d, found = rand(problem.network.n_parameters, seed=7), []
+    for _ in range(3):
+        close(quadratic.matvec(d), problem.hessian() @ d)
+        found.append(len(count))
+    quadratic.predict(d)
+    return [*found, len(count)]
+
+
+def test_points_are_kept_within_the_memory_meant_for_them(problem, monkeypatch):
+    largest = problem.network.at(problem.batches()[0]).nbytes
+    monkeypatch.setattr(objective, "_POINTS_BYTES", 0)
+    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 6, 9, 12]  # 3 batches
+    monkeypatch.setattr(objective, "_POINTS_BYTES", largest)  # the first only
+    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 5, 7, 9]
+    monkeypatch.setattr(objective, "_POINTS_BYTES", 3 * largest)
+    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 3, 3, 3]
+
+
+def test_bytes_of_a_point_grow_with_its_rows(problem):
+    one, two = (problem.network.at(problem.batches(size)[0]).nbytes for size in (1, 2))
+    assert one > problem.inputs[0][:1].numel() * 8
+    assert one < two <= 2 * one
+
+
 def test_products_leave_their_argument_alone(conv):
     d = rand(conv.network.n_parameters, seed=7)
     before = d.clone()

@@ -135,6 +135,30 @@ def test_certificate_in_float32_is_the_true_residual(kind):
     assert true == pytest.approx(result.residual_norms[-1], abs=rounding(b, result.x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pcg_from_a_start(kind):
+    h, b = rotated(spectrum(kind)), rand(60, seed=1)
+    start = torch.linalg.solve(h, b) + 0.1 * rand(60, seed=2)
+    before = start.clone()
+    result = pcg(lambda v: h @ v, b, identity, 3e-12, 2000, start=start)
+    assert_solution(result, h, b)
+    assert torch.equal(start, before)
+    assert result.residual_norms[0] == pytest.approx(float((b - h @ start).norm() / b.norm()), rel=1e-9)
+
+
+def test_start_at_the_solution():
+    h, b = torch.diag(torch.tensor([1.0, 2.0], dtype=F64)), torch.tensor([1.0, 4.0], dtype=F64)
+    result = pcg(lambda v: h @ v, b, identity, 1e-9, 10, start=torch.tensor([1.0, 2.0], dtype=F64))
+    assert (result.status, result.n_iter, result.residual_norms) == (Status.CONVERGED, 0, [0.0])
+
+
+def test_one_iteration_at_least():
+    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    start = torch.linalg.solve(h, b) + 1e-4 * rand(60, seed=2)
+    result = pcg(lambda v: h @ v, b, identity, 0.5, 10, start=start)
+    assert result.residual_norms[0] < 0.5 and result.n_iter == 1
+
+
 def test_history_starts_at_one_and_ends_with_the_residual():
     h, b = rotated(spectrum("linear")), rand(60, seed=1)
     result = pcg(lambda v: h @ v, b, identity, 1e-6, 500)
@@ -288,11 +312,11 @@ class Batches:
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
         return self.n_batches * (self.parts[k].T @ (self.parts[k] @ v)) + self.ridge * v
 
-    def solve(self, tol: float, max_iter: int, seed: int = 0, precondition=None) -> SolverResult:
+    def solve(self, tol: float, max_iter: int, seed: int = 0, precondition=None, start=None) -> SolverResult:
         return sgd(
             self.matvec, self.batch_matvec, self.n_batches, self.b,
             (lambda v: self.p @ v) if precondition is None else precondition,
-            tol, max_iter, torch.Generator().manual_seed(seed),
+            tol, max_iter, torch.Generator().manual_seed(seed), start=start,
         )  # fmt: skip
 
 
@@ -301,6 +325,7 @@ class Batches:
 def test_sgd_reaches_the_optimum(n_batches, rows):
     problem = Batches(min(n_batches, rows), rows)
     assert_solution(problem.solve(1e-11, 1000), problem.h, problem.b)
+    assert_solution(problem.solve(1e-11, 1000, start=rand(60, seed=9)), problem.h, problem.b)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
