@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,10 +17,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_memory, validate_data
 from torch import Tensor, nn
 
 from .backbones import Backbone, VectorNetwork, load_backbone
+from .cache import CACHES, TrunkCache, with_smaller_batches
 from .head import RidgeHead, fit_ridge_head, orthogonal_head, random_head
 from .images import ImageInputs, is_image_input
 from .kfac import KFAC
@@ -113,7 +115,16 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     preprocessing : dict or None, default=None
         Overrides of the backbone's ``mean``, ``std`` (for pixels in [0, 1]) and ``interpolation``.
     batch_size : int, default=64
-        Images evaluated at once. The solution does not depend on it but for rounding.
+        Images evaluated at once; halved as often as memory requires. The solution does not depend on it but for
+        rounding.
+    cache : {"auto", "memory", "disk", "none"}, default="auto"
+        Where the activations of the frozen trunk are kept during a fit: in memory, in a temporary file that is gone
+        after it, or nowhere, which evaluates the trunk anew at each pass. ``"auto"``: in memory up to a quarter of
+        the machine's (half of what is free of a device), else in a file up to half of the free space, else nowhere.
+    memory : str, path, joblib.Memory or None, default=None
+        Folder in which the trunk activations of each image are shared between fits, and with predictions: a grid
+        search evaluates the trunk once for each image. They are found by the content of image and trunk. As with
+        any joblib.Memory nothing is ever removed from it, and it must be trusted, since it is unpickled.
     device : str or torch.device, default="auto"
         ``"auto"``: CUDA where present, else the CPU.
     dtype : {"auto", "float32", "float64"}, default="auto"
@@ -213,6 +224,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
         batch_size: int = 64,
+        cache: str = "auto",
+        memory: Any = None,
         device: Any = "auto",
         dtype: str = "auto",
         random_state: Any = 0,
@@ -239,6 +252,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self.channel_axis = channel_axis
         self.preprocessing = preprocessing
         self.batch_size = batch_size
+        self.cache = cache
+        self.memory = memory
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
@@ -283,18 +298,16 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         weights, multiplicity = self._sample_weights(codes, sample_weight)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
         model = self._prepare(backbone, rows, keep, weights, device)
-        progress = Progress(self, self.verbose, self.max_iter, X, y)
-
         targets = self.target_scale * np.eye(len(self.classes_))[codes[keep]]
-        batches = self._trunk_activations(model, rows, keep, progress)
         t = torch.tensor(targets, device=device)
         s = torch.tensor(weights[keep], device=device)
-        ridge = self._fit_head(model, batches, t, s, torch.tensor(multiplicity[keep], device=device))
-        quadratic, preconditioner = self._pose(model, batches, ridge, t, s)
-        self._set_result(model, quadratic, ridge, t, s)
-        result = self._solve(quadratic, preconditioner, progress)
-        self._set_solution(result)
-        progress.close()
+        m = torch.tensor(multiplicity[keep], device=device)
+        with Progress(self, self.verbose, self.max_iter, X, y) as progress:
+            cache = self._trunk_activations(model, rows, keep, progress)
+            result = with_smaller_batches(
+                lambda size: self._minimize(model, cache.rebatched(size), t, s, m, progress), cache.batch_size
+            )
+            self._set_solution(result)
         if not result.converged:
             warnings.warn(
                 f"The solver stopped after {result.n_iter} iterations at a relative gradient of "
@@ -328,21 +341,32 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             device,
         )
 
-    def _trunk_activations(
-        self, model: LinearModel, rows: Any, keep: np.ndarray, progress: Progress
-    ) -> list[tuple[Tensor, ...]]:
-        """Activations of every view of every kept row, in batches: all rows of the first view, then the next."""
-        found = []
-        for view in self._view_names():
-            images = _batches(rows, self.batch_size, keep)
-            for x in progress.over(images, -(-len(keep) // self.batch_size), "trunk"):
-                found.append(model.activations(x.flip(-1) if view == "flip" else x))
-        return found
+    def _trunk_activations(self, model: LinearModel, rows: Any, keep: np.ndarray, progress: Progress) -> TrunkCache:
+        """Activations of every view of every kept row: all rows of the first view, then the next."""
+        views, activations = self._view_names(), model.evaluator(self._memory())
+        n_rows = len(views) * len(keep)
+
+        def evaluate(start: int, stop: int) -> tuple[Tensor, ...]:
+            wanted = np.arange(start, stop)
+            images = _rows(rows, keep[wanted % len(keep)])
+            flip = torch.tensor([views[v] == "flip" for v in wanted // len(keep)])
+            return activations(_flipped(images, flip) if flip.any() else images)
+
+        return TrunkCache(evaluate, n_rows, self.batch_size, self.cache, lambda k: progress.rows(k, n_rows))
+
+    def _minimize(
+        self, model: LinearModel, batches: TrunkCache, t: Tensor, s: Tensor, m: Tensor, progress: Progress
+    ) -> SolverResult:
+        """Everything that follows from the trunk activations; fitted attributes but the solution are set."""
+        ridge = self._fit_head(model, batches, t, s, m)
+        quadratic, preconditioner = self._pose(model, batches, ridge, t, s)
+        self._set_result(model, quadratic, ridge, t, s)
+        return self._solve(quadratic, preconditioner, progress)
 
     def _fit_head(
         self,
         model: LinearModel,
-        batches: list[tuple[Tensor, ...]],
+        batches: TrunkCache,
         t: Tensor,
         s: Tensor,
         multiplicity: Tensor,
@@ -365,7 +389,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return ridge
 
     def _pose(
-        self, model: LinearModel, batches: list[tuple[Tensor, ...]], ridge: RidgeHead, t: Tensor, s: Tensor
+        self, model: LinearModel, batches: TrunkCache, ridge: RidgeHead, t: Tensor, s: Tensor
     ) -> tuple[Quadratic, KFAC]:
         """The quadratic and its preconditioner."""
         network = model.network
@@ -523,15 +547,26 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         rows = self._read_new_data(X)
         model = self._model
         assert model.standardization is not None
-        found = [model.features(model.activations(x)) for x in _batches(rows, self.batch_size)]
+        found = self._in_batches(lambda batches: [model.features(z) for z in batches], rows)
         return model.standardization(torch.cat(found)).cpu().numpy()
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of one-hot targets, (n, C)."""
         check_is_fitted(self)
         rows = self._read_new_data(X)
-        values = self._model.outputs(_batches(rows, self.batch_size), self.coef_, self.intercept_)
+        values = self._in_batches(lambda batches: self._model.outputs(batches, self.coef_, self.intercept_), rows)
         return values / self.target_scale
+
+    def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:
+        """What is made of the trunk activations of rows, batch by batch."""
+        activations = self._model.evaluator(self._memory())
+        return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), self.batch_size)
+
+    def _memory(self) -> Any:
+        """The joblib.Memory, or None."""
+        if self.memory is None:
+            return None
+        return check_memory(os.fspath(self.memory) if isinstance(self.memory, os.PathLike) else self.memory)
 
     # ------------------------------------------------------------------------------------------ validation
 
@@ -555,11 +590,12 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
         for name, allowed in (
             ("solver", ("pcg", "sgd")), ("head", ("orthogonal", "random", "ridge")), ("readout", ("stages", "last")),
-            ("dtype", ("auto", "float32", "float64")),
+            ("cache", CACHES), ("dtype", ("auto", "float32", "float64")),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+        self._memory()
         if not isinstance(self.center, bool | np.bool_) and self.center != "auto":
             raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
         views = self._view_names()
@@ -654,17 +690,23 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return twin
 
 
-def _batches(rows: Any, size: int, keep: np.ndarray | None = None) -> Iterator[Tensor]:
-    """Rows as tensors in fixed order; ``keep`` chooses some."""
-    keep = np.arange(len(rows)) if keep is None else keep
-    for start in range(0, len(keep), size):
-        chosen = keep[start : start + size]
-        if isinstance(rows, np.ndarray):
-            yield torch.from_numpy(rows[chosen])  # an indexed copy
-        elif chosen[-1] - chosen[0] == len(chosen) - 1:
-            yield rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
-        else:
-            yield torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
+def _batches(rows: Any, size: int) -> Iterator[Tensor]:
+    """Rows as tensors in fixed order."""
+    return (_rows(rows, np.arange(a, min(a + size, len(rows)))) for a in range(0, len(rows), size))
+
+
+def _rows(rows: Any, chosen: np.ndarray) -> Tensor:
+    """Some rows as a tensor."""
+    if isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows[chosen])  # an indexed copy
+    if chosen[-1] - chosen[0] == len(chosen) - 1:
+        return rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
+    return torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
+
+
+def _flipped(images: Tensor, flip: Tensor) -> Tensor:
+    """Images (B, C, H, W), some of them mirrored."""
+    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def _standardize(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .backbones import Backbone, Preprocessing
+from .cache import SharedActivations
+from .cut import NoTrunk
 from .graph import Split, remove_head, split_network
 from .linearize import LinearizedNetwork, _full_precision
 from .readout import Standardization, fit_standardization
@@ -113,19 +115,29 @@ class LinearModel:
         with torch.no_grad(), _full_precision():
             return tuple(self.split.trunk(x))
 
+    def evaluator(self, memory: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """`activations`, by way of a joblib.Memory that keeps them; None: of nothing."""
+        trunk = self.split.trunk
+        if memory is None or isinstance(trunk, NoTrunk):
+            return self.activations
+        shared = SharedActivations(memory, trunk, (self._preprocessing, self.dtype, self.device.type))
+        return lambda images: tuple(z.to(self.device) for z in shared(images, self.activations))
+
     def features(self, activations: Sequence[Tensor]) -> Tensor:
         """Input of the head at the pre-trained weights, before it is standardized, (B, D)."""
         with torch.no_grad(), _full_precision():
             return self.split.tail(*activations)
 
-    def outputs(self, batches: Iterable[Tensor], coef: np.ndarray, intercept: np.ndarray | None) -> np.ndarray:
-        """f_lin of batches of images, (n, C); with an intercept (C,) it stands for f_w0."""
+    def outputs(
+        self, batches: Iterable[Sequence[Tensor]], coef: np.ndarray, intercept: np.ndarray | None
+    ) -> np.ndarray:
+        """f_lin of batches of trunk activations, (n, C); with an intercept (C,) it stands for f_w0."""
         assert self.network is not None, "no head"
         d = torch.tensor(coef, device=self.device, dtype=self.dtype)
         found = []
         with _full_precision():
-            for images in batches:
-                point = self.network.at(self.activations(images), gradients=False)
+            for activations in batches:
+                point = self.network.at(activations, gradients=False)
                 offset = point.outputs if intercept is None else torch.tensor(intercept).to(d)
                 found.append((offset + point.jvp(d)).cpu().numpy())
         return np.concatenate(found)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .cache import batch_sizes
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 from .linearize import LinearizedNetwork, Point, _full_precision
 
@@ -64,7 +65,7 @@ class Quadratic:
         self.network, self.batches, self.alpha = network, batches, alpha
         self._points: dict[int, Point] = {}
         self._free = _POINTS_BYTES
-        sizes = [batch[0].shape[0] for batch in batches]
+        sizes = batch_sizes(batches)
         self.targets, self.weights = targets.split(sizes), weights.split(sizes)
 
     def rhs(self) -> Tensor:
@@ -152,7 +153,7 @@ def build_kfac(
     others, owners = _other_blocks(network, set(layers), device)
     probes = (probes if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(weights), -1)
     # As many rows at once as the caller evaluates, if the gradients of all probes fit.
-    largest = max(batch[0].shape[0] for batch in batches)
+    largest = max(batch_sizes(batches))
     limit = max(1, largest // len(probes), _GRADIENTS // (len(probes) * max(elements, 1)))
     with _full_precision():
         for rows, batch in _pieces(batches, limit):

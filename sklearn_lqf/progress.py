@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
 
 try:  # scikit-learn >= 1.9
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -18,11 +19,9 @@ except ImportError:  # older: fit runs without callbacks
 
 __all__ = ["CallbackSupportMixin", "Progress", "with_callbacks"]
 
-T = TypeVar("T")
-
 
 class Progress:
-    """Progress of one fit.
+    """Progress of one fit; a context, at whose end the bars are closed.
 
     Parameters
     ----------
@@ -47,7 +46,7 @@ class Progress:
                     'verbose needs tqdm: pip install "sklearn-lqf[progress]", or set verbose=0.'
                 ) from error
             self._tqdm = tqdm
-        self._bar: Any = None
+        self._bars: dict[str, Any] = {}
         self._max_iter = max_iter
         self._context = (
             estimator._init_callback_context(max_subtasks=max_iter)
@@ -57,9 +56,15 @@ class Progress:
         if self._context is not None:
             self._context.call_on_fit_task_begin(estimator=estimator, **self._data)
 
-    def over(self, items: Iterable[T], total: int, what: str) -> Iterable[T]:
-        """The items, with a bar while they are consumed."""
-        return items if self._tqdm is None else self._tqdm(items, total=total, desc=what, leave=False)
+    def _bar(self, what: str, total: int) -> Any:
+        if what not in self._bars:
+            self._bars[what] = self._tqdm(total=total, desc=what, leave=False)
+        return self._bars[what]
+
+    def rows(self, count: int, total: int) -> None:
+        """Report rows of which the trunk has been evaluated."""
+        if self._tqdm is not None:
+            self._bar("trunk", total).update(count)
 
     def iteration(self, number: int, residual: float, reconstruct: Callable[[], dict[str, Any]]) -> bool:
         """Report one iteration; true when a callback asks to stop.
@@ -67,10 +72,9 @@ class Progress:
         ``reconstruct`` gives the attributes of the estimator as if fit had stopped here.
         """
         if self._tqdm is not None:
-            if self._bar is None:
-                self._bar = self._tqdm(total=self._max_iter, desc="solve", leave=False)
-            self._bar.set_postfix_str(f"relative gradient {residual:.1e}")
-            self._bar.update(number - self._bar.n)
+            bar = self._bar("solve", self._max_iter)
+            bar.set_postfix_str(f"relative gradient {residual:.1e}")
+            bar.update(number - bar.n)
         if self._context is None or not getattr(self._estimator, "_skl_callbacks", None):
             return False
         task = self._context.subcontext(task_name="iteration")
@@ -79,9 +83,11 @@ class Progress:
             task.call_on_fit_task_end(estimator=self._estimator, reconstruction_attributes=reconstruct, **self._data)
         )
 
-    def close(self) -> None:
-        """End of the fit."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._context is not None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for bar in self._bars.values():
+            bar.close()
+        if self._context is not None and error is None:
             self._context.call_on_fit_task_end(estimator=self._estimator, reconstruction_attributes={}, **self._data)

@@ -24,6 +24,8 @@ from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 
 from sklearn_lqf import LQFClassifier
+from sklearn_lqf.linearize import LinearizedNetwork
+from sklearn_lqf.model import LinearModel
 
 X, Y = make_images()
 RAVELED = X.reshape(len(X), -1)
@@ -243,6 +245,72 @@ def test_same_data_give_the_same_model_and_a_seed_another_head(fitted):
     assert not np.allclose(other.coef_, fitted.coef_)
     assert other.alpha_ == fitted.alpha_  # chosen by the features alone
     assert other.score(X, Y) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "none"])
+@pytest.mark.parametrize("views", ["identity", ("identity", "flip")])
+def test_where_activations_are_kept_does_not_matter(kind, views):
+    expected = classifier(views=views).fit(X, Y)
+    weights = np.where(np.arange(len(X)) == 3, 0.0, 1.0)  # rows with a gap
+    for options in ({}, {"sample_weight": weights}):
+        one = classifier(views=views, cache=kind, batch_size=5).fit(X, Y, **options)
+        assert_equal_models(one, expected if not options else classifier(views=views).fit(X, Y, **options))
+
+
+def small_device(monkeypatch, limit: int) -> list[int]:
+    """A device with memory for so many rows in the linearized part; the sizes that were tried."""
+    tried, at = [], LinearizedNetwork.at
+
+    def guarded(self, inputs, gradients=True):
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return at(self, inputs, gradients)
+
+    monkeypatch.setattr(LinearizedNetwork, "at", guarded)
+    return tried
+
+
+def test_less_memory_gives_the_same_result(fitted, monkeypatch):
+    tried = small_device(monkeypatch, 7)
+    clf = classifier(batch_size=24).fit(X, Y)
+    assert max(tried) == 24
+    assert_equal_models(clf, fitted)
+
+
+def test_not_enough_memory_says_what_to_do(monkeypatch):
+    small_device(monkeypatch, 0)
+    with pytest.raises(MemoryError, match="tangent_layers"):
+        classifier().fit(X, Y)
+
+
+def trunk_rows(monkeypatch) -> list[int]:
+    """Rows of each evaluation of the trunk from here on."""
+    rows, activations = [], LinearModel.activations
+
+    def counted(self, images):
+        rows.append(len(images))
+        return activations(self, images)
+
+    monkeypatch.setattr(LinearModel, "activations", counted)
+    return rows
+
+
+def test_memory_shares_the_trunk_between_fits_and_predictions(fitted, monkeypatch, tmp_path):
+    rows = trunk_rows(monkeypatch)
+    search = GridSearchCV(classifier(memory=tmp_path), {"alpha": [0.1, 1.0]}, cv=KFold(3)).fit(X, Y)
+    assert sum(rows) == len(X)
+    plain = GridSearchCV(classifier(), {"alpha": [0.1, 1.0]}, cv=KFold(3)).fit(X, Y)
+    np.testing.assert_array_equal(search.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
+    rows.clear()
+    clf = classifier(memory=joblib.Memory(str(tmp_path), verbose=0)).fit(X, Y)
+    clf.predict(X)
+    assert rows == []
+    assert_equal_models(clf, fitted)
+    rows.clear()
+    classifier(memory=tmp_path, tangent_layers="all").fit(X, Y)  # no trunk: nothing to share
+    classifier(memory=tmp_path, preprocessing={"mean": (0.4, 0.4, 0.4)}).fit(X, Y)
+    assert sum(rows) == 2 * len(X)
 
 
 def test_callbacks():

@@ -1,0 +1,318 @@
+"""Trunk activations: of the rows of one fit within a budget of memory, and shared between fits.
+
+Hides where activations lie (memory of the device, of the host, a temporary file, or nowhere) and in which order of
+memory, and how those of one image are found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["CACHES", "SharedActivations", "TrunkCache", "batch_sizes", "with_smaller_batches"]
+
+CACHES = ("auto", "memory", "disk", "none")
+_MEMORY_PART = 0.25  # of the memory of the machine that "auto" fills; the rest is for the solver and the user
+_DEVICE_PART = 0.5  # of the free memory of a device
+_DISK_PART = 0.5  # of the free space for temporary files
+_UNKNOWN_MEMORY = 4 << 30  # bytes taken for the memory of a machine that does not tell
+_CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
+
+Activations = tuple[Tensor, ...]
+
+
+class TrunkCache(Sequence[Activations]):
+    """Batches of trunk activations, evaluated once as far as there is room for them.
+
+    Parameters
+    ----------
+    evaluate : callable
+        (start, stop) -> activations of these rows, each of shape (B, ...), on the device.
+    n_rows : int
+    batch_size : int
+        Rows of a batch; halved while the device has no memory for it.
+    kind : {"auto", "memory", "disk", "none"}
+        Where activations are kept; ``"auto"`` is the first of these that has room.
+    report : callable
+        Called with the number of rows after each batch that was evaluated.
+
+    Attributes
+    ----------
+    kind : str
+        Where they are kept.
+    sizes : list of int
+        Rows of each batch.
+
+    Raises
+    ------
+    OSError
+        The temporary file cannot be written.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[int, int], Activations],
+        n_rows: int,
+        batch_size: int,
+        kind: str,
+        report: Callable[[int], object],
+    ):
+        self._evaluate, self._n_rows, self.batch_size = evaluate, n_rows, batch_size
+        first = with_smaller_batches(partial(self._from, 0), batch_size)
+        size = sum(z[0].numel() * z.element_size() for z in first) * n_rows
+        self.device = first[0].device
+        self.kind = _choose(size, self.device) if kind == "auto" else kind
+        self._store: _Held | _File | None = None
+        if self.kind == "none":
+            return
+        self._store = _File(first) if self.kind == "disk" else _Held(first, n_rows, _device_for(size, self.device))
+        try:
+            self._fill(first, report)
+        except OSError as error:
+            if kind == "auto":
+                self.kind, self._store = "none", None
+                return
+            raise OSError(
+                error.errno,
+                f"The trunk activations of {n_rows} rows take {_amount(size)}, and the temporary file for them could "
+                f"not be written ({error.strerror}): make room, point TMPDIR elsewhere, or set cache='none'.",
+            ) from error
+
+    def _fill(self, part: Activations, report: Callable[[int], object]) -> None:
+        assert self._store is not None
+        start = 0
+        while True:
+            self._store.append(part)
+            report(len(part[0]))
+            start += len(part[0])
+            if start == self._n_rows:
+                break
+            part = with_smaller_batches(partial(self._from, start), self.batch_size)
+        self._store.finish()
+
+    def _from(self, start: int, batch_size: int) -> Activations:
+        """Evaluate one batch; its size is the one that the device has memory for."""
+        self.batch_size = batch_size
+        return self._evaluate(start, min(start + batch_size, self._n_rows))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each batch."""
+        return [min(self.batch_size, self._n_rows - a) for a in range(0, self._n_rows, self.batch_size)]
+
+    def rebatched(self, batch_size: int) -> TrunkCache:
+        """The same activations in batches of another size."""
+        twin = object.__new__(TrunkCache)
+        twin.__dict__.update(self.__dict__, batch_size=batch_size)
+        return twin
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Activations: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Activations]: ...
+    def __getitem__(self, index: int | slice) -> Activations | list[Activations]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(len(self))[index]]
+        start = range(len(self))[index] * self.batch_size
+        stop = min(start + self.batch_size, self._n_rows)
+        if self._store is None:
+            return self._evaluate(start, stop)
+        return tuple(z.to(self.device, non_blocking=True) for z in self._store.rows(start, stop))
+
+
+def batch_sizes(batches: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Rows of each batch, without evaluating any."""
+    return batches.sizes if isinstance(batches, TrunkCache) else [len(batch[0]) for batch in batches]
+
+
+class _Held:
+    """Activations in memory, each as one tensor (n, ...) with the axes in the order in which they came."""
+
+    def __init__(self, first: Activations, n_rows: int, device: torch.device):
+        self._orders = [_axes(z) for z in first]
+        pairs = zip(first, self._orders, strict=True)
+        shapes = [(n_rows, *(z.shape[a] for a in order[1:])) for z, order in pairs]
+        self._tensors = [torch.empty(s, dtype=z.dtype, device=device) for s, z in zip(shapes, first, strict=True)]
+        self._filled = 0
+
+    def append(self, part: Activations) -> None:
+        stop = self._filled + len(part[0])
+        for z, order, held in zip(part, self._orders, self._tensors, strict=True):
+            held[self._filled : stop].copy_(z.permute(order))
+        self._filled = stop
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def rows(self, start: int, stop: int) -> list[Tensor]:
+        return [z[start:stop].permute(_inverse(o)) for z, o in zip(self._tensors, self._orders, strict=True)]
+
+
+class _File:
+    """Activations in files without a name, which vanish with the process, however it ends."""
+
+    def __init__(self, first: Activations):
+        self._orders = [_axes(z) for z in first]
+        self._files = [tempfile.TemporaryFile(prefix="sklearn_lqf-") for _ in first]  # noqa: SIM115, closed by finish
+        pairs = zip(first, self._orders, strict=True)
+        self._shapes = [tuple(z.shape[a] for a in order[1:]) for z, order in pairs]
+        self._arrays: list[np.ndarray] = []
+        self._dtypes = [z[:0].cpu().numpy().dtype for z in first]
+
+    def append(self, part: Activations) -> None:
+        # Written, not mapped: a full disk is then an error and not a signal that kills the process.
+        for z, order, file in zip(part, self._orders, self._files, strict=True):
+            file.write(z.permute(order).contiguous().cpu().numpy().data)
+
+    def finish(self) -> None:
+        """Map the files into memory."""
+        for file, dtype, shape in zip(self._files, self._dtypes, self._shapes, strict=True):
+            file.flush()
+            # Copied when written to: what changes its input in place leaves the file alone.
+            self._arrays.append(np.memmap(cast(Any, file), dtype, "c").reshape(-1, *shape))
+            file.close()
+
+    def rows(self, start: int, stop: int) -> list[Tensor]:
+        pairs = zip(self._arrays, self._orders, strict=True)
+        return [torch.from_numpy(np.asarray(z[start:stop])).permute(_inverse(order)) for z, order in pairs]
+
+
+def _axes(z: Tensor) -> list[int]:
+    """Axes in the order of memory, the batch first."""
+    strides = z.stride()
+    return [0, *sorted(range(1, z.ndim), key=lambda a: -strides[a])]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _choose(size: int, device: torch.device) -> str:
+    """Where there is room for so many bytes."""
+    if size <= _MEMORY_PART * _memory() or _device_for(size, device).type != "cpu":
+        return "memory"
+    return "disk" if size <= _DISK_PART * shutil.disk_usage(tempfile.gettempdir()).free else "none"
+
+
+def _device_for(size: int, device: torch.device) -> torch.device:
+    """The device itself where it has room, else the host."""
+    if device.type == "cuda" and size <= _DEVICE_PART * torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")
+
+
+def _memory() -> int:
+    """Bytes of memory of the machine, or of the container."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        found = _UNKNOWN_MEMORY
+    try:
+        return min(found, int(_CGROUP.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return found
+
+
+def _amount(size: float) -> str:
+    """Bytes in a unit that can be read."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+# ----------------------------------------------------------------------------------------------- out of memory
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator of the CPU
+    )
+
+
+def with_smaller_batches(work: Callable[[int], Any], batch_size: int) -> Any:
+    """``work(batch_size)``, repeated with half the size as long as memory does not suffice.
+
+    Raises
+    ------
+    MemoryError
+        When it does not suffice for single rows.
+    """
+    while True:
+        try:
+            return work(batch_size)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise MemoryError(
+                    f"There is not enough memory even for batches of one row ({error}). Remedies: a smaller "
+                    "image_size, fewer tangent_layers, cache='disk' or 'none', device='cpu', or a device with more "
+                    "memory."
+                ) from error
+        if torch.cuda.is_available():  # the frames that held the tensors are gone only here
+            torch.cuda.empty_cache()
+        batch_size = max(1, batch_size // 2)
+
+
+# ------------------------------------------------------------------------------------------ shared between fits
+
+
+class SharedActivations:
+    """Trunk activations of single images in a joblib.Memory, found by what an image and the trunk are.
+
+    Parameters
+    ----------
+    memory : joblib.Memory
+    trunk : nn.Module
+    options : object
+        What else the activations depend on, such as the preprocessing; its ``repr`` counts.
+    """
+
+    def __init__(self, memory: Any, trunk: torch.nn.Module, options: object):
+        self._recall = memory.cache(_recall, ignore=["value"])
+        digest = hashlib.blake2b(digest_size=16)
+        code = trunk.code if isinstance(trunk, torch.fx.GraphModule) else repr(trunk)
+        digest.update(repr((torch.__version__, code, options)).encode())
+        for name, value in trunk.state_dict().items():
+            digest.update(name.encode() + _bytes(value))
+        self._trunk = digest.hexdigest()
+
+    def __call__(self, images: Tensor, evaluate: Callable[[Tensor], Activations]) -> Activations:
+        """Activations of images (B, ...), on any device; those not yet known are evaluated, together, and kept."""
+        digests = [hashlib.blake2b(_bytes(x), digest_size=16).hexdigest() for x in images]
+        known = [self._recall.check_call_in_cache(d, self._trunk, None) for d in digests]
+        rows = [self._recall(d, self._trunk, None) if k else None for d, k in zip(digests, known, strict=True)]
+        missing = [i for i, row in enumerate(rows) if row is None]  # or lost since
+        if missing:
+            found = evaluate(images[missing])
+            for k, i in enumerate(missing):
+                rows[i] = tuple(z[k].cpu().numpy() for z in found)
+                self._recall(digests[i], self._trunk, rows[i])
+        stacked = [torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True)]
+        return tuple(z.contiguous(memory_format=torch.channels_last) if z.ndim == 4 else z for z in stacked)
+
+
+def _recall(image: str, trunk: str, value: Any) -> Any:
+    """The value, which joblib keeps under the two digests."""
+    return value
+
+
+def _bytes(value: Tensor) -> bytes:
+    array = value.detach().cpu().contiguous().numpy()
+    return repr((array.dtype.str, array.shape)).encode() + array.tobytes()
