@@ -75,8 +75,7 @@ class KroneckerBlock:
         weights : Tensor of shape (B,)
         """
         batch = len(weights)
-        images = [x.unflatten(0, (batch, -1)) for x in inputs]
-        probes = [[g.unflatten(0, (batch, -1)) for g in probe] for probe in gradients]
+        images, probes = _by_image(inputs, gradients, batch)
         positions = sum(g[0].numel() for g in probes[0]) // (self.groups * self.o)
         by_gram = self._prefers_gram(positions, len(probes))
         elements = self.groups * max(
@@ -91,9 +90,19 @@ class KroneckerBlock:
             if self.exact:
                 self._accumulate_exact(x, g, root)
                 continue
-            a = torch.cat([self._patches(i) for i in x], 2)
-            joint = torch.cat([self._outputs([p[i] for p in g]) for i in range(len(x))], 3)
+            a, joint = self._joint(x, g)
             self._accumulate(a, joint * root.view(-1, 1, 1, 1, 1), by_gram)
+
+    def positions(
+        self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Patches (B, G, T, m) and output gradients (B, G, K, T, o) of arguments as in `update`."""
+        return self._joint(*_by_image(inputs, gradients, batch))
+
+    def _joint(self, images: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+        """The positions of all evaluations of the layer one after the other."""
+        a = torch.cat([self._patches(x) for x in images], 2)
+        return a, torch.cat([self._outputs([p[i] for p in probes]) for i in range(len(images))], 3)
 
     def _prefers_gram(self, positions: int, probes: int) -> bool:
         """Whether products between positions are cheaper than the Jacobians themselves."""
@@ -377,6 +386,14 @@ class KFAC:
             if isinstance(block, HeadBlock):
                 block.apply(rhs, out)
         return out
+
+
+def _by_image(
+    inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], batch: int
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The rows of each image on an axis of their own, (B, rows, ...)."""
+    images = [x.unflatten(0, (batch, -1)) for x in inputs]
+    return images, [[g.unflatten(0, (batch, -1)) for g in probe] for probe in gradients]
 
 
 def _trace(matrix: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from .cache import batch_sizes
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 from .linearize import LinearizedNetwork, Point, _full_precision
 
-__all__ = ["Quadratic", "build_kfac", "weigh_tail"]
+__all__ = ["Quadratic", "build_kfac", "layers_of_images", "weigh_tail"]
 
 Batch = Sequence[Tensor]
 _POINTS_BYTES = 1 << 30  # of activations kept between products, which are evaluated anew for the batches beyond
@@ -143,7 +143,7 @@ def build_kfac(
         Not yet factorized.
     """
     device = network.weight.device
-    layers, elements = _layers_of_images(network, batches[0])
+    layers, elements = layers_of_images(network, batches[0])
     blocks = {
         name: KroneckerBlock(layer, network.slices[f"{name}.weight"], network.slices.get(f"{name}.bias"))
         for name, layer in layers.items()
@@ -184,7 +184,7 @@ def weigh_tail(network: LinearizedNetwork, kfac: KFAC, weight: float | None) -> 
         kfac.scale_tail(network.tail_scale**2)
 
 
-def _layers_of_images(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
+def layers_of_images(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
     """Layers that see each image in rows of its own, one image after the other; elements of their outputs.
 
     The rest, such as layers that are never called (their weight is read by a function) or called with tokens

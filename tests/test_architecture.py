@@ -20,6 +20,7 @@ LAYERS = [
     {"linearize"},
     {"kfac", "solvers", "head"},
     {"objective", "model"},
+    {"kernel"},
     {"estimators"},
     {"__init__"},
 ]

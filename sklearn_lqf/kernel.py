@@ -1,0 +1,136 @@
+"""The tangent kernel: inner products of the Jacobians of images, without the Jacobians.
+
+Hides how a layer's part is cheapest. With inputs a (T, m) and output gradients g (T, o) of a layer at T positions, the
+Jacobian of one output is J = g' a, and <J, J'> is the sum over pairs of positions of (a . a')(g . g'): products of
+small matrices where positions are few, and of the Jacobians themselves where they are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .kfac import KroneckerBlock
+from .linearize import LinearizedNetwork, _full_precision
+from .objective import layers_of_images
+
+__all__ = ["tangent_kernel"]
+
+Batch = Sequence[Tensor]
+_PRODUCTS = 1 << 26  # elements of the largest intermediate result
+_JACOBIANS = 16  # images whose Jacobians by other parameters are evaluated at once
+
+
+def tangent_kernel(
+    network: LinearizedNetwork, batches: Sequence[Batch], others: Sequence[Batch] | None = None
+) -> Tensor:
+    """K = J J' between the outputs of two sets of rows.
+
+    Parameters
+    ----------
+    network : LinearizedNetwork
+    batches : sequence of batches
+        Trunk activations of n rows.
+    others : sequence of batches or None
+        Of m rows; None: the same.
+
+    Returns
+    -------
+    Tensor of shape (n, C, m, C)
+        In float64 on the CPU.
+    """
+    layers, _ = layers_of_images(network, batches[0])
+    blocks = {name: KroneckerBlock(layer, slice(0), _bias(network, name)) for name, layer in layers.items()}
+    rest = [n for n in network.names if n.rpartition(".")[0] not in blocks]
+    symmetric = others is None
+    with _full_precision():
+        rows = []
+        for a, first in enumerate(_sides(network, batches, blocks, rest)):
+            columns = _sides(network, batches[: a + 1] if others is None else others, blocks, rest)
+            rows.append(torch.cat([_product(first, second, blocks) for second in columns], 2))
+    if not symmetric:
+        return torch.cat(rows)
+    width = sum(r.shape[0] for r in rows)
+    full = torch.cat([torch.nn.functional.pad(r, (0, 0, 0, width - r.shape[2])) for r in rows])
+    flat = full.flatten(2).flatten(0, 1).tril()
+    return (flat + flat.tril(-1).T).view_as(full)
+
+
+def _bias(network: LinearizedNetwork, name: str) -> slice | None:
+    return network.slices.get(f"{name}.bias")
+
+
+class _Side:
+    """What a batch brings to the product: features, and for each layer patches and output gradients."""
+
+    def __init__(self, network: LinearizedNetwork, batch: Batch, blocks: dict[str, KroneckerBlock], rest: list[str]):
+        n_outputs = len(network.weight)
+        point = network.at(batch, gradients=bool(blocks))
+        self.features, self.n_outputs = point.features.double(), n_outputs
+        self.layers: dict[str, tuple[Tensor, Tensor]] = {}
+        if blocks:
+            rows = len(self.features)
+            calls = {name: point.layer_calls(name) for name in blocks}
+            outputs = [out for pairs in calls.values() for _, out in pairs]
+            eye = torch.eye(n_outputs, dtype=network.weight.dtype, device=network.weight.device)
+            gradients = [point.output_gradients(outputs, e.expand(rows, -1)) for e in eye]
+            start = 0
+            for name, block in blocks.items():
+                stop = start + len(calls[name])
+                self.layers[name] = block.positions(
+                    [x.detach() for x, _ in calls[name]], [g[start:stop] for g in gradients], rows
+                )
+                start = stop
+        self.rest: Tensor | None = None
+        if rest:
+            parts = zip(*(z.split(_JACOBIANS) for z in batch), strict=True)
+            found = [network.sample_jacobians(part, rest) for part in parts]
+            self.rest = torch.cat([torch.cat([j[n].reshape(*j[n].shape[:2], -1) for n in rest], 2) for j in found])
+
+
+def _sides(
+    network: LinearizedNetwork, batches: Sequence[Batch], blocks: dict[str, KroneckerBlock], rest: list[str]
+) -> Iterator[_Side]:
+    return (_Side(network, batch, blocks, rest) for batch in batches)
+
+
+@torch.no_grad()
+def _product(first: _Side, second: _Side, blocks: dict[str, KroneckerBlock]) -> Tensor:
+    """K between two batches, (B, C, B', C)."""
+    eye = torch.eye(first.n_outputs, dtype=torch.float64, device=first.features.device)
+    total = torch.einsum("ij,cd->icjd", first.features @ second.features.T + 1, eye)
+    for name in blocks:
+        total += _layer_product(*first.layers[name], *second.layers[name])
+    if first.rest is not None and second.rest is not None:
+        total += torch.einsum("icp,jdp->icjd", first.rest.double(), second.rest.double())
+    return total.cpu()
+
+
+def _layer_product(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """Part of a layer: patches a (B, G, T, m), gradients g (B, G, C, T, o) of both batches."""
+    (rows, groups, c, t, o), (columns, _, _, u, _) = g.shape, h.shape
+    m = a.shape[3]
+    total = torch.zeros(rows, c, columns, c, dtype=torch.float64, device=a.device)
+    if groups > 1 or c * c * o * m <= t * u * (m + c * c * o):  # groups have few inputs and outputs
+        step = max(1, _PRODUCTS // (max(rows, columns) * c * o * m))
+        for k in range(0, groups, step):
+            part = slice(k, k + step)
+            j, q = (_jacobians(x[:, part], y[:, part]) for x, y in ((a, g), (b, h)))
+            total += (j @ q.T).view_as(total)
+        return total
+    step = max(1, _PRODUCTS // (t * columns * u * c * c))
+    right_a, right_g = b[:, 0].flatten(0, 1), h[:, 0].transpose(0, 1).flatten(0, 2)  # (B' U, m), (C B' U, o)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        x, y = a[part, 0].flatten(0, 1), g[part, 0].flatten(0, 2)  # (B T, m), (B C T, o)
+        near = (x @ right_a.T).view(-1, 1, t, 1, columns, u)
+        along = (y @ right_g.T).view(-1, c, t, c, columns, u)
+        total[part] += (near * along).sum((2, 5)).transpose(2, 3).double()  # (B, C, C, B') to (B, C, B', C)
+    return total
+
+
+def _jacobians(a: Tensor, g: Tensor) -> Tensor:
+    """J of some groups as rows, (B C, G o m)."""
+    return (g.mT @ a.unsqueeze(2)).transpose(1, 2).reshape(g.shape[0] * g.shape[2], -1)
