@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, VectorNetwork, load_backbone
 from .cache import CACHES, TrunkCache, with_smaller_batches
+from .distributed import ALONE, Group, default_group
 from .head import RidgeHead, fit_ridge_head, orthogonal_head, random_head
 from .images import ImageInputs, is_image_input
 from .kfac import KFAC
@@ -37,6 +39,8 @@ _RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough th
 _ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
 _SPECIAL = {"alpha": "auto", "tail_weight": None}  # what these parameters may be beside a number
 _VIEWS = ("identity", "flip")
+# Parameters in which processes that share a fit may differ; the backbone is compared by its weights.
+_OF_A_PROCESS = {"backbone", "weights", "batch_size", "cache", "memory", "device", "verbose"}
 
 
 class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
@@ -127,6 +131,11 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         any joblib.Memory nothing is ever removed from it, and it must be trusted, since it is unpickled.
     device : str or torch.device, default="auto"
         ``"auto"``: CUDA where present, else the CPU.
+    distributed : bool, default=False
+        Whether the processes of torch.distributed's default process group, started by torchrun and initialized
+        by the caller, share the fit. Each calls `fit` with the same X and y, reads only the images of its share
+        of the rows, and ends with the same model. What the head reads, (n, D), is gathered by every process.
+        ``random_state`` must be an int; ``solver="sgd"`` is not supported.
     dtype : {"auto", "float32", "float64"}, default="auto"
         Precision of the network. ``"auto"``: float64 for vectors, float32 for images.
     random_state : int, RandomState instance or None, default=0
@@ -227,6 +236,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         cache: str = "auto",
         memory: Any = None,
         device: Any = "auto",
+        distributed: bool = False,
         dtype: str = "auto",
         random_state: Any = 0,
         verbose: int = 0,
@@ -255,6 +265,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self.cache = cache
         self.memory = memory
         self.device = device
+        self.distributed = distributed
         self.dtype = dtype
         self.random_state = random_state
         self.verbose = verbose
@@ -286,9 +297,12 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ValueError
             Unusable parameters or data; the message says what was found and what to do.
         """
-        self._check_parameters()
         device = choose_device(self.device)
-        rows, y, backbone = self._read_training_data(X, y)
+        group = default_group(device) if self.distributed else ALONE
+        group.together(self._check_parameters, group.size)
+        rows, y, backbone = group.together(self._read_training_data, X, y)
+        if group.size > 1:
+            self._check_agreement(group, rows, y, sample_weight, backbone)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
@@ -297,16 +311,22 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             )
         weights, multiplicity = self._sample_weights(codes, sample_weight)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
+        if len(keep) < group.size:
+            raise ValueError(f"{group.size} processes cannot share {len(keep)} image(s): start fewer processes.")
         model = self._prepare(backbone, rows, keep, weights, device)
         targets = self.target_scale * np.eye(len(self.classes_))[codes[keep]]
         t = torch.tensor(targets, device=device)
         s = torch.tensor(weights[keep], device=device)
         m = torch.tensor(multiplicity[keep], device=device)
-        with Progress(self, self.verbose, self.max_iter, X, y) as progress:
-            cache = self._trunk_activations(model, rows, keep, progress)
-            result = with_smaller_batches(
-                lambda size: self._minimize(model, cache.rebatched(size), t, s, m, progress), cache.batch_size
-            )
+        own = keep[group.share(len(keep))]
+        with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
+            cache = group.together(self._trunk_activations, model, rows, own, progress)
+
+            def minimize(size: int) -> SolverResult:
+                return self._minimize(model, cache.rebatched(size), t, s, m, group, progress)
+
+            # Processes that wait for each other cannot begin again one by one.
+            result = with_smaller_batches(minimize, cache.batch_size) if group.size == 1 else minimize(cache.batch_size)
             self._set_solution(result)
         if not result.converged:
             warnings.warn(
@@ -355,11 +375,18 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         return TrunkCache(evaluate, n_rows, self.batch_size, self.cache, lambda k: progress.rows(k, n_rows))
 
     def _minimize(
-        self, model: LinearModel, batches: TrunkCache, t: Tensor, s: Tensor, m: Tensor, progress: Progress
+        self,
+        model: LinearModel,
+        batches: TrunkCache,
+        t: Tensor,
+        s: Tensor,
+        m: Tensor,
+        group: Group,
+        progress: Progress,
     ) -> SolverResult:
         """Everything that follows from the trunk activations; fitted attributes but the solution are set."""
-        ridge = self._fit_head(model, batches, t, s, m)
-        quadratic, preconditioner = self._pose(model, batches, ridge, t, s)
+        ridge = self._fit_head(model, batches, t, s, m, group)
+        quadratic, preconditioner = self._pose(model, batches, ridge, t, s, group)
         self._set_result(model, quadratic, ridge, t, s)
         return self._solve(quadratic, preconditioner, progress)
 
@@ -370,9 +397,10 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         t: Tensor,
         s: Tensor,
         multiplicity: Tensor,
+        group: Group,
     ) -> RidgeHead:
         """The ridge regression on the features; sets the head at which the model is linearized."""
-        features = torch.cat([model.features(z) for z in batches])
+        features = self._gather(torch.cat([model.features(z) for z in batches]), group)
         if not bool(torch.isfinite(features).all()):
             raise ValueError(
                 "The backbone's features of the training images are not all finite: check its weights and "
@@ -388,8 +416,13 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             model.set_head(draw(t.shape[1], features.shape[2], self._generator()), torch.zeros(t.shape[1]))
         return ridge
 
+    def _gather(self, own: Tensor, group: Group) -> Tensor:
+        """Rows of all processes from those of each, in the order of one process: view by view."""
+        by_image = own.unflatten(0, (len(self._view_names()), -1)).transpose(0, 1)  # (n, V, ...)
+        return group.all_gather_rows(by_image).transpose(0, 1).flatten(0, 1)
+
     def _pose(
-        self, model: LinearModel, batches: TrunkCache, ridge: RidgeHead, t: Tensor, s: Tensor
+        self, model: LinearModel, batches: TrunkCache, ridge: RidgeHead, t: Tensor, s: Tensor, group: Group
     ) -> tuple[Quadratic, KFAC]:
         """The quadratic and its preconditioner."""
         network = model.network
@@ -402,19 +435,21 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         else:
             with torch.no_grad():
                 offset = torch.cat([network.at(z, gradients=False).outputs for z in batches])
-            offset = offset.view(views, *t.shape)
+            offset = self._gather(offset, group).view(views, *t.shape)
         residual = (t - offset).reshape(-1, t.shape[1]).to(model.dtype)
         weights = (s / views).repeat(views).to(model.dtype)
-        kfac = build_kfac(network, batches, weights, _probes(*residual.shape).to(residual))
+        own = torch.arange(len(residual), device=t.device).view(views, -1)[:, group.share(len(t))].flatten()
+        kfac = build_kfac(network, batches, weights, _probes(*residual.shape).to(residual), group, own)
         weigh_tail(network, kfac, self.tail_weight)
         unit = kfac.trace / (t.shape[1] * float(s.sum()))  # mean squared norm of one row of the Jacobian
         alpha = max(ridge.alpha, _ALPHA_MIN * unit) if self.alpha == "auto" else unit * float(self.alpha)
         kfac.factorize(alpha, model.dtype, unit * float(self.damping))
-        return Quadratic(network, batches, residual, weights, alpha), kfac
+        return Quadratic(network, batches, residual, weights, alpha, group, own), kfac
 
     def _solve(self, quadratic: Quadratic, preconditioner: KFAC, progress: Progress) -> SolverResult:
         def report(number: int, residual: float, x: Tensor) -> bool:
-            return progress.iteration(number, residual, lambda: {"coef_": self._change_of_weights(x)})
+            stop = progress.iteration(number, residual, lambda: {"coef_": self._change_of_weights(x)})
+            return quadratic.group.any(stop)
 
         b = quadratic.rhs()
         start = preconditioner.head_solution(b)
@@ -570,7 +605,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
     # ------------------------------------------------------------------------------------------ validation
 
-    def _check_parameters(self) -> None:
+    def _check_parameters(self, n_processes: int) -> None:
         for name, low, strict in (
             ("alpha", 0, True), ("tail_weight", 0, True), ("negative_slope", 0, False), ("target_scale", 0, True),
             ("damping", 0, False), ("tol", 0, False),
@@ -598,9 +633,32 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self._memory()
         if not isinstance(self.center, bool | np.bool_) and self.center != "auto":
             raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
+        if not isinstance(self.distributed, bool | np.bool_):
+            raise ValueError(f"distributed must be True or False, got {self.distributed!r}.")
+        if n_processes > 1 and self.solver == "sgd":
+            raise ValueError("solver='sgd' does not support distributed=True with several processes: use 'pcg'.")
+        if n_processes > 1 and not isinstance(self.random_state, Integral):
+            raise ValueError(
+                "With distributed=True random_state must be an int, so that all processes draw the same; got "
+                f"{self.random_state!r}."
+            )
         views = self._view_names()
         if not views or len(set(views)) != len(views) or not set(views) <= set(_VIEWS):
             raise ValueError(f"views must name each of {list(_VIEWS)} at most once, got {self.views!r}.")
+
+    def _check_agreement(self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, backbone: Backbone) -> None:
+        """Raise on all processes that share a fit unless they have the same data, parameters and weights."""
+        parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in _OF_A_PROCESS}
+        module = backbone.module
+        group.check_same(
+            {
+                "the constructor's parameters": repr(parameters),
+                "the numbers of images": repr(len(rows)),
+                "the labels y": repr(y.tolist()),
+                "the sample weights": repr(None if sample_weight is None else np.asarray(sample_weight).tolist()),
+                "the backbone's weights": itertools.chain(module.parameters(), module.buffers()),
+            }
+        )
 
     def _read_training_data(self, X: Any, y: Any) -> tuple[Any, np.ndarray, Backbone]:
         """Rows of X as vectors or images, labels, and the backbone that fits them."""

@@ -27,6 +27,9 @@ from torch.nn.grad import conv2d_weight
 
 __all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "SmallBlock"]
 
+Sum = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]
+
 _EIGH_MAX = 256  # rows up to which a factor is diagonalized; above, the inverse is by Cholesky: 20 times faster
 _DENSE_MAX = 8192  # rows above which a factor is replaced by its diagonal
 _EXACT_MAX = 64  # parameters of one group of a convolution up to which its block is exact (depthwise)
@@ -179,10 +182,20 @@ class KroneckerBlock:
         """tau: trace of the block of the Gauss-Newton matrix (exact, whatever the factors)."""
         return float(_traces(self.block if self.exact else self.left).sum())
 
+    @property
+    def _sums(self) -> tuple[Tensor, ...]:
+        """What was accumulated."""
+        return (self.block,) if self.exact else (self.left, self.right)
+
     def scale(self, factor: float) -> None:
         """Multiply the curvature that was accumulated."""
-        for part in (self.block,) if self.exact else (self.left, self.right):
+        for part in self._sums:
             part.mul_(factor)
+
+    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
+        """Add what other processes accumulated: `KFAC.reduce`."""
+        for part in self._sums:
+            all_reduce(part)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
@@ -231,6 +244,19 @@ class HeadBlock:
             self.right = x.T @ x if self.right is None else self.right.addmm_(x.T, x)
             self.rows = []
 
+    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
+        """Add what other processes accumulated: `KFAC.reduce`. The form is that of the rows of all together."""
+        rows = torch.cat(self.rows) if self.rows else self._no_rows()
+        count = rows.new_tensor(len(rows) if self.right is None else self.size)
+        if float(all_reduce(count)) < self.size:
+            self.rows = [all_gather_rows(rows)]
+            return
+        self.right = all_reduce(rows.T @ rows if self.right is None else self.right)
+        self.rows = []
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(0, self.size, dtype=torch.float64, device=self._device)
+
     @property
     def trace(self) -> float:
         """Trace of the block of the Gauss-Newton matrix."""
@@ -244,7 +270,7 @@ class HeadBlock:
             self.solve = lambda v: v @ inverse
         else:
             # (X'X + r I)^-1 = (I - X' (XX' + r I)^-1 X) / r
-            x = torch.cat(self.rows) if self.rows else torch.zeros(0, self.size, device=self._device).double()
+            x = torch.cat(self.rows) if self.rows else self._no_rows()
             half = _inverse(x @ x.T, x.new_tensor(ridge)) @ x
             self.solve = lambda v: ((v.double() - (v.double() @ x.T) @ half) / ridge).to(dtype)
         self.rows, self.right = [], None
@@ -289,6 +315,10 @@ class SmallBlock:
     def scale(self, factor: float) -> None:
         """Multiply the curvature that was accumulated."""
         self.block.mul_(factor)
+
+    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
+        """Add what other processes accumulated: `KFAC.reduce`."""
+        all_reduce(self.block)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the block is released."""
@@ -338,6 +368,19 @@ class KFAC:
         for block in self.blocks:
             if not isinstance(block, HeadBlock):
                 block.scale(factor)
+
+    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
+        """Add what other processes accumulated on their rows; before the blocks are scaled or inverted.
+
+        Parameters
+        ----------
+        all_reduce : callable
+            Sums a tensor over the processes, in place.
+        all_gather_rows : callable
+            Rows (n_rank, ...) of this process -> those of all processes, (n, ...).
+        """
+        for block in self.blocks:
+            block.reduce(all_reduce, all_gather_rows)
 
     def factorize(self, alpha: float, dtype: torch.dtype, damping: float = 0.0) -> KFAC:
         """Invert the blocks, once, in float64; the accumulated factors are released.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import batch_sizes
+from .distributed import ALONE, Group
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 from .linearize import LinearizedNetwork, Point, _full_precision
 
@@ -47,11 +48,15 @@ class Quadratic:
     ----------
     network : LinearizedNetwork
     batches : sequence of batches
-        Trunk activations; the order of their rows is the order of ``targets`` and ``weights``.
+        Trunk activations; the order of their rows is the order of ``targets`` and ``weights``, or of ``rows``.
     targets : Tensor of shape (n, C)
     weights : Tensor of shape (n,)
     alpha : float
         lambda > 0.
+    group : Group
+        Processes that share the rows; all sums are over the rows of all.
+    rows : Tensor of int64 or None
+        Which of the n rows are in the batches of this process; None: all.
     """
 
     def __init__(
@@ -61,12 +66,15 @@ class Quadratic:
         targets: Tensor,
         weights: Tensor,
         alpha: float,
+        group: Group = ALONE,
+        rows: Tensor | None = None,
     ):
-        self.network, self.batches, self.alpha = network, batches, alpha
+        self.network, self.batches, self.alpha, self.group = network, batches, alpha, group
         self._points: dict[int, Point] = {}
         self._free = _POINTS_BYTES
         sizes = batch_sizes(batches)
-        self.targets, self.weights = targets.split(sizes), weights.split(sizes)
+        self._n_rows, self._rows = len(targets), slice(None) if rows is None else rows
+        self.targets, self.weights = targets[self._rows].split(sizes), weights[self._rows].split(sizes)
 
     def rhs(self) -> Tensor:
         """b = sum_i s_i J_i' t_i, shape (P,)."""
@@ -90,7 +98,7 @@ class Quadratic:
         with _full_precision():
             for k in range(len(self.batches)):
                 total.add_(term(self._point(k), k))
-        return total
+        return self.group.all_reduce(total)
 
     def _point(self, k: int) -> Point:
         """The network linearized on a batch, kept as far as memory is meant for it."""
@@ -104,14 +112,21 @@ class Quadratic:
 
     def predict(self, d: Tensor) -> Tensor:
         """J d for every row, shape (n, C)."""
+        own = self._predict(d)
+        out = own.new_zeros(self._n_rows, own.shape[1])
+        out[self._rows] = own
+        return self.group.all_reduce(out)
+
+    def _predict(self, d: Tensor) -> Tensor:
+        """J d for the rows of this process."""
         with _full_precision():
             points = (self._points.get(k) or self.network.at(z, gradients=False) for k, z in enumerate(self.batches))
             return torch.cat([point.jvp(d) for point in points])
 
     def value(self, d: Tensor) -> float:
         """The objective at d."""
-        residual = (self.predict(d) - torch.cat(self.targets)).double()
-        loss = (torch.cat(self.weights).double() * residual.square().sum(1)).sum()
+        residual = (self._predict(d) - torch.cat(self.targets)).double()
+        loss = self.group.all_reduce((torch.cat(self.weights).double() * residual.square().sum(1)).sum())
         return float(loss + self.alpha * d.double().square().sum())
 
     def distance_bound(self, d: Tensor) -> float:
@@ -125,13 +140,16 @@ def build_kfac(
     batches: Sequence[Batch],
     weights: Tensor,
     probes: Tensor,
+    group: Group = ALONE,
+    rows: Tensor | None = None,
 ) -> KFAC:
     """Accumulate the curvature of the quadratic's data term, one pass over the batches.
 
     Parameters
     ----------
     network : LinearizedNetwork
-    batches : sequence of batches
+    batches, group, rows
+        As in `Quadratic`.
     weights : Tensor of shape (n,)
     probes : Tensor of shape (K, C) or (K, n, C)
         Output directions, the same or others for each row, whose sum of outer products over k is the identity
@@ -143,7 +161,7 @@ def build_kfac(
         Not yet factorized.
     """
     device = network.weight.device
-    layers, elements = layers_of_images(network, batches[0])
+    layers, elements = layers_of_images(network, batches[0], group)
     blocks = {
         name: KroneckerBlock(layer, network.slices[f"{name}.weight"], network.slices.get(f"{name}.bias"))
         for name, layer in layers.items()
@@ -151,19 +169,24 @@ def build_kfac(
     n_outputs, n_features = network.weight.shape
     head = HeadBlock(n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"], device)
     others, owners = _other_blocks(network, set(layers), device)
-    probes = (probes if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(weights), -1)
+    rows = torch.arange(len(weights), device=device) if rows is None else rows
+    own = weights[rows]
+    probes = (probes[:, rows] if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(rows), -1)
     # As many rows at once as the caller evaluates, if the gradients of all probes fit.
     largest = max(batch_sizes(batches))
     limit = max(1, largest // len(probes), _GRADIENTS // (len(probes) * max(elements, 1)))
     with _full_precision():
-        for rows, batch in _pieces(batches, limit):
+        for piece, batch in _pieces(batches, limit):
             point = network.at(batch, gradients=bool(blocks))
-            head.update(point.features, weights[rows])
+            head.update(point.features, own[piece])
             if blocks:
-                _update_layers(point, blocks, probes[:, rows], weights[rows])
+                _update_layers(point, blocks, probes[:, piece], own[piece])
         if others:
-            _update_others(network, batches, weights, others, owners)
-    return KFAC([*blocks.values(), *others, head])
+            _update_others(network, batches, weights, rows, others, owners)
+    kfac = KFAC([*blocks.values(), *others, head])
+    if group.size > 1:
+        kfac.reduce(group.all_reduce, group.all_gather_rows)
+    return kfac
 
 
 def weigh_tail(network: LinearizedNetwork, kfac: KFAC, weight: float | None) -> None:
@@ -184,21 +207,23 @@ def weigh_tail(network: LinearizedNetwork, kfac: KFAC, weight: float | None) -> 
         kfac.scale_tail(network.tail_scale**2)
 
 
-def layers_of_images(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
+def layers_of_images(
+    network: LinearizedNetwork, batch: Batch, group: Group = ALONE
+) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
     """Layers that see each image in rows of its own, one image after the other; elements of their outputs.
 
     The rest, such as layers that are never called (their weight is read by a function) or called with tokens
-    before images, are left to the small blocks. One image given twice tells them apart.
+    before images, are left to the small blocks. One image given twice tells them apart; processes, each with an
+    image of its own, must agree.
     """
     with _full_precision():
         point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
-    found, elements = {}, 0
-    for name, layer in network.kronecker_layers().items():
-        calls = point.layer_calls(name)
-        if calls and all(_halves_agree(x) for x, _ in calls):
-            found[name] = layer
-            elements += sum(out.numel() // 2 for _, out in calls)
-    return found, elements
+    layers = network.kronecker_layers()
+    calls = {name: point.layer_calls(name) for name in layers}
+    fit = torch.tensor([float(bool(c) and all(_halves_agree(x) for x, _ in c)) for c in calls.values()])
+    names = [name for name, count in zip(layers, group.all_reduce(fit).tolist(), strict=True) if count == group.size]
+    elements = sum(out.numel() // 2 for name in names for _, out in calls[name])
+    return {name: layers[name] for name in names}, elements
 
 
 def _halves_agree(x: Tensor) -> bool:
@@ -250,10 +275,11 @@ def _update_others(
     network: LinearizedNetwork,
     batches: Sequence[Batch],
     weights: Tensor,
+    own: Tensor,
     blocks: list[SmallBlock],
     groups: list[list[str]],
 ) -> None:
-    """Exact Jacobians of a few images, evenly spread, scaled to all."""
+    """Exact Jacobians of a few images, evenly spread over all n rows, scaled to all; ``own`` are in the batches."""
     present = weights.nonzero().squeeze(1)
     count = min(len(present), _OTHER_ROWS)
     chosen = present[torch.arange(count, device=weights.device) * len(present) // count]
@@ -262,9 +288,9 @@ def _update_others(
     n_outputs = network.weight.shape[0]
     size = sum(network.slices[n].stop - network.slices[n].start for n in names)
     limit = max(1, min(_OTHER_PRODUCTS // n_outputs, _OTHER_ELEMENTS // (size * n_outputs)))
-    for rows, batch in _pieces(batches, len(weights)):
-        mine = chosen[(chosen >= rows.start) & (chosen < rows.stop)]
-        for part in mine.split(limit):
-            jacobians = network.sample_jacobians([z[part - rows.start] for z in batch], names)
+    for piece, batch in _pieces(batches, len(weights)):
+        rows = own[piece]
+        for part in torch.isin(rows, chosen).nonzero().squeeze(1).split(limit):
+            jacobians = network.sample_jacobians([z[part] for z in batch], names)
             for block, group in zip(blocks, groups, strict=True):
-                block.update([jacobians[n] for n in group], weights[part] * scale)
+                block.update([jacobians[n] for n in group], weights[rows[part]] * scale)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sklearn_lqf"
 
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
-    {"images", "backbones", "progress", "activations", "surgery", "cut", "cache"},
+    {"images", "backbones", "progress", "activations", "surgery", "cut", "cache", "distributed"},
     {"stages"},
     {"readout"},
     {"tangents"},
@@ -117,6 +117,13 @@ def test_linear_algebra_knows_no_network_and_no_data(module):
 )
 def test_every_form_of_import_is_seen(source, expected):
     assert _imported_modules(ast.parse(source)) == expected
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "distributed"])
+def test_one_module_knows_torch_distributed(module):
+    assert not [name for name in _imports(_tree(module)) if name.startswith("torch.distributed")]
+    used = {ast.unparse(node) for node in ast.walk(_tree(module)) if isinstance(node, ast.Attribute)}
+    assert not [name for name in used if name.startswith("torch.distributed")]
 
 
 def test_unplaced_module_is_reported():

@@ -1,0 +1,159 @@
+"""Processes that share a fit: who holds which rows, and their sums.
+
+The only module that knows torch.distributed. Of one process alone, every operation returns what it is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ALONE", "Group", "default_group"]
+
+T = TypeVar("T")
+
+
+class Group:
+    """Processes that call the same operations in the same order.
+
+    Parameters
+    ----------
+    size : int
+        Number of processes.
+    rank : int
+        Number of this one, from 0.
+    device : torch.device or None
+        Where tensors are while they are communicated; not used by one process alone.
+    """
+
+    def __init__(self, size: int = 1, rank: int = 0, device: torch.device | None = None):
+        self.size, self.rank, self._device = size, rank, device
+
+    def share(self, n: int) -> slice:
+        """The rows of this process among n: in the order of ranks, their numbers differing by at most one."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the processes, in place; the same bits everywhere."""
+        if self.size == 1:
+            return tensor
+        message = tensor.to(self._device).contiguous()
+        dist.all_reduce(message)
+        return tensor if message is tensor else tensor.copy_(message)
+
+    def all_gather_rows(self, tensor: Tensor) -> Tensor:
+        """Rows (n_rank, ...) of all processes in the order of ranks, (n, ...); n_rank may differ."""
+        if self.size == 1:
+            return tensor
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(tensor)
+        self.all_reduce(sizes)
+        out = torch.empty(int(sizes.sum()), *tensor.shape[1:], dtype=tensor.dtype, device=self._device)
+        parts = out.split(sizes.tolist())
+        parts[self.rank].copy_(tensor)
+        for rank, part in enumerate(parts):  # all_gather wants equal numbers of rows
+            if len(part):
+                dist.broadcast(part, rank)
+        return out.to(tensor.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any process."""
+        return flag if self.size == 1 else bool(self.all_reduce(torch.tensor(float(flag))))
+
+    def together(self, function: Callable[..., T], *args: Any) -> T:
+        """The value of ``function(*args)``; when it raises on one process, an error on all instead of a wait.
+
+        The function itself must not communicate.
+        """
+        if self.size == 1:
+            return function(*args)
+        value, error, text = None, None, ""
+        try:
+            value = function(*args)
+        except Exception as caught:
+            error, text = caught, f"Process {self.rank}: {type(caught).__name__}: {caught}\n"
+        texts = self.all_gather_rows(torch.tensor(list(text.encode()), dtype=torch.uint8))
+        if error is not None:
+            raise error
+        if len(texts):
+            raise RuntimeError(f"Another process of this fit failed.\n{bytes(texts.tolist()).decode().rstrip()}")
+        return cast(T, value)
+
+    def check_same(self, values: Mapping[str, str | Iterable[Tensor]]) -> None:
+        """Raise ValueError on every process unless all have the same values, by their digests.
+
+        Parameters
+        ----------
+        values : mapping of str to str or iterable of Tensor
+            The keys name the values in the message, and are the same everywhere.
+        """
+        if self.size == 1:
+            return
+        digests = self.all_gather_rows(torch.tensor([[_digest(v) for v in values.values()]]))  # (size, values)
+        for name, column in zip(values, digests.T, strict=True):
+            others = (column != column[0]).nonzero().flatten().tolist()
+            if others:
+                raise ValueError(
+                    f"With distributed=True every process must call fit with the same data and parameters, but {name} "
+                    f"of process(es) {others} differ from those of process 0."
+                )
+
+
+ALONE = Group()
+
+
+def default_group(device: torch.device) -> Group:
+    """torch.distributed's default process group.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of the tensors of this process.
+
+    Returns
+    -------
+    Group
+
+    Raises
+    ------
+    ValueError
+        There is none, or it cannot communicate tensors of that device.
+    """
+    if not dist.is_available():
+        raise ValueError("distributed=True needs torch.distributed, which this build of torch lacks.")
+    if not dist.is_initialized():
+        raise ValueError(
+            "distributed=True needs torch.distributed's default process group: start the script with torchrun and call "
+            "torch.distributed.init_process_group() before fit."
+        )
+    return Group(dist.get_world_size(), dist.get_rank(), _message_device(device))
+
+
+def _message_device(device: torch.device) -> torch.device:
+    """The device itself where a backend of its own serves it, such as NCCL; else the CPU."""
+    backends = dict(pair.split(":") for pair in str(dist.get_backend_config()).split(","))  # "cpu:gloo,cuda:nccl"
+    if backends.get(device.type, "gloo") != "gloo":
+        return device
+    if "cpu" in backends:
+        return torch.device("cpu")
+    raise ValueError(
+        f"The process group has the backend {dist.get_backend()!r}, which cannot communicate tensors of the device "
+        f"{str(device)!r}: set device, or initialize it with the backend 'gloo'."
+    )
+
+
+def _digest(value: str | Iterable[Tensor]) -> int:
+    """Digest of 64 bits, signed."""
+    found = hashlib.blake2b(digest_size=8)
+    if isinstance(value, str):
+        found.update(value.encode())
+    else:
+        for tensor in value:
+            found.update(repr((tensor.dtype, tensor.shape)).encode())
+            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return int.from_bytes(found.digest(), "big", signed=True)
