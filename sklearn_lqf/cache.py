@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CACHES", "SharedActivations", "TrunkCache", "batch_sizes", "with_smaller_batches"]
+__all__ = ["CACHES", "Fingerprint", "SharedActivations", "TrunkCache", "batch_sizes", "with_smaller_batches"]
 
 CACHES = ("auto", "memory", "disk", "none")
 _MEMORY_PART = 0.25  # of the memory of the machine that "auto" fills; the rest is for the solver and the user
 _DEVICE_PART = 0.5  # of the free memory of a device
 _DISK_PART = 0.5  # of the free space for temporary files
 _UNKNOWN_MEMORY = 4 << 30  # bytes taken for the memory of a machine that does not tell
+_DIGEST = 16  # bytes
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
 
 Activations = tuple[Tensor, ...]
@@ -286,7 +287,7 @@ class SharedActivations:
 
     def __init__(self, memory: Any, trunk: torch.nn.Module, options: object):
         self._recall = memory.cache(_recall, ignore=["value"])
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=_DIGEST)
         code = trunk.code if isinstance(trunk, torch.fx.GraphModule) else repr(trunk)
         digest.update(repr((torch.__version__, code, options)).encode())
         for name, value in trunk.state_dict().items():
@@ -295,7 +296,7 @@ class SharedActivations:
 
     def __call__(self, images: Tensor, evaluate: Callable[[Tensor], Activations]) -> Activations:
         """Activations of images (B, ...), on any device; those not yet known are evaluated, together, and kept."""
-        digests = [hashlib.blake2b(_bytes(x), digest_size=16).hexdigest() for x in images]
+        digests = [hashlib.blake2b(_bytes(x), digest_size=_DIGEST).hexdigest() for x in images]
         known = [self._recall.check_call_in_cache(d, self._trunk, None) for d in digests]
         rows = [self._recall(d, self._trunk, None) if k else None for d, k in zip(digests, known, strict=True)]
         missing = [i for i, row in enumerate(rows) if row is None]  # or lost since
@@ -306,6 +307,34 @@ class SharedActivations:
                 self._recall(digests[i], self._trunk, rows[i])
         stacked = [torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True)]
         return tuple(z.contiguous(memory_format=torch.channels_last) if z.ndim == 4 else z for z in stacked)
+
+
+class Fingerprint:
+    """Digest of the images, labels and weights of a training set, whatever the order of its rows.
+
+    Parameters
+    ----------
+    n : int
+        Number of rows.
+    """
+
+    def __init__(self, n: int):
+        self.images = torch.zeros(n, _DIGEST, dtype=torch.uint8)
+
+    def see(self, rows: np.ndarray, images: Tensor) -> None:
+        """Take the images (B, ...) of some rows."""
+        for i, image in zip(rows, images, strict=True):
+            digest = hashlib.blake2b(_bytes(image), digest_size=_DIGEST).digest()
+            self.images[i] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+    @staticmethod
+    def of(images: Tensor, codes: np.ndarray, weights: np.ndarray) -> str:
+        """The digest, from those of the images (n, 16), class codes (n,) and weights (n,)."""
+        total = 0
+        for image, code, weight in zip(images.cpu().numpy(), codes.tolist(), weights.tolist(), strict=True):
+            row = hashlib.blake2b(image.tobytes() + repr((code, weight)).encode(), digest_size=_DIGEST)
+            total += int.from_bytes(row.digest(), "big")
+        return f"{total % 256**_DIGEST:032x}"
 
 
 def _recall(image: str, trunk: str, value: Any) -> Any:

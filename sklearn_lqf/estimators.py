@@ -22,10 +22,11 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, chec
 from torch import Tensor, nn
 
 from .backbones import Backbone, VectorNetwork, load_backbone
-from .cache import CACHES, TrunkCache, with_smaller_batches
+from .cache import CACHES, Fingerprint, TrunkCache, with_smaller_batches
 from .distributed import ALONE, Group, default_group
 from .head import RidgeHead, fit_ridge_head, orthogonal_head, random_head
 from .images import ImageInputs, is_image_input
+from .influence import InfluenceMixin, TrainingSet
 from .kfac import KFAC
 from .model import LinearModel, choose_device
 from .objective import Quadratic, build_kfac, weigh_tail
@@ -43,7 +44,7 @@ _VIEWS = ("identity", "flip")
 _OF_A_PROCESS = {"backbone", "weights", "batch_size", "cache", "memory", "device", "verbose"}
 
 
-class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
+class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseEstimator):
     """Linear Quadratic Fine-tuning of a pre-trained image network.
 
     The network is replaced by its first-order expansion around the pre-trained weights and trained with squared
@@ -169,6 +170,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         Iterations of the solver.
     residual_norms_ : ndarray of shape (n_iter_ + 1,)
         Relative norm of the gradient before the first and after each iteration.
+    distance_bound_ : float
+        Certificate: upper bound on the distance of the solution from the optimum, in the norm of the penalty.
     converged_ : bool
         Whether ``tol`` was reached.
     n_parameters_ : int
@@ -320,7 +323,8 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         m = torch.tensor(multiplicity[keep], device=device)
         own = keep[group.share(len(keep))]
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
-            cache = group.together(self._trunk_activations, model, rows, own, progress)
+            seen = Fingerprint(len(own))
+            cache = group.together(self._trunk_activations, model, rows, own, seen, self.cache, progress)
 
             def minimize(size: int) -> SolverResult:
                 return self._minimize(model, cache.rebatched(size), t, s, m, group, progress)
@@ -328,6 +332,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             # Processes that wait for each other cannot begin again one by one.
             result = with_smaller_batches(minimize, cache.batch_size) if group.size == 1 else minimize(cache.batch_size)
             self._set_solution(result)
+            self._fingerprint = Fingerprint.of(group.all_gather_rows(seen.images), codes[keep], weights[keep])
         if not result.converged:
             warnings.warn(
                 f"The solver stopped after {result.n_iter} iterations at a relative gradient of "
@@ -361,7 +366,15 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             device,
         )
 
-    def _trunk_activations(self, model: LinearModel, rows: Any, keep: np.ndarray, progress: Progress) -> TrunkCache:
+    def _trunk_activations(
+        self,
+        model: LinearModel,
+        rows: Any,
+        keep: np.ndarray,
+        seen: Fingerprint,
+        kind: str,
+        progress: Progress | None = None,
+    ) -> TrunkCache:
         """Activations of every view of every kept row: all rows of the first view, then the next."""
         views, activations = self._view_names(), model.evaluator(self._memory())
         n_rows = len(views) * len(keep)
@@ -369,10 +382,16 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         def evaluate(start: int, stop: int) -> tuple[Tensor, ...]:
             wanted = np.arange(start, stop)
             images = _rows(rows, keep[wanted % len(keep)])
+            first = wanted < len(keep)
+            seen.see(wanted[first], images[torch.from_numpy(first)])
             flip = torch.tensor([views[v] == "flip" for v in wanted // len(keep)])
             return activations(_flipped(images, flip) if flip.any() else images)
 
-        return TrunkCache(evaluate, n_rows, self.batch_size, self.cache, lambda k: progress.rows(k, n_rows))
+        def report(count: int) -> None:
+            if progress is not None:
+                progress.rows(count, n_rows)
+
+        return TrunkCache(evaluate, n_rows, self.batch_size, kind, report)
 
     def _minimize(
         self,
@@ -480,6 +499,7 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         self.coef_ = self._change_of_weights(result.x)
         self.n_iter_ = result.n_iter
         self.residual_norms_ = np.array(result.residual_norms)
+        self.distance_bound_ = result.residual_norms[-1] * result.scale / self.alpha_
         self.converged_ = result.converged
 
     def _change_of_weights(self, x: Tensor) -> np.ndarray:
@@ -514,7 +534,9 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         decision : ndarray of shape (n, n_classes), or (n,) for two classes
             Estimates of the class indicators (their difference for two classes).
         """
-        values = self._outputs(X)
+        return self._decision(self._outputs(X))
+
+    def _decision(self, values: np.ndarray) -> np.ndarray:
         return values[:, 1] - values[:, 0] if len(self.classes_) == 2 else values
 
     def predict(self, X: Any) -> np.ndarray:
@@ -602,6 +624,40 @@ class LQFClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         if self.memory is None:
             return None
         return check_memory(os.fspath(self.memory) if isinstance(self.memory, os.PathLike) else self.memory)
+
+    def _fitted_on(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, TrunkCache, np.ndarray]:
+        """The training data, given again; their trunk activations; and which rows have a weight."""
+        check_is_fitted(self)
+        if self.head == "ridge":
+            raise ValueError(
+                "head='ridge' has seen the labels, so that the quadratic does not say what fit would have done without "
+                "an image: use head='orthogonal'."
+            )
+        rows = self._read_new_data(X)
+        y = column_or_1d(y, warn=True)
+        check_consistent_length(np.empty(len(rows)), y)
+        unseen = np.setdiff1d(y, self.classes_)
+        if len(unseen):
+            raise ValueError(f"y has labels that are not among the classes of the fit: {unseen.tolist()[:5]}.")
+        codes = np.searchsorted(self.classes_, y)
+        weights, multiplicity = self._sample_weights(codes, sample_weight)
+        keep = np.flatnonzero(weights)
+        seen, kind = Fingerprint(len(keep)), "auto" if self.cache == "none" else self.cache
+        cache = self._trunk_activations(self._model, rows, keep, seen, kind)
+        if Fingerprint.of(seen.images, codes[keep], weights[keep]) != self._fingerprint:
+            raise ValueError(
+                "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in any "
+                "order."
+            )
+        t = torch.tensor(self.target_scale * np.eye(len(self.classes_))[codes[keep]])
+        offsets = None
+        if not self._centered():
+            network = self._model.network
+            assert network is not None
+            found = torch.cat([network.at(z, gradients=False).outputs for z in cache])
+            offsets = found.double().cpu().view(len(self._view_names()), *t.shape)
+        data = TrainingSet(t, torch.tensor(weights[keep]), torch.tensor(multiplicity[keep]), offsets)
+        return data, cache, keep
 
     # ------------------------------------------------------------------------------------------ validation
 

@@ -24,7 +24,10 @@ _JACOBIANS = 16  # images whose Jacobians by other parameters are evaluated at o
 
 
 def tangent_kernel(
-    network: LinearizedNetwork, batches: Sequence[Batch], others: Sequence[Batch] | None = None
+    network: LinearizedNetwork,
+    batches: Sequence[Batch],
+    others: Sequence[Batch] | None = None,
+    tail_scale: float = 1.0,
 ) -> Tensor:
     """K = J J' between the outputs of two sets of rows.
 
@@ -35,6 +38,8 @@ def tangent_kernel(
         Trunk activations of n rows.
     others : sequence of batches or None
         Of m rows; None: the same.
+    tail_scale : float
+        Multiplies the Jacobian of the tail, beside the network's own.
 
     Returns
     -------
@@ -49,7 +54,7 @@ def tangent_kernel(
         rows = []
         for a, first in enumerate(_sides(network, batches, blocks, rest)):
             columns = _sides(network, batches[: a + 1] if others is None else others, blocks, rest)
-            rows.append(torch.cat([_product(first, second, blocks) for second in columns], 2))
+            rows.append(torch.cat([_product(first, second, blocks, tail_scale) for second in columns], 2))
     if not symmetric:
         return torch.cat(rows)
     width = sum(r.shape[0] for r in rows)
@@ -97,15 +102,18 @@ def _sides(
 
 
 @torch.no_grad()
-def _product(first: _Side, second: _Side, blocks: dict[str, KroneckerBlock]) -> Tensor:
+def _product(first: _Side, second: _Side, blocks: dict[str, KroneckerBlock], tail_scale: float) -> Tensor:
     """K between two batches, (B, C, B', C)."""
-    eye = torch.eye(first.n_outputs, dtype=torch.float64, device=first.features.device)
-    total = torch.einsum("ij,cd->icjd", first.features @ second.features.T + 1, eye)
+    c = first.n_outputs
+    tail = torch.zeros(
+        len(first.features), c, len(second.features), c, dtype=torch.float64, device=first.features.device
+    )
     for name in blocks:
-        total += _layer_product(*first.layers[name], *second.layers[name])
+        tail += _layer_product(*first.layers[name], *second.layers[name])
     if first.rest is not None and second.rest is not None:
-        total += torch.einsum("icp,jdp->icjd", first.rest.double(), second.rest.double())
-    return total.cpu()
+        tail += torch.einsum("icp,jdp->icjd", first.rest.double(), second.rest.double())
+    head = (first.features @ second.features.T + 1).view(len(tail), 1, -1, 1)
+    return (head * torch.eye(c).to(tail).view(1, c, 1, c) + tail_scale**2 * tail).cpu()
 
 
 def _layer_product(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:

@@ -50,12 +50,15 @@ class SolverResult:
     residual_norms : list of float
         |b - H x| / |b|, that is the gradient's norm relative to its value at x = 0, at the start and after
         each iteration.
+    scale : float
+        |b|.
     """
 
     x: Tensor
     status: Status
     n_iter: int
     residual_norms: list[float] = field(default_factory=list)
+    scale: float = 0.0
 
     @property
     def converged(self) -> bool:
@@ -197,7 +200,7 @@ def _conjugate_directions(
         first = _dot(r, r) ** 0.5 / scale
     history, drifts, status = [first], 0, Status.MAX_ITER
     if first == 0.0:
-        return SolverResult(x, Status.CONVERGED, 0, history)
+        return SolverResult(x, Status.CONVERGED, 0, history, scale)
     p = hp = torch.zeros_like(b)
     curvature = 1.0
     for i in range(1, max_iter + 1):
@@ -228,7 +231,7 @@ def _conjugate_directions(
             status = Status.STAGNATED
         if stop or status is not Status.MAX_ITER:
             break
-    return SolverResult(x, status, len(history) - 1, history)
+    return SolverResult(x, status, len(history) - 1, history, scale)
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

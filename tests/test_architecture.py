@@ -21,6 +21,7 @@ LAYERS = [
     {"kfac", "solvers", "head"},
     {"objective", "model"},
     {"kernel"},
+    {"influence"},
     {"estimators"},
     {"__init__"},
 ]

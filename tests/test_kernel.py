@@ -57,4 +57,7 @@ def test_tail_scale_counts():
     problem.network.tail_scale = 0.5
     j = problem.j.clone()
     j[:, :, :tail] *= 0.5
-    close(tangent_kernel(problem.network, problem.batches()), torch.einsum("icp,jdp->icjd", j, j))
+    expected = torch.einsum("icp,jdp->icjd", j, j)
+    close(tangent_kernel(problem.network, problem.batches()), expected)
+    problem.network.tail_scale = 0.1
+    close(tangent_kernel(problem.network, problem.batches(), tail_scale=5.0), expected)
