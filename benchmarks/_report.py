@@ -1,4 +1,4 @@
-"""Tables and figures of docs/accuracy.md and README.md, made from the JSON files in benchmarks/results.
+"""Tables and figures of README.md and the pages in docs, made from the JSON files in benchmarks/results.
 
 A table stands between the comments ``<!-- NAME -->`` and ``<!-- end -->``; what is between them is replaced.
 
@@ -12,8 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import _report_speed
 import matplotlib.pyplot as plt
 import numpy as np
+from _report_speed import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,12 +26,6 @@ COLORS = {"ridge": "tab:gray", "logistic": "tab:olive", "nft": "tab:orange", "lq
 FEW = 20  # images a class
 
 Cells = dict[tuple[str, int], dict[str, list[dict[str, Any]]]]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def percent(values: list[float]) -> str:
@@ -238,10 +234,11 @@ def main() -> None:
         "recipe": recipe_table(),
         "ablation": ablation_table(),
         "robustness": robustness_table(),
+        **_report_speed.tables(),
     }
     draw_accuracy(cells)
     draw_robustness()
-    for page in (ROOT / "README.md", ROOT / "docs" / "accuracy.md"):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         fill(page, tables)
 
 
