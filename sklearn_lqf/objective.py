@@ -290,7 +290,8 @@ def _update_others(
     limit = max(1, min(_OTHER_PRODUCTS // n_outputs, _OTHER_ELEMENTS // (size * n_outputs)))
     for piece, batch in _pieces(batches, len(weights)):
         rows = own[piece]
-        for part in torch.isin(rows, chosen).nonzero().squeeze(1).split(limit):
+        mine = torch.isin(rows, chosen).nonzero().squeeze(1)
+        for part in mine.split(limit) if len(mine) else ():
             jacobians = network.sample_jacobians([z[part] for z in batch], names)
             for block, group in zip(blocks, groups, strict=True):
                 block.update([jacobians[n] for n in group], weights[rows[part]] * scale)
