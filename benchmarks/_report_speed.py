@@ -105,6 +105,24 @@ def growth_table(rows: Rows) -> str:
     return table([*header, "ms an image", "memory, MiB"], found)
 
 
+def search_table(rows: Rows) -> str:
+    found = [
+        [str(r["layers"]), str(r["n"]), str(r["fits"]), f"{r['seconds']['alone']:.0f}", f"{r['seconds']['shared']:.0f}",
+         f"{r['ratio']:.2f}", f"{r['largest_difference_of_scores']:.3f}"]
+        for r in rows
+    ]  # fmt: skip
+    header = ["stages", "images", "fits", "without `memory`, s", "with it, s", "ratio", "largest difference of scores"]
+    return table(header, found)
+
+
+def many_table(rows: Rows) -> str:
+    found = []
+    for r in rows:
+        steps = "; ".join(f"{t:.0f} s: {100 * e:.1f} %" for t, e in r["curve"][:6])
+        found.append([r["what"], str(r["n"]), str(r["size"]), steps])
+    return table(["solver", "images", "pixels", "seconds, and excess of the objective over its minimum"], found)
+
+
 def distributed_table(rows: Rows) -> str:
     found = [
         [str(r["tangent_layers"]), f"{r['n_parameters'] / 1e6:.1f}", f"{r['seconds']['one']:.2f}",
@@ -167,6 +185,8 @@ def tables() -> dict[str, str]:
         "solvers": solver_table(speed.get("solver", [])),
         "fits": fit_table(speed.get("fit", [])),
         "growth": growth_table(speed.get("growth", [])),
+        "search": search_table(speed.get("search", [])),
+        "many": many_table(speed.get("many", [])),
         "distributed": distributed_table(shared.get("rows", [])),
         "mislabelled": mislabelled_table(trust.get("rows", [])),
         "removal": removal_table(trust.get("rows", [])),

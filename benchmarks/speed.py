@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from _common import DEFAULT_SIZE, SIZES, read_images, split, write_report
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
@@ -40,7 +42,7 @@ from sklearn_lqf.objective import Quadratic, build_kfac
 from sklearn_lqf.solvers import SolverResult, Status, pcg, sgd
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("product", "kfac", "solver", "fit", "growth")
+SECTIONS = ("product", "kfac", "solver", "fit", "growth", "search", "many")
 BACKBONE = "efficientnet_lite0"  # with weights; the others have random ones
 BATCHES = {  # (pixels, images) of one product; the position embedding of the ViT has one size
     BACKBONE: (128, 32), "resnet18": (128, 32), "resnet50": (128, 32), "mobilenet_v2": (128, 32),
@@ -66,6 +68,8 @@ GROWTH = [  # each varies one thing
     *({"varied": "pixels", "n": 200, "size": s} for s in (64, 96, 128, 224)),
 ]
 _NOISE = 8  # gray levels, of repeated images
+_SEARCH_ALPHAS, _SEARCH_FOLDS, _SEARCH_PER_CLASS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), 3, 20
+_MANY, _MANY_SIZE, _MANY_TOL = 20_000, 32, 1e-4
 
 Run = Callable[[], Any]
 
@@ -526,15 +530,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1 << 10)
 
 
+def repeated_digits(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raveled digits with a little noise, as often as it takes, and their labels."""
+    X, y = load_digits(return_X_y=True)
+    rows = np.arange(n) % len(X)
+    noise = np.random.default_rng(0).integers(0, _NOISE, (n, X.shape[1]))
+    return np.clip(X[rows] * (255 / 16) + noise, 0, 255).astype(np.uint8), y[rows]
+
+
 def grow(case: dict[str, Any], threads: int, device_name: str) -> dict[str, Any]:
     """Seconds and memory of one fit, in a process of its own."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
-    rng = np.random.default_rng(0)
-    X, y = load_digits(return_X_y=True)
-    rows = np.arange(case["n"]) % len(X)
-    X = np.clip(X[rows] * (255 / 16) + rng.integers(0, _NOISE, (case["n"], X.shape[1])), 0, 255).astype(np.uint8)
-    y = rng.permutation(case["n"]) % case["classes"] if case["varied"] == "classes" else y[rows]
+    X, y = repeated_digits(case["n"])
+    if case["varied"] == "classes":
+        y = np.random.default_rng(0).permutation(case["n"]) % case["classes"]
     estimator = LQFClassifier(
         BACKBONE, image_shape=(8, 8), image_size=case["size"], tangent_layers=case["layers"], device=device
     )
@@ -559,9 +569,52 @@ def measure_growth(report: Report, args: argparse.Namespace, device: torch.devic
             report.add("growth", **case, **found)
 
 
-MEASURES = dict(
-    zip(SECTIONS, (measure_products, measure_kfac, measure_solvers, measure_fits, measure_growth), strict=True)
-)
+# ------------------------------------------------------------------------------------- searches and many images
+
+
+def measure_searches(report: Report, args: argparse.Namespace, device: torch.device) -> None:
+    """A grid search with the trunk activations shared between its fits, and without."""
+    X, codes = read_images("trashnet", args.data_dir, DEFAULT_SIZE)
+    train, _ = split(codes, _SEARCH_PER_CLASS, 0)
+    for layers in (1, "head"):
+        key = {"dataset": "trashnet", "size": DEFAULT_SIZE, "n": len(train), "layers": layers}
+        if report.has("search", **key):
+            continue
+        found: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, memory in (("shared", folder), ("alone", None)):
+                estimator = LQFClassifier(BACKBONE, tangent_layers=layers, memory=memory, device=device)
+                search = GridSearchCV(estimator, {"alpha": list(_SEARCH_ALPHAS)}, cv=_SEARCH_FOLDS, refit=False)
+                start = now(device)
+                found[name] = search.fit(X[train], codes[train]).cv_results_["mean_test_score"]
+                seconds[name] = now(device) - start
+        difference = float(np.abs(found["shared"] - found["alone"]).max())
+        ratio = seconds["shared"] / seconds["alone"]
+        fits = len(_SEARCH_ALPHAS) * _SEARCH_FOLDS
+        report.add("search", **key, fits=fits, seconds=seconds, ratio=ratio, largest_difference_of_scores=difference)
+
+
+def measure_many(report: Report, args: argparse.Namespace, device: torch.device) -> None:
+    """Whether batches pay where a full pass is long: conjugate gradients and variance-reduced SGD on many images."""
+    if report.has("many"):
+        return
+    X, y = repeated_digits(_MANY)
+    posed = Posed(BACKBONE, image_shape=(8, 8), image_size=_MANY_SIZE, device=device).fit(X, y)
+    judge = posed.quadratic_
+    b = judge.rhs()
+    optimum = pcg(judge.matvec, b, posed.kfac_, _MANY_TOL, 200, start=posed.kfac_.head_solution(b))
+    minimum = judge.value(optimum.x)
+    for what in ("pcg", "sgd"):
+        curve = Curve(judge, minimum, 2 * args.limit, device)
+        run_ours(posed, what, curve)
+        report.add("many", n=_MANY, size=_MANY_SIZE, what=what, within=curve.within(), curve=curve.points)
+
+
+MEASURES = {
+    "product": measure_products, "kfac": measure_kfac, "solver": measure_solvers, "fit": measure_fits,
+    "growth": measure_growth, "search": measure_searches, "many": measure_many,
+}  # fmt: skip
 
 
 def main() -> None:
