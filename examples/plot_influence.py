@@ -1,0 +1,61 @@
+"""
+Why was this predicted?
+=======================
+
+The effect of each training image on each prediction is known exactly: what the output of the predicted class would
+lose, or gain, had the image not been there.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_digits
+
+from sklearn_lqf import LQFClassifier
+
+# %%
+# 8 images of each digit to learn from; three others to be explained.
+X, y = load_digits(return_X_y=True)
+X = (X * (255 / 16)).astype(np.uint8)
+rng = np.random.default_rng(0)
+train = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:8] for k in range(10)])
+test = np.setdiff1d(np.arange(len(y)), train)
+clf = LQFClassifier("efficientnet_lite0", image_shape=(8, 8), image_size=64, tol=1e-4).fit(X[train], y[train])
+predicted = clf.predict(X[test[:200]])
+shown = test[:200][[np.flatnonzero(predicted == k)[0] for k in (3, 5, 8)]]
+
+# %%
+# Rows: images to be explained; columns: training images. Negative: without the image, the output is smaller.
+effect = clf.influence(X[train], y[train], X[shown])
+print("strongest support comes from labels", y[train][effect.argmin(1)], "for predictions", clf.predict(X[shown]))
+
+# %%
+# Leaving the strongest supporter out for real (its weight becomes zero) does what was predicted.
+i = effect[0].argmin()
+weights = np.where(np.arange(len(train)) == i, 0.0, 1.0)
+again = LQFClassifier(**clf.get_params()).fit(X[train], y[train], weights)
+before, after = (m.decision_function(X[shown[:1]])[0] for m in (clf, again))
+change = (after - before)[before.argmax()]
+print(f"change of the output without it: predicted {effect[0, i]:+.4f}, fitted again {change:+.4f}")
+
+# %%
+# Each image with its two strongest supporters and its two strongest opponents.
+fig, axes = plt.subplots(3, 5, figsize=(8, 5.4), layout="constrained")
+for row, k, e in zip(axes, shown, effect, strict=True):
+    order = np.argsort(e)
+    panels = [(k, "to be explained")] + [
+        (train[j], f"label {y[train[j]]}: {-e[j]:+.3f}") for j in order[[0, 1, -2, -1]]
+    ]
+    for ax, (j, title) in zip(row, panels, strict=True):
+        ax.imshow(X[j].reshape(8, 8), cmap="gray_r")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, fontsize=9)
+fig.suptitle("What supports a prediction (+), and what speaks against it (-)")
+path = Path(__file__).parent / "output" / "influence.png"
+path.parent.mkdir(exist_ok=True)
+fig.savefig(path, dpi=120)
+print(f"figure: {path}")
+
+assert (y[train][effect.argmin(1)] == clf.predict(X[shown])).all()
+assert abs(change - effect[0, i]) < 0.2 * abs(change)
