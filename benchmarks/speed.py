@@ -80,6 +80,9 @@ class Report:
     def __init__(self, path: Path, device: torch.device):
         self.path, self.device = path, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"benchmark": "speed"}
+        threads = self.content.get("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads():  # which also decides whose seconds are counted
+            raise SystemExit(f"{path} was measured with {threads} threads: use --threads {threads}, or other --results")
 
     def has(self, section: str, **key: Any) -> bool:
         """Whether a row is there."""
