@@ -296,7 +296,7 @@ class SharedActivations:
 
     def __call__(self, images: Tensor, evaluate: Callable[[Tensor], Activations]) -> Activations:
         """Activations of images (B, ...), on any device; those not yet known are evaluated, together, and kept."""
-        digests = [hashlib.blake2b(_bytes(x), digest_size=_DIGEST).hexdigest() for x in images]
+        digests = [_image_digest(x).hex() for x in images]
         known = [self._recall.check_call_in_cache(d, self._trunk, None) for d in digests]
         rows = [self._recall(d, self._trunk, None) if k else None for d, k in zip(digests, known, strict=True)]
         missing = [i for i, row in enumerate(rows) if row is None]  # or lost since
@@ -324,8 +324,7 @@ class Fingerprint:
     def see(self, rows: np.ndarray, images: Tensor) -> None:
         """Take the images (B, ...) of some rows."""
         for i, image in zip(rows, images, strict=True):
-            digest = hashlib.blake2b(_bytes(image), digest_size=_DIGEST).digest()
-            self.images[i] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+            self.images[i] = torch.frombuffer(bytearray(_image_digest(image)), dtype=torch.uint8)
 
     @staticmethod
     def of(images: Tensor, codes: np.ndarray, weights: np.ndarray) -> str:
@@ -340,6 +339,10 @@ class Fingerprint:
 def _recall(image: str, trunk: str, value: Any) -> Any:
     """The value, which joblib keeps under the two digests."""
     return value
+
+
+def _image_digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(_bytes(image), digest_size=_DIGEST).digest()
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -317,8 +317,7 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
         if len(keep) < group.size:
             raise ValueError(f"{group.size} processes cannot share {len(keep)} image(s): start fewer processes.")
         model = self._prepare(backbone, rows, keep, weights, device)
-        targets = self.target_scale * np.eye(len(self.classes_))[codes[keep]]
-        t = torch.tensor(targets, device=device)
+        t = self._targets(codes[keep]).to(device)
         s = torch.tensor(weights[keep], device=device)
         m = torch.tensor(multiplicity[keep], device=device)
         own = keep[group.share(len(keep))]
@@ -382,8 +381,8 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
         def evaluate(start: int, stop: int) -> tuple[Tensor, ...]:
             wanted = np.arange(start, stop)
             images = _rows(rows, keep[wanted % len(keep)])
-            first = wanted < len(keep)
-            seen.see(wanted[first], images[torch.from_numpy(first)])
+            count = max(0, len(keep) - start)  # rows of the first view
+            seen.see(wanted[:count], images[:count])
             flip = torch.tensor([views[v] == "flip" for v in wanted // len(keep)])
             return activations(_flipped(images, flip) if flip.any() else images)
 
@@ -516,6 +515,10 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         return torch.Generator().manual_seed(int(seed))
 
+    def _targets(self, codes: np.ndarray) -> Tensor:
+        """Scaled one-hot targets (n, C) in float64."""
+        return torch.tensor(self.target_scale * np.eye(len(self.classes_))[codes])
+
     def _centered(self) -> bool:
         return self.head != "ridge" if isinstance(self.center, str) else bool(self.center)
 
@@ -610,9 +613,11 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of one-hot targets, (n, C)."""
         check_is_fitted(self)
-        rows = self._read_new_data(X)
-        values = self._in_batches(lambda batches: self._model.outputs(batches, self.coef_, self.intercept_), rows)
-        return values / self.target_scale
+        return self._in_batches(self._outputs_of, self._read_new_data(X))
+
+    def _outputs_of(self, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
+        """The same of trunk activations."""
+        return self._model.outputs(batches, self.coef_, self.intercept_) / self.target_scale
 
     def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:
         """What is made of the trunk activations of rows, batch by batch."""
@@ -634,12 +639,7 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
                 "an image: use head='orthogonal'."
             )
         rows = self._read_new_data(X)
-        y = column_or_1d(y, warn=True)
-        check_consistent_length(np.empty(len(rows)), y)
-        unseen = np.setdiff1d(y, self.classes_)
-        if len(unseen):
-            raise ValueError(f"y has labels that are not among the classes of the fit: {unseen.tolist()[:5]}.")
-        codes = np.searchsorted(self.classes_, y)
+        codes = self._known_codes(y, len(rows), "y")
         weights, multiplicity = self._sample_weights(codes, sample_weight)
         keep = np.flatnonzero(weights)
         seen, kind = Fingerprint(len(keep)), "auto" if self.cache == "none" else self.cache
@@ -649,7 +649,7 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
                 "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in any "
                 "order."
             )
-        t = torch.tensor(self.target_scale * np.eye(len(self.classes_))[codes[keep]])
+        t = self._targets(codes[keep])
         offsets = None
         if not self._centered():
             network = self._model.network
@@ -658,6 +658,15 @@ class LQFClassifier(CallbackSupportMixin, InfluenceMixin, ClassifierMixin, BaseE
             offsets = found.double().cpu().view(len(self._view_names()), *t.shape)
         data = TrainingSet(t, torch.tensor(weights[keep]), torch.tensor(multiplicity[keep]), offsets)
         return data, cache, keep
+
+    def _known_codes(self, y: Any, n: int, name: str) -> np.ndarray:
+        """Codes of n labels, which must be among the classes."""
+        y = column_or_1d(y, warn=True)
+        check_consistent_length(np.empty(n), y)
+        unseen = np.setdiff1d(y, self.classes_)
+        if len(unseen):
+            raise ValueError(f"{name} has labels that are not among the classes of the fit: {unseen.tolist()[:5]}.")
+        return np.searchsorted(self.classes_, y)
 
     # ------------------------------------------------------------------------------------------ validation
 

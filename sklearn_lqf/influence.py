@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils import check_consistent_length, column_or_1d
 from torch import Tensor
 
 from .kernel import tangent_kernel
@@ -214,18 +213,10 @@ class InfluenceMixin:
         Exact in the sense of `leave_one_out`: no approximation to first order, but the optimum without the image.
         """
         data, cache, keep = self._fitted_on(X, y, sample_weight)
-        outputs = self._outputs(X_test)
-        if y_test is None:
-            chosen = outputs.argmax(1)
-        else:
-            y_test = column_or_1d(y_test, warn=True)
-            check_consistent_length(outputs, y_test)
-            unseen = np.setdiff1d(y_test, self.classes_)
-            if len(unseen):
-                raise ValueError(f"y_test has labels that are not among the classes: {unseen.tolist()[:5]}.")
-            chosen = np.searchsorted(self.classes_, y_test)
-        dual = self._dual(data, cache)
         test = self._in_batches(list, self._read_new_data(X_test))
+        outputs = self._outputs_of(test)
+        chosen = outputs.argmax(1) if y_test is None else self._known_codes(y_test, len(outputs), "y_test")
+        dual = self._dual(data, cache)
         kernel = self._kernel(test, cache)
         changes = dual.changes(kernel).numpy() / self.target_scale  # (m, n, C)
         effect = np.zeros((len(outputs), len(np.asarray(y))))

@@ -7,14 +7,14 @@ small matrices where positions are few, and of the Jacobians themselves where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .kfac import KroneckerBlock
 from .linearize import LinearizedNetwork, _full_precision
-from .objective import layers_of_images
+from .objective import kronecker_blocks, layer_gradients
 
 __all__ = ["tangent_kernel"]
 
@@ -46,25 +46,25 @@ def tangent_kernel(
     Tensor of shape (n, C, m, C)
         In float64 on the CPU.
     """
-    layers, _ = layers_of_images(network, batches[0])
-    blocks = {name: KroneckerBlock(layer, slice(0), _bias(network, name)) for name, layer in layers.items()}
+    blocks, _ = kronecker_blocks(network, batches[0])
     rest = [n for n in network.names if n.rpartition(".")[0] not in blocks]
-    symmetric = others is None
+    rows = []
     with _full_precision():
-        rows = []
-        for a, first in enumerate(_sides(network, batches, blocks, rest)):
-            columns = _sides(network, batches[: a + 1] if others is None else others, blocks, rest)
-            rows.append(torch.cat([_product(first, second, blocks, tail_scale) for second in columns], 2))
-    if not symmetric:
+        for a, batch in enumerate(batches):
+            first = _Side(network, batch, blocks, rest)
+            found = [
+                _product(first, _Side(network, other, blocks, rest), tail_scale)
+                for other in (batches[:a] if others is None else others)
+            ]
+            if others is None:
+                found.append(_product(first, first, tail_scale))
+            rows.append(torch.cat(found, 2))
+    if others is not None:
         return torch.cat(rows)
     width = sum(r.shape[0] for r in rows)
     full = torch.cat([torch.nn.functional.pad(r, (0, 0, 0, width - r.shape[2])) for r in rows])
     flat = full.flatten(2).flatten(0, 1).tril()
     return (flat + flat.tril(-1).T).view_as(full)
-
-
-def _bias(network: LinearizedNetwork, name: str) -> slice | None:
-    return network.slices.get(f"{name}.bias")
 
 
 class _Side:
@@ -77,17 +77,9 @@ class _Side:
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
         if blocks:
             rows = len(self.features)
-            calls = {name: point.layer_calls(name) for name in blocks}
-            outputs = [out for pairs in calls.values() for _, out in pairs]
             eye = torch.eye(n_outputs, dtype=network.weight.dtype, device=network.weight.device)
-            gradients = [point.output_gradients(outputs, e.expand(rows, -1)) for e in eye]
-            start = 0
-            for name, block in blocks.items():
-                stop = start + len(calls[name])
-                self.layers[name] = block.positions(
-                    [x.detach() for x, _ in calls[name]], [g[start:stop] for g in gradients], rows
-                )
-                start = stop
+            for name, inputs, gradients in layer_gradients(point, blocks, eye.unsqueeze(1).expand(-1, rows, -1)):
+                self.layers[name] = blocks[name].positions(inputs, gradients, rows)
         self.rest: Tensor | None = None
         if rest:
             parts = zip(*(z.split(_JACOBIANS) for z in batch), strict=True)
@@ -95,20 +87,14 @@ class _Side:
             self.rest = torch.cat([torch.cat([j[n].reshape(*j[n].shape[:2], -1) for n in rest], 2) for j in found])
 
 
-def _sides(
-    network: LinearizedNetwork, batches: Sequence[Batch], blocks: dict[str, KroneckerBlock], rest: list[str]
-) -> Iterator[_Side]:
-    return (_Side(network, batch, blocks, rest) for batch in batches)
-
-
 @torch.no_grad()
-def _product(first: _Side, second: _Side, blocks: dict[str, KroneckerBlock], tail_scale: float) -> Tensor:
+def _product(first: _Side, second: _Side, tail_scale: float) -> Tensor:
     """K between two batches, (B, C, B', C)."""
     c = first.n_outputs
     tail = torch.zeros(
         len(first.features), c, len(second.features), c, dtype=torch.float64, device=first.features.device
     )
-    for name in blocks:
+    for name in first.layers:
         tail += _layer_product(*first.layers[name], *second.layers[name])
     if first.rest is not None and second.rest is not None:
         tail += torch.einsum("icp,jdp->icjd", first.rest.double(), second.rest.double())

@@ -21,17 +21,17 @@ b       ``rhs``         (P,)       sum_i s_i J_i' t_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cache import batch_sizes
 from .distributed import ALONE, Group
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 from .linearize import LinearizedNetwork, Point, _full_precision
 
-__all__ = ["Quadratic", "build_kfac", "layers_of_images", "weigh_tail"]
+__all__ = ["Quadratic", "build_kfac", "kronecker_blocks", "layer_gradients", "weigh_tail"]
 
 Batch = Sequence[Tensor]
 _POINTS_BYTES = 1 << 30  # of activations kept between products, which are evaluated anew for the batches beyond
@@ -161,14 +161,10 @@ def build_kfac(
         Not yet factorized.
     """
     device = network.weight.device
-    layers, elements = layers_of_images(network, batches[0], group)
-    blocks = {
-        name: KroneckerBlock(layer, network.slices[f"{name}.weight"], network.slices.get(f"{name}.bias"))
-        for name, layer in layers.items()
-    }
+    blocks, elements = kronecker_blocks(network, batches[0], group)
     n_outputs, n_features = network.weight.shape
     head = HeadBlock(n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"], device)
-    others, owners = _other_blocks(network, set(layers), device)
+    others, owners = _other_blocks(network, set(blocks), device)
     rows = torch.arange(len(weights), device=device) if rows is None else rows
     own = weights[rows]
     probes = (probes[:, rows] if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(rows), -1)
@@ -180,7 +176,9 @@ def build_kfac(
             point = network.at(batch, gradients=bool(blocks))
             head.update(point.features, own[piece])
             if blocks:
-                _update_layers(point, blocks, probes[:, piece], own[piece])
+                with torch.no_grad():
+                    for name, inputs, gradients in layer_gradients(point, blocks, probes[:, piece]):
+                        blocks[name].update(inputs, gradients, own[piece])
         if others:
             _update_others(network, batches, weights, rows, others, owners)
     kfac = KFAC([*blocks.values(), *others, head])
@@ -207,14 +205,14 @@ def weigh_tail(network: LinearizedNetwork, kfac: KFAC, weight: float | None) -> 
         kfac.scale_tail(network.tail_scale**2)
 
 
-def layers_of_images(
+def kronecker_blocks(
     network: LinearizedNetwork, batch: Batch, group: Group = ALONE
-) -> tuple[dict[str, nn.Linear | nn.Conv2d], int]:
-    """Layers that see each image in rows of its own, one image after the other; elements of their outputs.
+) -> tuple[dict[str, KroneckerBlock], int]:
+    """Empty blocks of the layers that see each image in rows of its own, one image after the other.
 
-    The rest, such as layers that are never called (their weight is read by a function) or called with tokens
-    before images, are left to the small blocks. One image given twice tells them apart; processes, each with an
-    image of its own, must agree.
+    Also the elements of the outputs of these layers, for one image. The rest, such as layers that are never called
+    (their weight is read by a function) or called with tokens before images, are left to the small blocks. One
+    image given twice tells them apart; processes, each with an image of its own, must agree.
     """
     with _full_precision():
         point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
@@ -223,7 +221,9 @@ def layers_of_images(
     fit = torch.tensor([float(bool(c) and all(_halves_agree(x) for x, _ in c)) for c in calls.values()])
     names = [name for name, count in zip(layers, group.all_reduce(fit).tolist(), strict=True) if count == group.size]
     elements = sum(out.numel() // 2 for name in names for _, out in calls[name])
-    return {name: layers[name] for name in names}, elements
+    slices = network.slices
+    blocks = {n: KroneckerBlock(layers[n], slices[f"{n}.weight"], slices.get(f"{n}.bias")) for n in names}
+    return blocks, elements
 
 
 def _halves_agree(x: Tensor) -> bool:
@@ -245,16 +245,17 @@ def _pieces(batches: Sequence[Batch], limit: int) -> Iterator[tuple[slice, Batch
         start += size
 
 
-def _update_layers(point: Point, blocks: dict[str, KroneckerBlock], probes: Tensor, weights: Tensor) -> None:
-    """Add the gradients of one batch along the probes (K, B, C)."""
-    calls = {name: point.layer_calls(name) for name in blocks}
+def layer_gradients(
+    point: Point, names: Iterable[str], probes: Tensor
+) -> Iterator[tuple[str, list[Tensor], list[list[Tensor]]]]:
+    """Of each layer its name, inputs, and gradients along the probes (K, B, C), as `KroneckerBlock.update` has them."""
+    calls = {name: point.layer_calls(name) for name in names}
     outputs = [out for pairs in calls.values() for _, out in pairs]
     gradients = [point.output_gradients(outputs, probe) for probe in probes]
     start = 0
-    for name, block in blocks.items():
-        stop = start + len(calls[name])
-        with torch.no_grad():
-            block.update([x.detach() for x, _ in calls[name]], [g[start:stop] for g in gradients], weights)
+    for name, pairs in calls.items():
+        stop = start + len(pairs)
+        yield name, [x.detach() for x, _ in pairs], [g[start:stop] for g in gradients]
         start = stop
 
 
