@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from callbacks import Silent
 from images import TinyNet, make_images, tiny_net
 from PIL import Image
 from sklearn.model_selection import GridSearchCV
@@ -141,20 +142,11 @@ def a_callback_that_stops(rank: int, folder) -> int:
     return 3
 
 
-class Stop:
+class Stop(Silent):
     """A callback of scikit-learn that stops after some iterations."""
 
     def __init__(self, count: int):
         self.count = count
-
-    def setup(self, estimator, context):
-        pass
-
-    def teardown(self, estimator, context):
-        pass
-
-    def on_fit_task_begin(self, estimator, context):
-        pass
 
     def on_fit_task_end(self, estimator, context, **_):
         self.count -= context.task_name == "iteration"

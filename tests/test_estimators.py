@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from callbacks import Silent
 from images import TinyNet, make_images, tiny_net
 from PIL import Image
 from sklearn.base import clone
@@ -316,18 +317,9 @@ def test_memory_shares_the_trunk_between_fits_and_predictions(fitted, monkeypatc
 def test_callbacks():
     callback = pytest.importorskip("sklearn.callback")
 
-    class Counter:
+    class Counter(Silent):
         def __init__(self):
             self.ends = []
-
-        def setup(self, estimator, context):
-            pass
-
-        def teardown(self, estimator, context):
-            pass
-
-        def on_fit_task_begin(self, estimator, context):
-            pass
 
         def on_fit_task_end(self, estimator, context, *, X=None, fitted_estimator=None):
             self.ends.append((context.task_name, fitted_estimator.decision_function(X)))
