@@ -84,7 +84,7 @@ ax.semilogy(clf.residual_norms_, marker="o")
 ax.axhline(clf.tol, color="tab:gray", linestyle="--", label="tol")
 ax.set(xlabel="iteration", ylabel="relative gradient")
 ax.legend()
-right.suptitle("K-FAC preconditioned conjugate gradients")
+right.suptitle("From the head's own solution: the gradient\nmay rise while the objective falls", fontsize=11)
 path = Path(__file__).parent / "output" / "quickstart.png"
 path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
