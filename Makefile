@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench report clean help
+.PHONY: demo test lint types docs bench report clean help
 
 demo: $(STAMP)  ## fine-tune EfficientNet-Lite0 on digits; prints accuracies and the path of a figure
 	MPLBACKEND=Agg $(RUN) examples/plot_quickstart.py
@@ -25,6 +25,10 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	$(RUN) -m mypy sklearn_lqf
 
+docs: $(STAMP)  ## the pages as a site in docs/_build/html; without running the examples: make docs ARGS="-D plot_gallery=0"
+	MPLBACKEND=Agg $(RUN) -m sphinx -b html -d docs/_build/doctrees -W --keep-going -n -q $(ARGS) docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: $(STAMP)  ## all benchmarks; DATA_DIR=folder says where the image folders are
 	@test -d "$(DATA_DIR)" || { echo "no folder '$(DATA_DIR)'; use: make bench DATA_DIR=folder" >&2; exit 2; }
 	@set -e; for script in benchmarks/[!_]*.py; do \
@@ -36,7 +40,7 @@ report: $(STAMP)  ## tables and figures of README and docs from benchmarks/resul
 	MPLBACKEND=Agg $(RUN) benchmarks/_report.py
 
 clean:  ## remove caches, reports and builds; keeps .venv
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.* htmlcov build dist
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.* htmlcov build dist docs/_build docs/gallery docs/generated
 	find sklearn_lqf tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 help:  ## this list
