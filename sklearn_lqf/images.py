@@ -308,8 +308,8 @@ class _Elements:
         if (h, w) != (height, width):
             raise ValueError(
                 f"{self._name(index)} is {h}x{w} (height x width) but {self._name(0)} is {height}x{width}: "
-                "images of mixed sizes need a common one. Set it, for example image_size=224, or "
-                'image_size="backbone" for the size that the backbone was trained with.'
+                "images of mixed sizes need a common one. Set it, for example image_size=224 (LQFClassifier takes "
+                'image_size="backbone", too: the size that the backbone was trained with).'
             )
 
     def _name(self, index: int) -> str:
@@ -330,7 +330,7 @@ class _Elements:
         if not _is_image(element):
             raise ValueError(
                 f"{name} is not an image: expected a path, a PIL image or an array of shape (H, W) or "
-                f"(H, W, C), got {_describe(element)}."
+                f"(H, W, C), got {describe(element)}."
             )
         pixels = _as_array(element, name)
         if 0 in pixels.shape:
@@ -354,7 +354,7 @@ class _Elements:
         """Turn an image upright and convert it to `in_channels` channels: (h, w, C) uint8."""
         if self._in_channels not in _PIL_MODES:
             raise ValueError(
-                f"files and PIL images have 1 or 3 channels, not in_channels={self._in_channels}: pass arrays"
+                f"files and PIL images have 1 or 3 channels, not the {self._in_channels} that are needed: pass arrays"
             )
         if image.mode == "F" or image.mode.startswith("I"):
             # PIL would clip the values to 0..255, which turns 16-bit images white.
@@ -416,7 +416,7 @@ def _as_array(X: Any, name: str) -> np.ndarray:
         return np.asarray(X)
     raise ValueError(
         "Expected images as an array or as a sequence of paths, PIL images or arrays, got "
-        f"{_describe(X)}. Put a single image into a list."
+        f"{describe(X)}. Put a single image into a list."
     )
 
 
@@ -467,8 +467,8 @@ def _check_channels(shape: tuple[int, ...], channel_axis: int, in_channels: int,
     else:
         remedy = f"Convert the images to grayscale or to {in_channels} channel(s)."
     raise ValueError(
-        f"{name} has {channels} channels (shape of one image {shape}, channel_axis={channel_axis}), but the "
-        f"network takes in_channels={in_channels}. {remedy}"
+        f"{name} has {channels} channels (shape of one image {shape}, channel_axis={channel_axis}), but "
+        f"{in_channels} channel(s) are needed. {remedy}"
     )
 
 
@@ -528,8 +528,10 @@ def _is_positive_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
-def _describe(element: Any) -> str:
-    """Name the type of an object, with its shape if it has one."""
+def describe(element: Any) -> str:
+    """Name the type of an object, with its shape if it has one, or with the type of what a list begins with."""
     shape = getattr(element, "shape", None)
     kind = f"{type(element).__module__}.{type(element).__qualname__}".removeprefix("builtins.")
+    if isinstance(element, (list, tuple)):
+        return f"{kind} of {describe(element[0])}" if element else f"empty {kind}"
     return kind if shape is None else f"{kind} of shape {tuple(shape)}"

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sklearn_lqf"
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
     {"images", "backbones", "progress", "activations", "surgery", "cut", "cache", "distributed"},
-    {"stages"},
+    {"stages", "reader"},
     {"readout"},
     {"tangents"},
     {"graph"},
