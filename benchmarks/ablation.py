@@ -23,7 +23,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from sklearn_lqf.backbones import load_backbone
-from sklearn_lqf.estimators import _RIDGE_ALPHAS, _fit_temperature, _probes
+from sklearn_lqf.classifier import _fit_temperature
+from sklearn_lqf.problem import _RIDGE_ALPHAS, probe_outputs
 from sklearn_lqf.head import fit_ridge_head, orthogonal_head
 from sklearn_lqf.model import LinearModel
 from sklearn_lqf.objective import build_kfac, weigh_tail
@@ -55,11 +56,11 @@ class Problem:
         targets = torch.eye(n_classes, dtype=torch.float64)[self.codes]
         ridge = fit_ridge_head(features.unsqueeze(0), targets, ones, ones, _RIDGE_ALPHAS)
         held_out = ridge.held_out[0]
-        self.temperature = _fit_temperature(held_out.numpy(), self.codes, ones.numpy())
+        self.temperature = _fit_temperature(held_out.numpy(), targets.numpy(), ones.numpy())
         self.noise = float((targets - held_out).square().mean())
         head = orthogonal_head(n_classes, features.shape[1], torch.Generator().manual_seed(0))
         self.network = model.set_head(head, torch.zeros(n_classes))
-        self.kfac = build_kfac(self.network, self.batches, ones.float(), _probes(*targets.shape).float())
+        self.kfac = build_kfac(self.network, self.batches, ones.float(), probe_outputs(*targets.shape).float())
         weigh_tail(self.network, self.kfac, TAIL_WEIGHT)
         unit = self.kfac.trace / (len(train) * n_classes)
         self.alpha, self.mean = ridge.alpha, targets.mean(0).float()

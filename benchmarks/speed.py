@@ -33,7 +33,7 @@ from torch.func import functional_call, jvp, vjp
 
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.backbones import load_backbone
-from sklearn_lqf.estimators import _probes
+from sklearn_lqf.problem import probe_outputs
 from sklearn_lqf.head import orthogonal_head
 from sklearn_lqf.kfac import KFAC
 from sklearn_lqf.linearize import _full_precision
@@ -273,7 +273,7 @@ def measure_kfac(report: Report, args: argparse.Namespace, device: torch.device)
             part = Part(name, _KFAC_SIZE, 1, batches, n_outputs, device)
             fresh, kept = part.quadratic(False), part.quadratic(True)
             kept.matvec(part.vector)
-            probes = _probes(len(part.weights), n_outputs).to(part.weights)
+            probes = probe_outputs(len(part.weights), n_outputs).to(part.weights)
             built: list[KFAC] = []
 
             def build(part: Part = part, probes: Tensor = probes, built: list[KFAC] = built) -> None:
@@ -306,7 +306,7 @@ def measure_kfac(report: Report, args: argparse.Namespace, device: torch.device)
 class Posed(LQFClassifier):
     """The estimator, which stops where it would solve: ``quadratic_`` and ``kfac_`` are what it would solve with."""
 
-    def _solve(self, quadratic: Quadratic, preconditioner: KFAC, progress: Any) -> SolverResult:
+    def _solve(self, quadratic: Quadratic, preconditioner: KFAC, *_: Any) -> SolverResult:
         self.quadratic_, self.kfac_ = quadratic, preconditioner
         return SolverResult(torch.empty(0), Status.CONVERGED, 0, [1.0])
 
@@ -322,7 +322,7 @@ class Posed(LQFClassifier):
         """Built and factorized as by fit; the network has the prior of its tail already."""
         q = self.quadratic_
         targets, weights = torch.cat(q.targets), torch.cat(q.weights)
-        kfac = build_kfac(q.network, q.batches, weights, _probes(*targets.shape).to(targets))
+        kfac = build_kfac(q.network, q.batches, weights, probe_outputs(*targets.shape).to(targets))
         unit = kfac.trace / (targets.shape[1] * float(weights.sum()))
         return kfac.factorize(q.alpha, targets.dtype, unit * self.damping)
 

@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.estimators import _RIDGE_ALPHAS
+from sklearn_lqf.problem import _RIDGE_ALPHAS
 from sklearn_lqf.head import fit_ridge_head
 
 RESULTS = Path(__file__).parent / "results" / "trust.json"

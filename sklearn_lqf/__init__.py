@@ -1,7 +1,8 @@
 """Linear Quadratic Fine-tuning of pre-trained image networks, as scikit-learn estimators."""
 
-from .estimators import LQFClassifier
+from .classifier import LQFClassifier
+from .regressor import LQFRegressor
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["LQFClassifier"]
+__all__ = ["LQFClassifier", "LQFRegressor"]

@@ -117,6 +117,16 @@ class TrunkCache(Sequence[Activations]):
         twin.__dict__.update(self.__dict__, batch_size=batch_size)
         return twin
 
+    def taking(self, index: Tensor) -> TrunkCache:
+        """The rows of an index (m,), each batch gathered when it is asked for."""
+
+        def gather(start: int, stop: int) -> Activations:
+            runs = _runs(index[start:stop].tolist())
+            parts = [self._rows(a, b) for a, b in runs]
+            return parts[0] if len(parts) == 1 else tuple(torch.cat(z) for z in zip(*parts, strict=True))
+
+        return TrunkCache(gather, len(index), self.batch_size, "none", lambda count: None)
+
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -128,10 +138,23 @@ class TrunkCache(Sequence[Activations]):
         if isinstance(index, slice):
             return [self[k] for k in range(len(self))[index]]
         start = range(len(self))[index] * self.batch_size
-        stop = min(start + self.batch_size, self._n_rows)
+        return self._rows(start, min(start + self.batch_size, self._n_rows))
+
+    def _rows(self, start: int, stop: int) -> Activations:
         if self._store is None:
             return self._evaluate(start, stop)
         return tuple(z.to(self.device, non_blocking=True) for z in self._store.rows(start, stop))
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive rows as (start, stop)."""
+    runs: list[tuple[int, int]] = []
+    for i in rows:
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs
 
 
 def batch_sizes(batches: Sequence[Sequence[Tensor]]) -> list[int]:
@@ -327,11 +350,12 @@ class Fingerprint:
             self.images[i] = torch.frombuffer(bytearray(_image_digest(image)), dtype=torch.uint8)
 
     @staticmethod
-    def of(images: Tensor, codes: np.ndarray, weights: np.ndarray) -> str:
-        """The digest, from those of the images (n, 16), class codes (n,) and weights (n,)."""
+    def of(images: Tensor, targets: np.ndarray, weights: np.ndarray) -> str:
+        """The digest, from those of the images (n, 16), targets (n, C) and weights (n,)."""
         total = 0
-        for image, code, weight in zip(images.cpu().numpy(), codes.tolist(), weights.tolist(), strict=True):
-            row = hashlib.blake2b(image.tobytes() + repr((code, weight)).encode(), digest_size=_DIGEST)
+        known = np.column_stack([targets, weights]).astype(np.float64) + 0.0  # one zero, not two
+        for image, numbers in zip(images.cpu().numpy(), known, strict=True):
+            row = hashlib.blake2b(image.tobytes() + numbers.tobytes(), digest_size=_DIGEST)
             total += int.from_bytes(row.digest(), "big")
         return f"{total % 256**_DIGEST:032x}"
 

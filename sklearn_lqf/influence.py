@@ -166,7 +166,7 @@ class InfluenceMixin:
         """
         if method not in ("exact", "head"):
             raise ValueError(f"method must be 'exact' or 'head', got {method!r}.")
-        data, cache, keep = self._fitted_on(X, y, sample_weight)
+        data, cache, keep, n = self._fitted_on(X, y, sample_weight)
         if method == "exact":
             found = self._dual(data, cache).leave_one_out()
         else:
@@ -176,8 +176,10 @@ class InfluenceMixin:
             kernel = (features @ features.T + 1).view(len(features), 1, len(features), 1)
             columns = [_column(data, c) for c in range(data.targets.shape[1])]
             found = torch.cat([Dual(kernel, one, self.alpha_).leave_one_out() for one in columns], 2)
-        outputs = self._outputs(X) if len(keep) < len(np.asarray(y)) else np.empty((len(keep), found.shape[2]))
-        outputs[keep] = found[0].numpy() / self.target_scale
+        outputs = np.empty((n, found.shape[2]))
+        if len(keep) < n:
+            outputs[:] = self._outputs(X)
+        outputs[keep] = found[0].numpy() * self._unit
         return self._decision(outputs)
 
     def influence(self: Any, X: Any, y: Any, X_test: Any, y_test: Any = None, sample_weight: Any = None) -> np.ndarray:
@@ -212,19 +214,17 @@ class InfluenceMixin:
         -----
         Exact in the sense of `leave_one_out`: no approximation to first order, but the optimum without the image.
         """
-        data, cache, keep = self._fitted_on(X, y, sample_weight)
+        data, cache, keep, n = self._fitted_on(X, y, sample_weight)
         test = self._in_batches(list, self._read_new_data(X_test))
         outputs = self._outputs_of(test)
-        chosen = outputs.argmax(1) if y_test is None else self._known_codes(y_test, len(outputs), "y_test")
-        dual = self._dual(data, cache)
-        kernel = self._kernel(test, cache)
-        changes = dual.changes(kernel).numpy() / self.target_scale  # (m, n, C)
-        effect = np.zeros((len(outputs), len(np.asarray(y))))
-        if y_test is None:
-            effect[:, keep] = np.take_along_axis(changes, chosen[:, None, None], 2)[:, :, 0]
+        known = None if y_test is None else self._known_targets(y_test, len(outputs), "y_test")
+        changes = self._dual(data, cache).changes(self._kernel(test, cache)).numpy() * self._unit  # (m, n, C)
+        if known is not None:
+            found = (changes * (changes + 2 * (outputs - known)[:, None])).sum(2)
         else:
-            residual = outputs - np.eye(outputs.shape[1])[chosen]
-            effect[:, keep] = (changes * (changes + 2 * residual[:, None])).sum(2)
+            found = self._explained(changes, outputs)
+        effect = np.zeros((len(outputs), n, *found.shape[2:]))
+        effect[:, keep] = found
         return effect
 
     def _dual(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Dual:

@@ -107,6 +107,12 @@ class LinearModel:
         self.network = LinearizedNetwork(self.split, weight, bias, self.standardization)
         return self.network
 
+    def again(self) -> LinearModel:
+        """The same network, not yet standardized and without a head: to be fitted while this model stays as it is."""
+        twin = object.__new__(LinearModel)
+        twin.__dict__.update(self.__dict__, network=None, standardization=None)
+        return twin
+
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
         """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
         x = images.to(self.device, self.dtype)

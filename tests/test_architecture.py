@@ -20,9 +20,10 @@ LAYERS = [
     {"linearize"},
     {"kfac", "solvers", "head"},
     {"objective", "model"},
-    {"kernel"},
-    {"influence"},
-    {"estimators"},
+    {"kernel", "problem"},
+    {"influence", "forgetting"},
+    {"base"},
+    {"classifier", "regressor"},
     {"__init__"},
 ]
 # Linear algebra: these import no module of the package and no library of images, networks or estimators.

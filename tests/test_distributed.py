@@ -75,7 +75,7 @@ CASES = {
 class Classifier(LQFClassifier):
     """Keeps products with the quadratic and its preconditioner."""
 
-    def _solve(self, quadratic, preconditioner, progress):
+    def _solve(self, quadratic, preconditioner, *args):
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.n_parameters_, generator=generator, dtype=F64).to(quadratic.rhs())
         self.products = {
@@ -85,7 +85,7 @@ class Classifier(LQFClassifier):
             "value": torch.tensor(quadratic.value(v), dtype=F64),
             "preconditioner": preconditioner(v),
         }
-        return super()._solve(quadratic, preconditioner, progress)
+        return super()._solve(quadratic, preconditioner, *args)
 
 
 def classifier(**parameters) -> Classifier:

@@ -91,6 +91,6 @@ def test_methods_made_by_scikit_learn_are_not_ours():
         def size(self):
             """Size."""
 
-    Estimator.__module__ = Estimator.fit.__module__ = Estimator.size.fget.__module__ = "sklearn_lqf.estimators"
+    Estimator.__module__ = Estimator.fit.__module__ = Estimator.size.fget.__module__ = "sklearn_lqf.base"
     assert hasattr(Estimator, "set_fit_request")
     assert _own_methods(Estimator) == ["fit", "size"]

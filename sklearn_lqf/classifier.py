@@ -1,0 +1,344 @@
+"""The classifier: targets are indicators of the classes, decision values their estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit, log_softmax, softmax
+from sklearn.base import ClassifierMixin
+from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_y
+
+from .base import LQFBase, check_number, with_shared_parameters
+from .forgetting import stores_data
+
+__all__ = ["LQFClassifier"]
+
+_THRESHOLD = 0.5  # of an estimated indicator
+_TEMPERATURES = (1e-2, 1e1)
+
+
+@with_shared_parameters
+class LQFClassifier(ClassifierMixin, LQFBase):
+    """Linear Quadratic Fine-tuning of a pre-trained image network.
+
+    The network is replaced by its first-order expansion around the pre-trained weights and trained with squared
+    loss, which makes fine-tuning a strongly convex quadratic: one optimum, no learning rate, and a certificate
+    of how far the solution is from it.
+
+    Parameters
+    ----------
+    <network parameters>
+    alpha : float or "auto", default="auto"
+        L2 penalty. ``"auto"``: that of the ridge regression on the features with the smallest squared
+        leave-one-out error, in closed form. A number is relative to the mean squared norm of the Jacobian of one
+        output of one training image, so that one grid serves every backbone and any number of images: the ratio
+        of the variance of label noise to the prior variance of an output. The absolute value is ``alpha_``.
+    target_scale : float, default=1.0
+        Value of the target of the right class (0 for the others). With ``center=True`` it only rescales the
+        solution. Decision values are divided by it.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of classes, as in scikit-learn. Not supported with several labels for each image.
+    <fit parameters>
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        Class labels; the numbers of the columns of y where it has several.
+    intercept_ : ndarray of shape (n_classes,) or None
+        Mean of the indicators, when centered; else None.
+    temperature_ : float
+        Divides the decision values before the softmax (logistic function, for several labels) of
+        ``predict_proba``; fitted on leave-one-out outputs of the ridge regression on the features.
+    <attributes>
+
+    See Also
+    --------
+    LQFClassifierCV : Chooses the penalty by cross-validation.
+    LQFRegressor : The same for numeric targets.
+    sklearn.linear_model.RidgeClassifier : The same loss on fixed features.
+
+    Notes
+    -----
+    With J the Jacobian of the C outputs at the pre-trained weights w0, minimizes over d = w - w0
+
+    ``sum_i s_i |offset(x_i) + J(x_i) d - t_i|^2 + alpha_ (|d_head|^2 + |d_tail|^2 / tail_scale_^2)``,
+
+    where s are sample weights, t scaled one-hot targets, and the offset is the mean target, or the head's
+    leave-one-out output (``head="ridge"``). Strong convexity bounds the distance to the optimum, in the norm of the
+    penalty, by the norm of the gradient over 2 ``alpha_``.
+
+    The readout reads intermediate features because the expansion of a network is, to a good part, a linear model
+    of them [2]_; it is the largest single gain in accuracy (see the page on accuracy in the documentation).
+
+    References
+    ----------
+    .. [1] Achille, Golatkar, Ravichandran, Polito, Soatto, "LQF: Linear Quadratic Fine-Tuning", CVPR 2021
+       (arXiv 2012.11140), sections 3 and 4.
+    .. [2] Evci, Dumoulin, Larochelle, Mozer, "Head2Toe: Utilizing Intermediate Representations for Better Transfer
+       Learning", ICML 2022 (arXiv 2201.03529).
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn_lqf import LQFClassifier
+    >>> X, y = load_iris(return_X_y=True)
+    >>> LQFClassifier(random_state=0).fit(X, y).score(X, y) > 0.9
+    True
+    """
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        weights: Any = "auto",
+        tangent_layers: Any = 1,
+        readout: str = "stages",
+        head: str = "orthogonal",
+        alpha: float | str = "auto",
+        target_scale: float = 1.0,
+        class_weight: Any = None,
+        tail_weight: float | None = 0.03,
+        negative_slope: float = 0.0,
+        center: bool | str = "auto",
+        damping: float = 0.1,
+        solver: str = "pcg",
+        max_iter: int = 200,
+        tol: float = 1e-2,
+        views: str | Sequence[str] = "identity",
+        image_shape: Sequence[int] | None = None,
+        image_size: Any = None,
+        channel_axis: int = -1,
+        preprocessing: Mapping[str, Any] | None = None,
+        batch_size: int = 64,
+        cache: str = "auto",
+        memory: Any = None,
+        store_data: bool = False,
+        device: Any = "auto",
+        distributed: bool = False,
+        dtype: str = "auto",
+        random_state: Any = 0,
+        verbose: int = 0,
+    ):
+        super().__init__(
+            backbone, weights=weights, tangent_layers=tangent_layers, readout=readout, head=head,
+            tail_weight=tail_weight, negative_slope=negative_slope, center=center, damping=damping, solver=solver,
+            max_iter=max_iter, tol=tol, views=views, image_shape=image_shape, image_size=image_size,
+            channel_axis=channel_axis, preprocessing=preprocessing, batch_size=batch_size, cache=cache, memory=memory,
+            store_data=store_data, device=device, distributed=distributed, dtype=dtype, random_state=random_state,
+            verbose=verbose,
+        )  # fmt: skip
+        self.alpha = alpha
+        self.target_scale = target_scale
+        self.class_weight = class_weight
+
+    @available_if(stores_data)
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> LQFClassifier:
+        """Add training images to the model, as if all had been given to `fit`.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+        y : array-like of shape (n,) or (n, n_classes)
+            Their labels.
+        classes : array-like of shape (n_classes,), default=None
+            All classes; needed at the first call for a model that is not fitted. In later calls they must be the same.
+        sample_weight : array-like of shape (n,), default=None
+            As in `fit`.
+
+        Returns
+        -------
+        self : LQFClassifier
+            The estimator.
+
+        Raises
+        ------
+        ValueError
+            As `fit`; classes missing at the first call, or others than before.
+        """
+        if not hasattr(self, "classes_"):
+            if classes is None:
+                raise ValueError("classes must be passed on the first call to partial_fit.")
+            return self._fit(X, y, sample_weight, classes)
+        if classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+            raise ValueError(f"classes={classes!r} is not the same as in the calls before: {self.classes_.tolist()}.")
+        return self._add(X, y, sample_weight)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Compute the outputs of the linearized network.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        decision : ndarray of shape (n, n_classes), or (n,) for two classes
+            Estimates of the class indicators (their difference for two classes; less 1/2 for several labels, so that
+            positive values predict a label).
+        """
+        return self._decision(self._outputs(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict class labels.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        labels : ndarray of shape (n,), or (n, n_classes) for several labels
+            The class with the largest output, or all labels whose output is above 1/2.
+        """
+        outputs = self._outputs(X)
+        if self._multilabel:
+            return (outputs > _THRESHOLD).astype(np.int64)
+        return self.classes_[outputs.argmax(1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Predict probabilities of the classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        probabilities : ndarray of shape (n, n_classes)
+            Softmax of the outputs over ``temperature_``; the logistic function for several labels.
+        """
+        values = self._outputs(X)
+        if self._multilabel:
+            return expit((values - _THRESHOLD) / self.temperature_)
+        return softmax(values / self.temperature_, axis=1)
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Predict logarithms of the probabilities of the classes.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images
+            As in `fit`.
+
+        Returns
+        -------
+        log_probabilities : ndarray of shape (n, n_classes)
+            Logarithms of `predict_proba`.
+        """
+        values = self._outputs(X)
+        if self._multilabel:
+            return log_expit((values - _THRESHOLD) / self.temperature_)
+        return log_softmax(values / self.temperature_, axis=1)
+
+    # ------------------------------------------------------------------------------- what the targets are
+
+    def _check_parameters(self, n_processes: int) -> None:
+        super()._check_parameters(n_processes)
+        check_number("alpha", self.alpha, 0, strict=True, special=["auto"])
+        check_number("target_scale", self.target_scale, 0, strict=True)
+
+    def _read_targets(self, y: Any, n: int) -> np.ndarray:
+        y = _check_y(y.toarray() if hasattr(y, "toarray") else y, multi_output=True, estimator=self)
+        check_consistent_length(np.empty(n), y)
+        check_classification_targets(y)
+        return y if type_of_target(y) == "multilabel-indicator" else column_or_1d(y, warn=True)
+
+    def _learn_targets(self, y: np.ndarray, classes: Any) -> np.ndarray:
+        self._multilabel = y.ndim == 2
+        if self._multilabel:
+            self.classes_ = np.arange(y.shape[1])
+        else:
+            self.classes_ = np.unique(y if classes is None else classes)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"LQFClassifier needs samples of at least 2 classes, but the data contains only one class: "
+                f"{self.classes_[0]!r}"
+            )
+        return self._known_targets(y, len(y), "y")
+
+    def _known_targets(self, y: Any, n: int, name: str) -> np.ndarray:
+        y = self._read_targets(y, n)
+        if self._multilabel or y.ndim == 2:
+            if not self._multilabel or y.shape[1] != len(self.classes_):
+                raise ValueError(
+                    f"{name} has the shape {y.shape}, but the model has "
+                    f"{f'{len(self.classes_)} labels' if self._multilabel else 'one class'} for each image."
+                )
+            return y.astype(np.float64)
+        unseen = np.setdiff1d(y, self.classes_)
+        if len(unseen):
+            raise ValueError(f"{name} has labels that are not among the classes of the fit: {unseen.tolist()[:5]}.")
+        return np.eye(len(self.classes_))[np.searchsorted(self.classes_, y)]
+
+    def _target_unit(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return np.full(values.shape[1], 1 / float(self.target_scale))
+
+    def _sample_weights(self, values: np.ndarray, sample_weight: Any) -> tuple[np.ndarray, np.ndarray]:
+        given, multiplicity = super()._sample_weights(values, sample_weight)
+        if self.class_weight is None:
+            return given, multiplicity
+        if self._multilabel:
+            raise ValueError("class_weight is not supported with several labels for each image: use sample_weight.")
+        codes = values.argmax(1)
+        total = np.bincount(codes, weights=given, minlength=len(self.classes_))
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            factor = given.sum() / (np.count_nonzero(total) * np.where(total > 0, total, 1.0))
+        else:
+            factor = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_[codes])
+        weights = given * factor[codes]
+        if (weights < 0).any() or not weights.any():
+            raise ValueError(f"class_weight must give non-negative weights, not all zero; got {self.class_weight!r}.")
+        return weights, multiplicity
+
+    def _check_rest(self, values: np.ndarray) -> None:
+        if len(values) < 2:
+            raise ValueError(f"{len(values)} training image(s) would remain: at least 2 are needed.")
+        gone = [] if self._multilabel else self.classes_[(values == 0).all(0)].tolist()
+        if gone:
+            raise ValueError(
+                f"No training image of class(es) {gone[:5]} would remain: fit a new model without these classes."
+            )
+
+    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray) -> None:
+        self.temperature_ = _fit_temperature(outputs, values, weights, self._multilabel)
+
+    def _decision(self, outputs: np.ndarray) -> np.ndarray:
+        if self._multilabel:
+            return outputs - _THRESHOLD
+        return outputs[:, 1] - outputs[:, 0] if len(self.classes_) == 2 else outputs
+
+    def _explained(self, changes: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        if self._multilabel:
+            return changes
+        return np.take_along_axis(changes, outputs.argmax(1)[:, None, None], 2)[:, :, 0]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+def _fit_temperature(outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, multilabel: bool = False) -> float:
+    """The temperature with the smallest log-loss of held-out outputs (n, C), for indicators (n, C)."""
+
+    def loss(log_temperature: float) -> float:
+        if multilabel:
+            logits = (outputs - _THRESHOLD) / np.exp(log_temperature)
+            log_p = values * log_expit(logits) + (1 - values) * log_expit(-logits)
+        else:
+            log_p = values * log_softmax(outputs / np.exp(log_temperature), axis=1)
+        return -float(weights @ log_p.sum(1))
+
+    found = minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded")
+    return float(np.exp(found.x))
