@@ -24,10 +24,10 @@ from torch import Tensor
 
 from sklearn_lqf.backbones import load_backbone
 from sklearn_lqf.classifier import _fit_temperature
-from sklearn_lqf.problem import _RIDGE_ALPHAS, probe_outputs
 from sklearn_lqf.head import fit_ridge_head, orthogonal_head
 from sklearn_lqf.model import LinearModel
 from sklearn_lqf.objective import build_kfac, weigh_tail
+from sklearn_lqf.problem import _RIDGE_ALPHAS, probe_outputs
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 DATASET, PER_CLASS, SPLITS, N_TEST = "trashnet", 20, 1, 1000

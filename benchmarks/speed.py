@@ -33,12 +33,12 @@ from torch.func import functional_call, jvp, vjp
 
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.backbones import load_backbone
-from sklearn_lqf.problem import probe_outputs
 from sklearn_lqf.head import orthogonal_head
 from sklearn_lqf.kfac import KFAC
 from sklearn_lqf.linearize import _full_precision
 from sklearn_lqf.model import LinearModel
 from sklearn_lqf.objective import Quadratic, build_kfac
+from sklearn_lqf.problem import probe_outputs
 from sklearn_lqf.solvers import SolverResult, Status, pcg, sgd
 
 RESULTS = Path(__file__).parent / "results"

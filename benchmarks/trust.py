@@ -25,8 +25,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.problem import _RIDGE_ALPHAS
 from sklearn_lqf.head import fit_ridge_head
+from sklearn_lqf.problem import _RIDGE_ALPHAS
 
 RESULTS = Path(__file__).parent / "results" / "trust.json"
 BACKBONE = "efficientnet_lite0"

@@ -6,6 +6,8 @@ The effect of each training image on each prediction is known exactly: what the 
 lose, or gain, had the image not been there.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -40,22 +42,36 @@ change = (after - before)[before.argmax()]
 print(f"change of the output without it: predicted {effect[0, i]:+.4f}, fitted again {change:+.4f}")
 
 # %%
-# Each image with its two strongest supporters and its two strongest opponents.
-fig, axes = plt.subplots(3, 5, figsize=(8, 5.4), layout="constrained")
-for row, k, e in zip(axes, shown, effect, strict=True):
-    order = np.argsort(e)
-    panels = [(k, "to be explained")] + [
-        (train[j], f"label {y[train[j]]}: {-e[j]:+.3f}") for j in order[[0, 1, -2, -1]]
-    ]
-    for ax, (j, title) in zip(row, panels, strict=True):
-        ax.imshow(X[j].reshape(8, 8), cmap="gray_r")
+# Each image with the training images that support its prediction most, and those that speak most against it.
+fig = plt.figure(figsize=(10, 4.9), layout="constrained")
+explained, support, against = fig.subfigures(1, 3, width_ratios=[1.25, 3, 3])
+titles = {"predicted": "black", "support": "tab:green", "against": "tab:red"}
+explained.suptitle("Predicted", weight="bold")
+support.suptitle("Output lost without this training image", color=titles["support"], weight="bold")
+against.suptitle("Output gained without this one", color=titles["against"], weight="bold")
+
+
+def draw(panel, images, captions, columns, color):
+    for ax, image, caption in zip(panel.subplots(3, columns).flat, images, captions, strict=True):
+        ax.imshow(image.reshape(8, 8), cmap="gray_r")
         ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize=9)
-fig.suptitle("What supports a prediction (+), and what speaks against it (-)")
-path = Path(__file__).parent / "output" / "influence.png"
+        ax.set_title(caption, fontsize=10)
+        ax.spines[:].set(color=color, linewidth=2)
+
+
+order = np.argsort(effect, axis=1)
+draw(explained, X[shown], [f"a {k}" for k in clf.predict(X[shown])], 1, titles["predicted"])
+for panel, chosen, color in (
+    (support, order[:, :3], titles["support"]),
+    (against, order[:, :-4:-1], titles["against"]),
+):
+    size = np.abs(np.take_along_axis(effect, chosen, 1)).ravel()
+    captions = [f"a {y[train][j]}: {s:.2f}" for j, s in zip(chosen.flat, size, strict=True)]
+    draw(panel, X[train][chosen.ravel()], captions, 3, color)
+path = Path(sys.argv[0]).parent / "output" / "influence.png"
 path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
-print(f"figure: {path}")
+print(f"figure: {os.path.relpath(path)}")
 
 assert (y[train][effect.argmin(1)] == clf.predict(X[shown])).all()
 assert abs(change - effect[0, i]) < 0.2 * abs(change)

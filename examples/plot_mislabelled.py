@@ -7,6 +7,8 @@ see an image has not. For the linearized network the outputs of that model are k
 from one fit: where they disagree with a label, the label deserves a look.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -48,9 +50,9 @@ for ax, i in zip(axes.flat, order, strict=False):
     ax.set_title(f"label {given[i]}, says {held_out[i].argmax()}", color=color, fontsize=9)
     ax.set(xticks=[], yticks=[])
 fig.suptitle("Training images in the order of suspicion (red: the label is wrong)")
-path = Path(__file__).parent / "output" / "mislabelled.png"
+path = Path(sys.argv[0]).parent / "output" / "mislabelled.png"
 path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
-print(f"figure: {path}")
+print(f"figure: {os.path.relpath(path)}")
 
 assert area > 0.9, "leave-one-out should find the wrong labels"

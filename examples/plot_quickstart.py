@@ -7,7 +7,9 @@ of each: a linear probe (ridge regression on its last features) beside the linea
 estimator then lives in a Pipeline, in a grid search over its L2 penalty, and in a pickle.
 """
 
+import os
 import pickle
+import sys
 import time
 from pathlib import Path
 
@@ -85,9 +87,9 @@ ax.axhline(clf.tol, color="tab:gray", linestyle="--", label="tol")
 ax.set(xlabel="iteration", ylabel="relative gradient")
 ax.legend()
 right.suptitle("From the head's own solution: the gradient\nmay rise while the objective falls", fontsize=11)
-path = Path(__file__).parent / "output" / "quickstart.png"
+path = Path(sys.argv[0]).parent / "output" / "quickstart.png"
 path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
-print(f"figure              {path}")
+print(f"figure              {os.path.relpath(path)}")
 
 assert accuracy > probe_accuracy + 0.03, "LQF should be clearly above the linear probe"

@@ -1,7 +1,8 @@
 """Taking training images away from a fitted model, and adding some: the optimum of the changed set.
 
-Nothing of the first fit but its weights, where the solver starts, and the seed of its head goes into the second: features
-are standardized, the penalty chosen, and the quadratic posed from the stored activations of the images that remain.
+Nothing of the first fit goes into the second but its solution, where the solver starts, and the seed of its head:
+features are standardized, the penalty chosen, and the quadratic posed from the stored activations of the images that
+remain.
 """
 
 from __future__ import annotations

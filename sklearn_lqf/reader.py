@@ -210,7 +210,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
                     "Series or single column (select it by ColumnTransformer), arrays (n, H, W) or (n, H, W, C), and "
                     "raveled images (n, n_features) with image_shape."
                 )
-            X = validate_data(self, X, dtype="numeric", reset=reset)
+            X = validate_data(self, X, dtype="numeric", ensure_non_negative=True, reset=reset)
         return ImageInputs(
             X,
             image_shape=self.image_shape,
