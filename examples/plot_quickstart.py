@@ -71,9 +71,9 @@ print("pickle              equal predictions")
 # Test images with their probabilities, and how the solver converged.
 proba = clf.predict_proba(X[some])
 shown = np.r_[np.flatnonzero(proba.argmax(1) == y[some])[:5], np.flatnonzero(proba.argmax(1) != y[some])[:3]]
-fig = plt.figure(figsize=(11, 4.8), layout="constrained")
+fig = plt.figure(figsize=(11, 4), layout="constrained")
 left, right = fig.subfigures(1, 2, width_ratios=[2, 1])
-axes = left.subplots(2, 8, squeeze=False)
+axes = left.subplots(2, 8, squeeze=False, height_ratios=[1, 3])
 for i, (image_ax, bar_ax) in zip(shown, axes.T, strict=False):
     image_ax.imshow(X[some][i].reshape(8, 8), cmap="gray_r")
     image_ax.set(xticks=[], yticks=[], title=f"true {y[some][i]}")
