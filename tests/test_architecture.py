@@ -24,6 +24,9 @@ LAYERS = [
     {"influence", "forgetting"},
     {"base"},
     {"classifier", "regressor"},
+    {"selection"},
+    {"curves"},
+    {"plotting"},
     {"__init__"},
 ]
 # Linear algebra: these import no module of the package and no library of images, networks or estimators.
