@@ -240,7 +240,7 @@ class Searched(DummyClassifier):
 
 def test_path():
     estimator = Searched().fit(X, Y)
-    display = RegularizationPathDisplay.from_estimator(estimator, score_name="Accuracy", name="LQF", linestyle=":")
+    display = RegularizationPathDisplay.from_estimator(estimator, name="LQF", linestyle=":")
     assert_array_equal(display.line_.get_xdata(), [0.1, 1, 10])
     assert_array_equal(display.line_.get_ydata(), [0.7, 0.9, 0.5])
     (band,) = display.fill_between_.get_paths()
@@ -250,6 +250,8 @@ def test_path():
     assert (display.ax_.get_xscale(), display.ax_.get_ylabel()) == ("log", "Accuracy")
     assert texts(display.ax_.get_legend()) == ["LQF", "chosen: alpha = 1"]
     assert display.figure_ is display.ax_.figure
+    other = RegularizationPathDisplay.from_estimator(estimator, score_name="Share", ax=display.ax_)
+    assert other.ax_ is display.ax_ and other.ax_.get_ylabel() == "Share"
     twin = RegularizationPathDisplay(alphas=[1, 2], scores=[0, 1]).plot(display.ax_)
     assert twin.ax_ is display.ax_
     assert twin.fill_between_ is None and twin.best_ is None
@@ -258,7 +260,9 @@ def test_path():
 def test_path_of_leave_one_out_has_no_band(monkeypatch):
     results = {name: value for name, value in Searched.cv_results_.items() if name != "std_test_score"}
     monkeypatch.setattr(Searched, "cv_results_", results)
-    assert RegularizationPathDisplay.from_estimator(Searched().fit(X, Y)).fill_between_ is None
+    display = RegularizationPathDisplay.from_estimator(Searched().fit(X, Y))
+    assert display.fill_between_ is None
+    assert display.ax_.get_ylabel() == "Negative squared error"
 
 
 def ridge_search(grid, pipeline=False, **options):
