@@ -2,7 +2,8 @@
 
 from .classifier import LQFClassifier
 from .regressor import LQFRegressor
+from .selection import LQFClassifierCV
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["LQFClassifier", "LQFRegressor"]
+__all__ = ["LQFClassifier", "LQFClassifierCV", "LQFRegressor"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, VectorNetwork, load_backbone
 from .cache import CACHES, Fingerprint, TrunkCache, with_smaller_batches
+from .certificate import CertificateMixin
 from .distributed import ALONE, Group, default_group
 from .forgetting import StoredData, UpdateMixin
 from .images import ImageInputs, is_image_input
@@ -30,6 +31,7 @@ from .objective import Quadratic
 from .problem import HEADS, Problem, Recipe, TrainingRows
 from .progress import CallbackSupportMixin, Progress, with_callbacks
 from .solvers import SolverResult, pcg, sgd
+from .uncertainty import UncertaintyMixin
 
 __all__ = ["LQFBase", "check_number", "with_shared_parameters"]
 
@@ -169,7 +171,7 @@ def with_shared_parameters(cls: Class) -> Class:
     return cls
 
 
-class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
+class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, UncertaintyMixin, UpdateMixin, BaseEstimator):
     """The estimator without what its targets are; documented with those that are public."""
 
     alpha: float | str
@@ -282,7 +284,8 @@ class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
         if group.size > 1:
             self._check_agreement(group, rows, y, sample_weight, backbone)
         values = self._learn_targets(y, classes)
-        weights, multiplicity = self._sample_weights(values, sample_weight)
+        given = self._given_weights(sample_weight, len(rows))
+        weights = self._weigh_classes(values, given)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
         if len(keep) < group.size:
             raise ValueError(f"{group.size} processes cannot share {len(keep)} image(s): start fewer processes.")
@@ -292,23 +295,22 @@ class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
             own = keep[group.share(len(keep))]
             seen = Fingerprint(len(own))
             cache = group.together(self._trunk_activations, model, rows, own, seen, self.cache, progress)
-            data = self._training_rows(cache, values[keep], weights[keep], multiplicity[keep])
+            data = self._training_rows(cache, values[keep], weights[keep], given[keep])
             result = self._solve_for(model, data, group, progress)
             images = group.all_gather_rows(seen.images)
             self._fingerprint = Fingerprint.of(images, values[keep], weights[keep])
             self._stored: StoredData | None = None
             if self.store_data:
-                given = np.ones(len(rows)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
                 self._stored = self._store(rows, backbone, images, cache, values[keep], given[keep], keep)
         return result
 
     def _training_rows(
-        self, cache: TrunkCache, values: np.ndarray, weights: np.ndarray, multiplicity: np.ndarray
+        self, cache: TrunkCache, values: np.ndarray, weights: np.ndarray, given: np.ndarray
     ) -> TrainingRows:
         """What is fitted, from the targets (n, C) in the units of y; fixes the units of the model's."""
         self._unit = self._target_unit(values, weights)
-        t, s, m = (torch.tensor(v, device=cache.device) for v in (values / self._unit, weights, multiplicity))
-        return TrainingRows(cache, t, s, m, len(self._view_names()))
+        t, s, g = (torch.tensor(v, device=cache.device) for v in (values / self._unit, weights, given))
+        return TrainingRows(cache, t, s, g, len(self._view_names()))
 
     def _solve_for(
         self,
@@ -403,12 +405,15 @@ class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
         b = quadratic.rhs()
         first = preconditioner.head_solution(b) if start is None else self._in_units_of_the_solver(start).to(b)
         if self.solver == "pcg":
-            return pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report, first)
-        n_batches, generator = len(quadratic.batches), torch.Generator().manual_seed(self._draw_seed())
-        return sgd(
-            quadratic.matvec, quadratic.batch_matvec, n_batches, b, preconditioner, self.tol, self.max_iter,
-            generator, report, first,
-        )  # fmt: skip
+            result = pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report, first)
+        else:
+            n_batches, generator = len(quadratic.batches), torch.Generator().manual_seed(self._draw_seed())
+            result = sgd(
+                quadratic.matvec, quadratic.batch_matvec, n_batches, b, preconditioner, self.tol, self.max_iter,
+                generator, report, first,
+            )  # fmt: skip
+        self._noise = quadratic.noise_variance(result.x)
+        return result
 
     def _set_problem(self, model: LinearModel, problem: Problem, quadratic: Quadratic) -> None:
         """Fitted attributes that do not wait for the solution."""
@@ -555,13 +560,15 @@ class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
         if X is None:
             stored = self._stored_data()
             keep, n = np.arange(len(stored)), len(stored)
-            weights, multiplicity = self._sample_weights(stored.targets, stored.weights)
-            values, cache = stored.targets, self._stored_batches(stored, self._model)
+            values, given = stored.targets, stored.weights
+            weights = self._weigh_classes(values, given)
+            cache = self._stored_batches(stored, self._model)
         else:
             rows = self._read_new_data(X)
             n = len(rows)
             values = self._known_targets(y, n, "y")
-            weights, multiplicity = self._sample_weights(values, sample_weight)
+            given = self._given_weights(sample_weight, n)
+            weights = self._weigh_classes(values, given)
             keep = np.flatnonzero(weights)
             seen, kind = Fingerprint(len(keep)), "auto" if self.cache == "none" else self.cache
             cache = self._trunk_activations(self._model, rows, keep, seen, kind)
@@ -570,7 +577,7 @@ class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
                     "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
                     "any order."
                 )
-        t, s, m = (torch.tensor(v) for v in (values[keep] / self._unit, weights[keep], multiplicity[keep]))
+        t, s, m = (torch.tensor(v[keep]) for v in (values / self._unit, weights, np.maximum(given, 1.0)))
         offsets = None
         if not self._centered():
             network = self._model.network
@@ -685,12 +692,16 @@ class LQFBase(CallbackSupportMixin, InfluenceMixin, UpdateMixin, BaseEstimator):
             X = validate_data(self, X, dtype=None, reset=reset)
         return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
 
-    def _sample_weights(self, values: np.ndarray, sample_weight: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Weight of each row, and how many identical rows it stands for."""
-        given = _check_sample_weight(sample_weight, values, dtype=np.float64, ensure_non_negative=True)
+    def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
+        """Weights of n rows, not all zero."""
+        given = _check_sample_weight(sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True)
         if not given.any():
             raise ValueError("Sample weights are all zero: some rows need a positive weight.")
-        return given, np.maximum(given, 1.0)
+        return given
+
+    def _weigh_classes(self, values: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """Weights of rows with targets (n, C): those given, times those of their classes."""
+        return given
 
     def __sklearn_clone__(self: Estimator) -> Estimator:
         """A clone shares a module given as backbone, which is never changed, instead of copying it."""

@@ -147,24 +147,23 @@ class UpdateMixin:
         stored = self._stored_data()
         rows = self._read_new_data(X)
         values = self._known_targets(y, len(rows), "y")
-        weights, _ = self._sample_weights(values, sample_weight)
-        keep = np.flatnonzero(weights)
+        given = self._given_weights(sample_weight, len(rows))
+        keep = np.flatnonzero(self._weigh_classes(values, given))
         seen = Fingerprint(len(keep))
         cache = self._trunk_activations(self._model, rows, keep, seen, "memory")
-        given = np.ones(len(rows)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         more = self._store(rows, stored.backbone, seen.images, cache, values[keep], given[keep], keep)
         return self._update(stored.joined(more))
 
     def _update(self: Any, stored: StoredData) -> Any:
         """Fit again on stored data; the estimator is as it was when this raises."""
         twin = copy.copy(self)
-        weights, multiplicity = self._sample_weights(stored.targets, stored.weights)
+        weights = self._weigh_classes(stored.targets, stored.weights)
         if stored.vectors is None:
             model = self._model.again()
         else:
             model = self._prepare(stored.backbone, stored.vectors, np.arange(len(stored)), weights, self._model.device)
         cache = self._stored_batches(stored, model)
-        data = twin._training_rows(cache, stored.targets, weights, multiplicity)
+        data = twin._training_rows(cache, stored.targets, weights, stored.weights)
         result = twin._solve_for(model, data, start=self.coef_)
         twin._fingerprint = Fingerprint.of(stored.images, stored.targets, weights)
         twin._stored = stored

@@ -10,7 +10,7 @@ Axes: n images, V views, b = V C outputs of an image, m new images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from .kernel import tangent_kernel
+from .linearize import _full_precision
+from .objective import build_kfac
+from .problem import probe_outputs
 
-__all__ = ["Dual", "InfluenceMixin", "TrainingSet"]
+__all__ = ["DUAL_MAX", "Dual", "InfluenceMixin", "TrainingSet", "one_by_one"]
 
-_DUAL_MAX = 6000  # outputs of all training rows, of which there is a square matrix
+DUAL_MAX = 6000  # outputs of all training rows, of which there is a square matrix
 
 
 @dataclass(frozen=True)
@@ -119,26 +122,48 @@ class Dual:
         Tensor of shape (m, n, C)
         """
         m = len(kernel)
-        k = kernel.view(m, self._c, self._views, self._n, self._c).transpose(2, 3).reshape(m * self._c, -1)
+        k = self._by_image(kernel).flatten(0, 1)
         gone = (k @ self.inverse).view(m, self._c, self._n, -1)
         change = -torch.einsum("mcnb,nb->mnc", gone, self._removed)
         constant = (k @ self._constant.flatten(0, 1)).view(m, self._c, self._c)
         change += torch.einsum("mcd,nd->mnc", constant, self._shift)
         return change - self._shift
 
+    def explained(self, kernel: Tensor) -> Tensor:
+        """What the training rows take from the prior covariance K of new images: ``K' A^-1 K``.
+
+        Parameters
+        ----------
+        kernel : Tensor of shape (m, C, V n, C)
+            Between new images and the training rows.
+
+        Returns
+        -------
+        Tensor of shape (m, C, C)
+        """
+        k = self._by_image(kernel)
+        return torch.einsum("mcx,mdx->mcd", (k.flatten(0, 1) @ self.inverse).view_as(k), k)
+
+    def _by_image(self, kernel: Tensor) -> Tensor:
+        """A kernel (m, C, V n, C) with all outputs of one training image side by side, (m, C, n b)."""
+        m = len(kernel)
+        return kernel.view(m, self._c, self._views, self._n, self._c).transpose(2, 3).reshape(m, self._c, -1)
+
 
 class InfluenceMixin:
     """What a fitted linear model says about its training images; for estimators with its attributes."""
 
-    def leave_one_out(self: Any, X: Any, y: Any, sample_weight: Any = None, *, method: str = "exact") -> np.ndarray:
+    def leave_one_out(
+        self: Any, X: Any = None, y: Any = None, sample_weight: Any = None, *, method: str = "exact"
+    ) -> np.ndarray:
         """Compute the outputs for each training image of the model that did not see it.
 
         Parameters
         ----------
-        X : array-like or sequence of images
-            The n images of `fit`, in any order.
-        y : array-like of shape (n,)
-            Their labels.
+        X : array-like or sequence of images, default=None
+            The n images of `fit`, in any order. None: those that are stored (``store_data=True``), in their order.
+        y : array-like of shape (n,) or (n, n_outputs), default=None
+            Their labels or targets.
         sample_weight : array-like of shape (n,), default=None
             Their weights in `fit`.
         method : {"exact", "head"}, default="exact"
@@ -167,43 +192,50 @@ class InfluenceMixin:
         if method not in ("exact", "head"):
             raise ValueError(f"method must be 'exact' or 'head', got {method!r}.")
         data, cache, keep, n = self._fitted_on(X, y, sample_weight)
-        if method == "exact":
-            found = self._dual(data, cache).leave_one_out()
-        else:
-            points = (self._model.network.at(z, gradients=False) for z in cache)
-            features = torch.cat([point.features for point in points]).double().cpu()
-            _check_size(len(features), "images and views", "fewer images")
-            kernel = (features @ features.T + 1).view(len(features), 1, len(features), 1)
-            columns = [_column(data, c) for c in range(data.targets.shape[1])]
-            found = torch.cat([Dual(kernel, one, self.alpha_).leave_one_out() for one in columns], 2)
+        exact = method == "exact"
+        found = self._dual(data, cache).leave_one_out() if exact else self._head_leave_one_out(data, cache)
         outputs = np.empty((n, found.shape[2]))
         if len(keep) < n:
             outputs[:] = self._outputs(X)
         outputs[keep] = found[0].numpy() * self._unit
         return self._decision(outputs)
 
-    def influence(self: Any, X: Any, y: Any, X_test: Any, y_test: Any = None, sample_weight: Any = None) -> np.ndarray:
+    def influence(
+        self: Any,
+        X: Any,
+        y: Any,
+        X_test: Any,
+        y_test: Any = None,
+        sample_weight: Any = None,
+        *,
+        method: str = "exact",
+    ) -> np.ndarray:
         """Compute the effect of leaving out each training image on predictions.
 
         Parameters
         ----------
-        X : array-like or sequence of images
-            The n images of `fit`, in any order.
-        y : array-like of shape (n,)
-            Their labels.
+        X : array-like or sequence of images, or None
+            The n images of `fit`, in any order. None: those that are stored (``store_data=True``), in their order.
+        y : array-like of shape (n,) or (n, n_outputs), or None
+            Their labels or targets.
         X_test : array-like or sequence of images
             The m images to be explained.
-        y_test : array-like of shape (m,), default=None
-            Their labels.
+        y_test : array-like of shape (m,) or (m, n_outputs), default=None
+            Their labels or targets.
         sample_weight : array-like of shape (n,), default=None
             Weights of the training images in `fit`.
+        method : {"exact", "kfac"}, default="exact"
+            ``"kfac"``: an estimate in one pass over the training images, up to 6000, for each of X_test. The
+            preconditioner stands for the inverse curvature, the leverage of an image is that by the head, and the
+            change of a loss is to first order.
 
         Returns
         -------
-        effect : ndarray of shape (m, n)
-            With ``y_test``: the change of the squared loss ``|f - onehot|^2`` of each image when one training image is
-            left out; positive where that image helps. Without: the change of the output of the predicted class.
-            Zero for training rows without a weight.
+        effect : ndarray of shape (m, n), or (m, n, n_outputs)
+            With ``y_test``: the change of the squared loss ``|f - t|^2`` of each image when one training image is
+            left out, t the indicators of its class or its targets; positive where that image helps. Without: the
+            change of the output of the predicted class, of the target, or of all outputs (several labels or
+            targets). Zero for training rows without a weight.
 
         Raises
         ------
@@ -214,18 +246,83 @@ class InfluenceMixin:
         -----
         Exact in the sense of `leave_one_out`: no approximation to first order, but the optimum without the image.
         """
+        if method not in ("exact", "kfac"):
+            raise ValueError(f"method must be 'exact' or 'kfac', got {method!r}.")
         data, cache, keep, n = self._fitted_on(X, y, sample_weight)
         test = self._in_batches(list, self._read_new_data(X_test))
         outputs = self._outputs_of(test)
-        known = None if y_test is None else self._known_targets(y_test, len(outputs), "y_test")
-        changes = self._dual(data, cache).changes(self._kernel(test, cache)).numpy() * self._unit  # (m, n, C)
-        if known is not None:
-            found = (changes * (changes + 2 * (outputs - known)[:, None])).sum(2)
+        residual = None if y_test is None else outputs - self._known_targets(y_test, len(outputs), "y_test")
+        if method == "kfac":
+            found = self._estimated_effect(data, cache, test, outputs, residual)
         else:
-            found = self._explained(changes, outputs)
+            changes = self._dual(data, cache).changes(self._kernel(test, cache)).numpy() * self._unit  # (m, n, C)
+            if residual is None:
+                found = self._explained(changes, outputs)
+            else:
+                found = (changes * (changes + 2 * residual[:, None])).sum(2)
         effect = np.zeros((len(outputs), n, *found.shape[2:]))
         effect[:, keep] = found
         return effect
+
+    def _estimated_effect(
+        self: Any,
+        data: TrainingSet,
+        cache: Sequence[Sequence[Tensor]],
+        test: Sequence[Sequence[Tensor]],
+        outputs: np.ndarray,
+        residual: np.ndarray | None,
+    ) -> np.ndarray:
+        """Effects (m, n) or (m, n, C) as `influence`, by the preconditioner and the head's leverage."""
+        network, views = self._model.network, len(self._view_names())
+        n, c = data.targets.shape
+        left_out = self._head_leave_one_out(data, cache)  # (V, n, C)
+        part = (data.weights / data.multiplicity / views).view(n, 1)
+        gone = (part * (data.targets - left_out)).flatten(0, 1).to(network.weight)  # (V n, C)
+        inverse = self._inverse_curvature(data, cache)
+        units = torch.from_numpy(self._unit)
+
+        def effects(point: Any, cotangents: Tensor) -> Tensor:
+            """- u' J P J_i' gone_i for each cotangent u (q, C) of one image: (q, n)."""
+            directions = [inverse(point.vjp(u.unsqueeze(0).to(network.weight))) for u in cotangents]
+            found = []
+            for d in directions:
+                slopes = torch.cat([network.at(z, gradients=False).jvp(d) for z in cache])
+                found.append(-(slopes * gone).sum(1).view(views, n).sum(0))
+            return torch.stack(found)
+
+        rows = []
+        with _full_precision():
+            for i, image in enumerate(one_by_one(test)):
+                point = network.at(image)
+                if residual is not None:
+                    rows.append(effects(point, (2 * torch.from_numpy(residual[i]) * units).unsqueeze(0))[0])
+                    continue
+                wanted = self._explained(np.eye(c)[None], outputs[i : i + 1])[0]  # (C,) or (C, C)
+                u = torch.from_numpy(wanted).T.reshape(-1, c) * units
+                found_i = effects(point, u)
+                rows.append(found_i[0] if wanted.ndim == 1 else found_i.T)
+        return torch.stack(rows).double().cpu().numpy()
+
+    def _inverse_curvature(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Callable:
+        """The Kronecker-factored approximation of H^-1, in the units of the weights, as a function of vectors (P,)."""
+        network, views = self._model.network, len(self._view_names())
+        weights = (data.weights / views).repeat(views).to(network.weight)
+        probes = probe_outputs(len(weights), len(network.weight)).to(network.weight)
+        kfac = build_kfac(network, cache, weights, probes)
+        kfac.scale_tail(self.tail_scale_**2)
+        kfac.factorize(self.alpha_, network.weight.dtype)
+        scale = torch.ones(network.n_parameters).to(network.weight)
+        scale[: self._n_tail] = self.tail_scale_
+        return lambda v: scale * kfac(scale * v)
+
+    def _head_leave_one_out(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Leave-one-out outputs (V, n, C) of the head alone, one output after the other."""
+        points = (self._model.network.at(z, gradients=False) for z in cache)
+        features = torch.cat([point.features for point in points]).double().cpu()
+        _check_size(len(features), "images and views", "fewer images")
+        kernel = (features @ features.T + 1).view(len(features), 1, len(features), 1)
+        columns = [_column(data, c) for c in range(data.targets.shape[1])]
+        return torch.cat([Dual(kernel, one, self.alpha_).leave_one_out() for one in columns], 2)
 
     def _dual(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Dual:
         n, c = data.targets.shape
@@ -241,6 +338,13 @@ class InfluenceMixin:
         return tangent_kernel(self._model.network, rows, columns, self.tail_scale_)
 
 
+def one_by_one(batches: Iterable[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+    """Batches of one image each."""
+    for batch in batches:
+        for i in range(len(batch[0])):
+            yield [z[i : i + 1] for z in batch]
+
+
 def _column(data: TrainingSet, c: int) -> TrainingSet:
     """The targets of one class."""
     offsets = None if data.offsets is None else data.offsets[:, :, c : c + 1]
@@ -248,8 +352,8 @@ def _column(data: TrainingSet, c: int) -> TrainingSet:
 
 
 def _check_size(size: int, what: str, remedy: str) -> None:
-    if size > _DUAL_MAX:
+    if size > DUAL_MAX:
         raise ValueError(
-            f"This takes a square matrix with a row for each of {size} {what}; supported are up to {_DUAL_MAX}: "
+            f"This takes a square matrix with a row for each of {size} {what}; supported are up to {DUAL_MAX}: "
             f"use {remedy}."
         )

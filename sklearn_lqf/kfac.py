@@ -264,7 +264,7 @@ class HeadBlock:
         return self.n_outputs * (total if self.right is None else float(_trace(self.right)))
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
-        """Prepare the inverse of the block plus ``ridge`` times the identity; what it is made of is released."""
+        """Prepare the inverse of the block plus ``ridge`` times the identity; again for another."""
         if self.right is not None:
             inverse = _inverse(self.right, self.right.new_tensor(ridge)).to(dtype)
             self.solve = lambda v: v @ inverse
@@ -273,7 +273,6 @@ class HeadBlock:
             x = torch.cat(self.rows) if self.rows else self._no_rows()
             half = _inverse(x @ x.T, x.new_tensor(ridge)) @ x
             self.solve = lambda v: ((v.double() - (v.double() @ x.T) @ half) / ridge).to(dtype)
-        self.rows, self.right = [], None
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
         """Write the inverse times the head's part of ``vector`` into ``out``, both (P,)."""
@@ -383,7 +382,7 @@ class KFAC:
             block.reduce(all_reduce, all_gather_rows)
 
     def factorize(self, alpha: float, dtype: torch.dtype, damping: float = 0.0) -> KFAC:
-        """Invert the blocks, once, in float64; the accumulated factors are released.
+        """Invert the blocks, once, in float64; the accumulated factors, but the head's, are released.
 
         Parameters
         ----------
@@ -414,6 +413,12 @@ class KFAC:
         for block in self.blocks:
             block.factorize(alpha if isinstance(block, HeadBlock) else alpha + damping, dtype)
         return self
+
+    def refactorize_head(self, alpha: float, dtype: torch.dtype) -> None:
+        """Invert the head's block for another penalty; the others stay as they were factorized."""
+        for block in self.blocks:
+            if isinstance(block, HeadBlock):
+                block.factorize(alpha, dtype)
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Apply the inverse to a flat vector (P,)."""

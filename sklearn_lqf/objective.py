@@ -71,14 +71,17 @@ class Quadratic:
     ):
         self.network, self.batches, self.alpha, self.group = network, batches, alpha, group
         self._points: dict[int, Point] = {}
+        self._rhs: Tensor | None = None
         self._free = _POINTS_BYTES
         sizes = batch_sizes(batches)
         self._n_rows, self._rows = len(targets), slice(None) if rows is None else rows
         self.targets, self.weights = targets[self._rows].split(sizes), weights[self._rows].split(sizes)
 
     def rhs(self) -> Tensor:
-        """b = sum_i s_i J_i' t_i, shape (P,)."""
-        return self._sum(lambda point, k: point.vjp(self.weights[k].unsqueeze(1) * self.targets[k]))
+        """b = sum_i s_i J_i' t_i, shape (P,); evaluated once."""
+        if self._rhs is None:
+            self._rhs = self._sum(lambda point, k: point.vjp(self.weights[k].unsqueeze(1) * self.targets[k]))
+        return self._rhs
 
     def matvec(self, v: Tensor) -> Tensor:
         """H v: v -> J v -> S J v -> J' S J v, then the penalty."""
@@ -128,6 +131,16 @@ class Quadratic:
         residual = (self._predict(d) - torch.cat(self.targets)).double()
         loss = self.group.all_reduce((torch.cat(self.weights).double() * residual.square().sum(1)).sum())
         return float(loss + self.alpha * d.double().square().sum())
+
+    def noise_variance(self, d: Tensor) -> float:
+        """The variance of noise on the targets with the largest marginal likelihood, from the optimum d.
+
+        ``(sum_i s_i |t_i|^2 - b' d) / (C sum_i s_i)``: the objective at the optimum, for each output.
+        """
+        t, s = torch.cat(self.targets).double(), torch.cat(self.weights).double()
+        sums = torch.stack([(s * t.square().sum(1)).sum(), s.sum() * t.shape[1]])
+        energy, count = self.group.all_reduce(sums).tolist()
+        return max(energy - float(self.rhs().double() @ d.double()), 0.0) / count
 
     def distance_bound(self, d: Tensor) -> float:
         """Upper bound on ``|d - d*|``: |H d - b| / lambda, from strong convexity."""

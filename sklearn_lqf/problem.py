@@ -5,8 +5,9 @@ Hides what `fit` settles before it solves, so that another penalty, other rows o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from .head import fit_ridge_head, orthogonal_head, random_head
 from .kfac import KFAC
 from .model import LinearModel
 from .objective import Quadratic, build_kfac, weigh_tail
+from .solvers import Directions, SolverResult, pcg
 
 __all__ = ["HEADS", "Problem", "Recipe", "TrainingRows", "weighted_mean"]
 
 HEADS = ("orthogonal", "random", "ridge")
 _EXACT_MAX = 256  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
 _RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
+_PATH_BYTES = 1 << 30  # of directions kept along a path of penalties
 _ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
 
 
@@ -38,8 +41,8 @@ class TrainingRows:
         In float64, as the model is to output them.
     weights : Tensor of shape (n,)
         Positive weight of an image, shared equally by its views.
-    multiplicity : Tensor of shape (n,)
-        How many identical images a row stands for, at least 1.
+    given : Tensor of shape (n,)
+        The same without the weights of classes.
     views : int
         V.
     """
@@ -47,8 +50,13 @@ class TrainingRows:
     cache: TrunkCache
     targets: Tensor
     weights: Tensor
-    multiplicity: Tensor
+    given: Tensor
     views: int = 1
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """How many identical images a row stands for, at least 1, (n,)."""
+        return self.given.clamp_min(1)
 
     def taking(self, chosen: Sequence[int]) -> TrainingRows:
         """Some of the images, whose activations stay where they are."""
@@ -61,8 +69,12 @@ class TrainingRows:
             cache=self.cache.taking(rows),
             targets=self.targets[picked],
             weights=self.weights[picked],
-            multiplicity=self.multiplicity[picked],
+            given=self.given[picked],
         )
+
+    def weighted(self, weights: Tensor) -> TrainingRows:
+        """The same with other weights."""
+        return replace(self, weights=weights)
 
     def rebatched(self, batch_size: int) -> TrainingRows:
         """The same in batches of another size."""
@@ -111,12 +123,14 @@ class Problem:
         Its penalty, the one with the smallest squared leave-one-out error.
     mean : Tensor of shape (C,)
         Mean target.
+    offset : Tensor of shape (V, n, C)
+        What J d is added to.
     unit : float
         Mean squared norm of the Jacobian of one output of one image: the unit of numeric penalties.
     """
 
     def __init__(self, model: LinearModel, rows: TrainingRows, recipe: Recipe, group: Group = ALONE):
-        self.rows, self._damping, self._group = rows, recipe.damping, group
+        self.rows, self._damping, self._group, self._centered = rows, recipe.damping, group, recipe.centered
         t, s, views = rows.targets, rows.weights, rows.views
         features = self._gather(torch.cat([model.features(z) for z in rows.cache]))
         if not bool(torch.isfinite(features).all()):
@@ -141,6 +155,7 @@ class Problem:
         else:
             own = torch.cat([network.at(z, gradients=False).outputs for z in rows.cache])
             offset = self._gather(own).view(views, *t.shape)
+        self.offset = offset
         self._residual = (t - offset).flatten(0, 1).to(model.dtype)
         self._weights = (s / views).repeat(views).to(model.dtype)
         self._own = torch.arange(len(self._residual), device=t.device).view(views, -1)[:, group.share(len(t))].flatten()
@@ -156,10 +171,35 @@ class Problem:
         return self.unit * float(relative)
 
     def at(self, alpha: float) -> tuple[Quadratic, KFAC]:
-        """The quadratic with an absolute penalty, and its preconditioner."""
+        """The quadratic with an absolute penalty, and its preconditioner; once."""
         self.kfac.factorize(alpha, self._residual.dtype, self.unit * self._damping)
         rows = self.rows.cache
         return Quadratic(self.network, rows, self._residual, self._weights, alpha, self._group, self._own), self.kfac
+
+    def path(self, alphas: Sequence[float], tol: float, max_iter: int) -> Iterator[SolverResult]:
+        """The solutions for absolute penalties in falling order.
+
+        Each starts at the minimum over all directions of those before, whose products with the curvature are known.
+        The preconditioner of the tail is that of the first penalty, which its damping outweighs.
+        """
+        dtype = self._residual.dtype
+        quadratic, kfac = self.at(alphas[0])
+        b, seen = quadratic.rhs(), Directions(_PATH_BYTES)
+        for alpha in alphas:
+            quadratic.alpha = alpha
+            kfac.refactorize_head(alpha, dtype)
+            start, residual = seen.minimum(b, alpha) if len(seen) else (kfac.head_solution(b), None)
+            record = partial(seen.add, alpha)
+            yield pcg(quadratic.matvec, b, kfac, tol, max_iter, start=start, residual=residual, record=record)
+
+    def outputs(self, d: Tensor, batches: Iterable[Sequence[Tensor]]) -> Tensor:
+        """f_lin at a solution, for trunk activations of new images, (m, C)."""
+        points = (self.network.at(z, gradients=False) for z in batches)
+        found = []
+        for point in points:
+            offset = self.mean.to(d) if self._centered else point.outputs
+            found.append(offset + point.jvp(d))
+        return torch.cat(found)
 
     def _gather(self, own: Tensor) -> Tensor:
         """Rows of all processes from those of each, in the order of one process: view by view."""

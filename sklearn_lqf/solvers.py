@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["SolverResult", "Status", "pcg", "sgd"]
+__all__ = ["Directions", "SolverResult", "Status", "pcg", "sgd"]
 
 Operator = Callable[[Tensor], Tensor]
 BatchOperator = Callable[[int, Tensor], Tensor]
 Callback = Callable[[int, float, Tensor], bool | None]
+Record = Callable[[Tensor, Tensor], None]
 
 _REFRESH = 20  # iterations after which the recursive residual is replaced by the true one
 _DRIFT = 1 / 3  # part of the true residual from which on it is put down to rounding
@@ -25,6 +26,7 @@ _DRIFTS = 3  # replacements dominated by rounding after which a solver gives up
 _MOMENTUM = 0.9  # of the paper's optimizer: Achille et al. 2021, section 4
 _STEP = 0.25  # over the largest eigenvalue of the batches: Johnson & Zhang 2013, theorem 1
 _POWER_STEPS = 3  # of the power method: the step only has to be right within a factor of about 3
+_RANK = 1e-10  # of the curvature between directions, below which they are taken for dependent
 _DOT_CHUNK = 1 << 18  # elements of a product converted to float64 at once: they stay in the cache
 
 
@@ -66,6 +68,55 @@ class SolverResult:
         return self.status is Status.CONVERGED
 
 
+class Directions:
+    """Directions whose products with the curvature G are known, for minima of ``G + alpha I`` over what they span.
+
+    Parameters
+    ----------
+    nbytes : int
+        Of the vectors that are kept; beyond, the oldest are dropped.
+    """
+
+    def __init__(self, nbytes: int):
+        self._nbytes = nbytes
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._gram = self._curvature = torch.zeros(0, 0, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def add(self, alpha: float, p: Tensor, hp: Tensor) -> None:
+        """Keep a direction p, normalized, and its product with ``H = G + alpha I``."""
+        norm = _dot(p, p) ** 0.5
+        if not 0 < norm < math.inf:
+            return
+        if (len(self) + 1) * 2 * p.numel() * p.element_size() > self._nbytes and self._pairs:
+            del self._pairs[0]
+            self._gram, self._curvature = self._gram[1:, 1:], self._curvature[1:, 1:]
+        v, gv = p / norm, (hp - alpha * p) / norm
+        self._pairs.append((v, gv))
+        self._gram = _bordered(self._gram, [_dot(u, v) for u, _ in self._pairs])
+        self._curvature = _bordered(self._curvature, [_dot(u, gv) for u, _ in self._pairs])
+
+    def minimum(self, b: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Minimum of the quadratic over the span, and b - H x there: no product is needed."""
+        h = self._curvature + alpha * self._gram
+        rhs = torch.tensor([_dot(v, b) for v, _ in self._pairs], dtype=torch.float64)
+        c = torch.linalg.lstsq(h, rhs.unsqueeze(1), rcond=_RANK, driver="gelsd").solution.squeeze(1)
+        x, r = torch.zeros_like(b), b.clone()
+        for weight, (v, gv) in zip(c.tolist(), self._pairs, strict=True):
+            x.add_(v, alpha=weight)
+            r.sub_(gv, alpha=weight)
+        return x, r.sub_(x, alpha=alpha)
+
+
+def _bordered(matrix: Tensor, column: list[float]) -> Tensor:
+    """A symmetric matrix with one more column, the diagonal element last."""
+    out = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+    out[-1] = out[:, -1] = torch.tensor(column, dtype=torch.float64)
+    return out
+
+
 def _continue(number: int, residual: float, x: Tensor) -> None:
     """The callback that never stops."""
 
@@ -78,6 +129,8 @@ def pcg(
     max_iter: int,
     callback: Callback = _continue,
     start: Tensor | None = None,
+    residual: Tensor | None = None,
+    record: Record | None = None,
 ) -> SolverResult:
     """Preconditioned conjugate gradients.
 
@@ -96,6 +149,10 @@ def pcg(
         overwrites; true stops.
     start : Tensor of shape (P,) or None
         First x; None: zero.
+    residual : Tensor of shape (P,) or None
+        b - H start where it is known: a start within the tolerance is then the solution, without an iteration.
+    record : callable or None
+        Called with each direction p and H p.
 
     Returns
     -------
@@ -106,7 +163,7 @@ def pcg(
     Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1; with the
     products that make it flexible: Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput. 2000.
     """
-    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback, start)
+    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback, start, residual, record)
 
 
 def sgd(
@@ -183,6 +240,8 @@ def _conjugate_directions(
     max_iter: int,
     callback: Callback,
     start: Tensor | None,
+    residual: Tensor | None = None,
+    record: Record | None = None,
 ) -> SolverResult:
     """Minimize the quadratic along directions that ``propose`` makes of the residual b - H x.
 
@@ -196,10 +255,10 @@ def _conjugate_directions(
     if start is None:
         x, r, first = torch.zeros_like(b), b, 1.0
     else:
-        x, r = start.clone(), b - matvec(start)
+        x, r = start.clone(), b - matvec(start) if residual is None else residual
         first = _dot(r, r) ** 0.5 / scale
     history, drifts, status = [first], 0, Status.MAX_ITER
-    if first == 0.0:
+    if first == 0.0 or (residual is not None and first <= tol):
         return SolverResult(x, Status.CONVERGED, 0, history, scale)
     p = hp = torch.zeros_like(b)
     curvature = 1.0
@@ -208,6 +267,8 @@ def _conjugate_directions(
         p = torch.sub(z, p, alpha=_dot(z, hp) / curvature)
         hp = matvec(p)
         curvature = _dot(p, hp)
+        if record is not None:
+            record(p, hp)
         if not 0 < curvature < math.inf:
             status = Status.STAGNATED if curvature <= 0 else Status.NOT_FINITE
             break

@@ -22,6 +22,7 @@ LAYERS = [
     {"objective", "model"},
     {"kernel", "problem"},
     {"influence", "forgetting"},
+    {"uncertainty", "certificate"},
     {"base"},
     {"classifier", "regressor"},
     {"selection"},

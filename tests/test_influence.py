@@ -209,6 +209,6 @@ def test_bad_input(fitted, monkeypatch):
         clf.leave_one_out(X, Y, WEIGHTS, method="magic")
     with pytest.raises(ValueError, match="orthogonal"):
         classifier(head="ridge").fit(X, Y).leave_one_out(X, Y)
-    monkeypatch.setattr(influence, "_DUAL_MAX", 20)
+    monkeypatch.setattr(influence, "DUAL_MAX", 20)
     with pytest.raises(ValueError, match=r"(42|84) outputs.*up to 20.*method='head'"):
         clf.leave_one_out(X, Y, WEIGHTS)
