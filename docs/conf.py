@@ -80,9 +80,11 @@ def layer_table() -> str:
     rows = ["| layer | module | what it is |", "| --- | --- | --- |"]
     for level, modules in reversed(list(enumerate(layers(), 1))):
         for module in sorted(modules):
-            source = (ROOT / "sklearn_lqf" / f"{module}.py").read_text(encoding="utf-8")
-            summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
-            summary = summary.replace("|", "\\|").replace("``", "`")
+            path = ROOT / "sklearn_lqf" / f"{module}.py"
+            if not path.exists():
+                continue
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            summary = doc.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|").replace("``", "`")
             rows.append(f"| {level} | [`{module}`](../sklearn_lqf/{module}.py) | {summary} |")
     return "\n".join(rows) + "\n"
 
