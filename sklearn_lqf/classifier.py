@@ -273,7 +273,10 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         y = _check_y(y.toarray() if hasattr(y, "toarray") else y, multi_output=True, estimator=self)
         check_consistent_length(np.empty(n), y)
         check_classification_targets(y)
-        return y if type_of_target(y) == "multilabel-indicator" else column_or_1d(y, warn=True)
+        kind = type_of_target(y)
+        if kind.endswith("multioutput"):
+            raise ValueError(f"y with several columns must hold 0 and 1, for labels that are there or not; got {kind}.")
+        return y if kind == "multilabel-indicator" else column_or_1d(y, warn=True)
 
     def _learn_targets(self, y: np.ndarray, classes: Any) -> np.ndarray:
         self._multilabel = y.ndim == 2
@@ -291,7 +294,7 @@ class LQFClassifier(ClassifierMixin, LQFBase):
     def _known_targets(self, y: Any, n: int, name: str) -> np.ndarray:
         y = self._read_targets(y, n)
         if self._multilabel or y.ndim == 2:
-            if not self._multilabel or y.shape[1] != len(self.classes_):
+            if not self._multilabel or y.shape[1:] != self.classes_.shape:
                 raise ValueError(
                     f"{name} has the shape {y.shape}, but the model has "
                     f"{f'{len(self.classes_)} labels' if self._multilabel else 'one class'} for each image."

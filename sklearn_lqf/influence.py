@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .kernel import tangent_kernel
-from .linearize import _full_precision
-from .objective import build_kfac
+from .linearize import LinearizedNetwork, Point, _full_precision
+from .objective import Quadratic, build_kfac
 from .problem import probe_outputs
+from .solvers import pcg
 
 __all__ = ["DUAL_MAX", "Dual", "InfluenceMixin", "TrainingSet", "one_by_one"]
 
@@ -224,10 +225,11 @@ class InfluenceMixin:
             Their labels or targets.
         sample_weight : array-like of shape (n,), default=None
             Weights of the training images in `fit`.
-        method : {"exact", "kfac"}, default="exact"
-            ``"kfac"``: an estimate in one pass over the training images, up to 6000, for each of X_test. The
-            preconditioner stands for the inverse curvature, the leverage of an image is that by the head, and the
-            change of a loss is to first order.
+        method : {"exact", "cg", "kfac"}, default="exact"
+            ``"cg"``: an estimate for up to 6000 training images whose outputs are too many for a square matrix: the
+            inverse curvature is solved for, to ``tol``, for each of X_test; the leverage of a training image is that by
+            the head, and the change of a loss is to first order. ``"kfac"``: the same, where the preconditioner stands
+            for the inverse curvature: one pass over the training images for each of X_test, and a rough ranking.
 
         Returns
         -------
@@ -246,14 +248,14 @@ class InfluenceMixin:
         -----
         Exact in the sense of `leave_one_out`: no approximation to first order, but the optimum without the image.
         """
-        if method not in ("exact", "kfac"):
-            raise ValueError(f"method must be 'exact' or 'kfac', got {method!r}.")
+        if method not in ("exact", "cg", "kfac"):
+            raise ValueError(f"method must be 'exact', 'cg' or 'kfac', got {method!r}.")
         data, cache, keep, n = self._fitted_on(X, y, sample_weight)
         test = self._in_batches(list, self._read_new_data(X_test))
         outputs = self._outputs_of(test)
         residual = None if y_test is None else outputs - self._known_targets(y_test, len(outputs), "y_test")
-        if method == "kfac":
-            found = self._estimated_effect(data, cache, test, outputs, residual)
+        if method != "exact":
+            found = self._estimated_effect(data, cache, test, outputs, residual, method)
         else:
             changes = self._dual(data, cache).changes(self._kernel(test, cache)).numpy() * self._unit  # (m, n, C)
             if residual is None:
@@ -271,49 +273,47 @@ class InfluenceMixin:
         test: Sequence[Sequence[Tensor]],
         outputs: np.ndarray,
         residual: np.ndarray | None,
+        method: str,
     ) -> np.ndarray:
-        """Effects (m, n) or (m, n, C) as `influence`, by the preconditioner and the head's leverage."""
-        network, views = self._model.network, len(self._view_names())
-        n, c = data.targets.shape
+        """Effects (m, n) or (m, n, C) as `influence`, by solves for the test images and the head's leverage."""
+        network, inverse = self._inverse_curvature(data, cache, method == "cg")
+        views, (n, c) = len(self._view_names()), data.targets.shape
         left_out = self._head_leave_one_out(data, cache)  # (V, n, C)
         part = (data.weights / data.multiplicity / views).view(n, 1)
         gone = (part * (data.targets - left_out)).flatten(0, 1).to(network.weight)  # (V n, C)
-        inverse = self._inverse_curvature(data, cache)
-        units = torch.from_numpy(self._unit)
 
-        def effects(point: Any, cotangents: Tensor) -> Tensor:
-            """- u' J P J_i' gone_i for each cotangent u (q, C) of one image: (q, n)."""
-            directions = [inverse(point.vjp(u.unsqueeze(0).to(network.weight))) for u in cotangents]
-            found = []
-            for d in directions:
-                slopes = torch.cat([network.at(z, gradients=False).jvp(d) for z in cache])
-                found.append(-(slopes * gone).sum(1).view(views, n).sum(0))
-            return torch.stack(found)
+        def effect(point: Point, u: np.ndarray) -> Tensor:
+            """``-u' J H^-1 J_i' gone_i`` for an image and u (C,): (n,)."""
+            d = inverse(point.vjp(torch.from_numpy(u * self._unit).unsqueeze(0).to(network.weight)))
+            slopes = torch.cat([network.at(z, gradients=False).jvp(d) for z in cache])
+            return -(slopes * gone).sum(1).view(views, n).sum(0).double().cpu()
 
         rows = []
         with _full_precision():
             for i, image in enumerate(one_by_one(test)):
                 point = network.at(image)
                 if residual is not None:
-                    rows.append(effects(point, (2 * torch.from_numpy(residual[i]) * units).unsqueeze(0))[0])
+                    rows.append(effect(point, 2 * residual[i]))
                     continue
                 wanted = self._explained(np.eye(c)[None], outputs[i : i + 1])[0]  # (C,) or (C, C)
-                u = torch.from_numpy(wanted).T.reshape(-1, c) * units
-                found_i = effects(point, u)
-                rows.append(found_i[0] if wanted.ndim == 1 else found_i.T)
-        return torch.stack(rows).double().cpu().numpy()
+                found = [effect(point, u) for u in wanted.reshape(c, -1).T]
+                rows.append(found[0] if wanted.ndim == 1 else torch.stack(found, 1))
+        return torch.stack(rows).numpy()
 
-    def _inverse_curvature(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Callable:
-        """The Kronecker-factored approximation of H^-1, in the units of the weights, as a function of vectors (P,)."""
-        network, views = self._model.network, len(self._view_names())
+    def _inverse_curvature(
+        self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]], solve: bool
+    ) -> tuple[LinearizedNetwork, Callable[[Tensor], Tensor]]:
+        """The network in the units of the solver, and H^-1 as a function of vectors (P,): solved for, or K-FAC."""
+        network, views = self._model.in_units_of_the_solver(self.tail_scale_), len(self._view_names())
         weights = (data.weights / views).repeat(views).to(network.weight)
-        probes = probe_outputs(len(weights), len(network.weight)).to(network.weight)
-        kfac = build_kfac(network, cache, weights, probes)
-        kfac.scale_tail(self.tail_scale_**2)
-        kfac.factorize(self.alpha_, network.weight.dtype)
-        scale = torch.ones(network.n_parameters).to(network.weight)
-        scale[: self._n_tail] = self.tail_scale_
-        return lambda v: scale * kfac(scale * v)
+        targets = weights.new_zeros(len(weights), len(network.weight))
+        kfac = build_kfac(network, cache, weights, probe_outputs(*targets.shape).to(weights))
+        unit = kfac.trace / float(weights.sum() * len(network.weight))
+        kfac.factorize(self.alpha_, weights.dtype, unit * self.damping if solve else 0.0)
+        if not solve:
+            return network, kfac
+        quadratic = Quadratic(network, cache, targets, weights, self.alpha_)
+        return network, lambda b: pcg(quadratic.matvec, b, kfac, self.tol, self.max_iter).x
 
     def _head_leave_one_out(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Tensor:
         """Leave-one-out outputs (V, n, C) of the head alone, one output after the other."""

@@ -113,6 +113,13 @@ class LinearModel:
         twin.__dict__.update(self.__dict__, network=None, standardization=None)
         return twin
 
+    def in_units_of_the_solver(self, tail_scale: float) -> LinearizedNetwork:
+        """The network linearized where it is, with the parameters of the tail in units of their prior scale."""
+        assert self.network is not None, "no head"
+        network = LinearizedNetwork(self.split, self.network.weight, self.network.bias, self.standardization)
+        network.tail_scale = tail_scale
+        return network
+
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
         """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
         x = images.to(self.device, self.dtype)

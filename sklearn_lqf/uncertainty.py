@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .influence import DUAL_MAX, Dual, one_by_one
-from .linearize import _full_precision
+from .linearize import LinearizedNetwork, _full_precision
 
 __all__ = ["UncertaintyMixin", "diagonal_roots"]
 
@@ -33,21 +33,22 @@ class UncertaintyMixin:
             prior = torch.stack([self._kernel([image]).view(c, c) for image in one_by_one(rows)])
             found = (prior - dual.explained(self._kernel(rows, cache))) / self.alpha_
         else:
-            found = self._approximate_covariance(self._inverse_curvature(data, cache), rows)
+            network, inverse = self._inverse_curvature(data, cache, False)
+            found = _covariance(network, inverse, rows)
         unit = torch.from_numpy(self._unit)
         return (self._noise * unit.unsqueeze(1) * unit * found).numpy()
 
-    def _approximate_covariance(self: Any, inverse: Callable, rows: Sequence[Sequence[Tensor]]) -> Tensor:
-        """J P J' with an approximation P of H^-1, (m, C, C)."""
-        network = self._model.network
-        eye = torch.eye(len(network.weight)).to(network.weight)
-        found = []
-        with _full_precision():
-            for image in one_by_one(rows):
-                point = network.at(image)
-                gradients = torch.stack([point.vjp(u.unsqueeze(0)) for u in eye])  # (C, P)
-                found.append((gradients @ torch.stack([inverse(g) for g in gradients]).T).double().cpu())
-        return torch.stack(found)
+
+def _covariance(network: LinearizedNetwork, inverse: Callable, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """J P J' with an approximation P of H^-1, (m, C, C)."""
+    eye = torch.eye(len(network.weight)).to(network.weight)
+    found = []
+    with _full_precision():
+        for image in one_by_one(rows):
+            point = network.at(image)
+            gradients = torch.stack([point.vjp(u.unsqueeze(0)) for u in eye])  # (C, P)
+            found.append((gradients @ torch.stack([inverse(g) for g in gradients]).T).double().cpu())
+    return torch.stack(found)
 
 
 def diagonal_roots(covariance: np.ndarray) -> np.ndarray:

@@ -90,7 +90,8 @@ def jacobian(clf: LQFClassifier, images: np.ndarray) -> np.ndarray:
     network = clf._model.network
     x = torch.from_numpy(images / np.float32(255)).permute(0, 3, 1, 2)
     point = network.at(clf._model.activations(x))
-    eye = torch.eye(len(x) * 3, dtype=torch.float64).view(len(x), 3, len(x), 3)
+    n, c = point.outputs.shape
+    eye = torch.eye(n * c, dtype=torch.float64).view(n, c, n, c)
     j = np.array([[point.vjp(u).numpy() for u in row] for row in eye])
     j[..., : network.slices["head.weight"].start] *= clf.tail_scale_
     return j
@@ -212,3 +213,34 @@ def test_bad_input(fitted, monkeypatch):
     monkeypatch.setattr(influence, "DUAL_MAX", 20)
     with pytest.raises(ValueError, match=r"(42|84) outputs.*up to 20.*method='head'"):
         clf.leave_one_out(X, Y, WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------------ the estimate
+
+
+@pytest.mark.parametrize(("method", "least"), [("cg", 0.95), ("kfac", 0.6)])
+def test_estimates_are_near(fitted, method, least):
+    clf, _ = fitted
+    for labels in (None, NEW_Y):
+        exact, found = (clf.influence(X, Y, NEW_X, labels, WEIGHTS, method=m) for m in ("exact", method))
+        assert exact.shape == found.shape
+        assert least < np.corrcoef(exact.ravel(), found.ravel())[0, 1] < 1
+        assert (found[:, WEIGHTS == 0] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["cg", "kfac"])
+def test_estimates_without_a_tail_are_the_effect(method):
+    clf = classifier(tangent_layers="head").fit(X, Y)
+    exact, found = (clf.influence(X, Y, NEW_X, method=m) for m in ("exact", method))
+    # What is left is the mean target of the others, which the estimate takes for that of all.
+    np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
+
+
+def test_estimate_of_several_labels():
+    labels = np.c_[Y == "ant", Y != "bee", Y == "cow"].astype(int)
+    clf = classifier().fit(X, labels)
+    exact, found = (clf.influence(X, labels, NEW_X, method=m) for m in ("exact", "cg"))
+    assert exact.shape == found.shape == (4, 15, 3)
+    assert np.corrcoef(exact.ravel(), found.ravel())[0, 1] > 0.95
+    with pytest.raises(ValueError, match="'exact', 'cg' or 'kfac'"):
+        clf.influence(X, labels, NEW_X, method="magic")
