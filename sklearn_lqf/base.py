@@ -318,16 +318,20 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         data: TrainingRows,
         group: Group = ALONE,
         progress: Progress | None = None,
-        start: np.ndarray | None = None,
+        start: Callable[[LinearModel], np.ndarray] | None = None,
     ) -> SolverResult:
-        """Everything that follows from the trunk activations; sets the fitted attributes."""
+        """Everything that follows from the trunk activations; sets the fitted attributes.
+
+        ``start`` gives a solution that is near, for the model when it is standardized.
+        """
 
         def minimize(size: int) -> SolverResult:
             problem = Problem(model, data.rebatched(size), self._recipe(), group)
             alpha = self._penalty(problem, model)
             quadratic, preconditioner = problem.at(alpha)
             self._set_problem(model, problem, quadratic)
-            return self._solve(quadratic, preconditioner, progress, start)
+            near = None if start is None else start(model)
+            return self._solve(quadratic, preconditioner, progress, near)
 
         size = data.cache.batch_size
         # Processes that wait for each other cannot begin again one by one.
@@ -394,8 +398,10 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         return TrunkCache(evaluate, n_rows, self.batch_size, kind, report)
 
     def _solve(
-        self, quadratic: Quadratic, preconditioner: KFAC, progress: Progress | None, start: np.ndarray | None = None
+        self, quadratic: Quadratic, preconditioner: KFAC, progress: Progress | None, near: np.ndarray | None = None
     ) -> SolverResult:
+        """The minimum; from a solution that is near, if one is known, without an iteration where it suffices."""
+
         def report(number: int, residual: float, x: Tensor) -> bool:
             stop = progress is not None and progress.iteration(
                 number, residual, lambda: {"coef_": self._change_of_weights(x)}
@@ -403,9 +409,10 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
             return quadratic.group.any(stop)
 
         b = quadratic.rhs()
-        first = preconditioner.head_solution(b) if start is None else self._in_units_of_the_solver(start).to(b)
+        first = preconditioner.head_solution(b) if near is None else self._in_units_of_the_solver(near).to(b)
         if self.solver == "pcg":
-            result = pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report, first)
+            residual = None if near is None else b - quadratic.matvec(first)
+            result = pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report, first, residual)
         else:
             n_batches, generator = len(quadratic.batches), torch.Generator().manual_seed(self._draw_seed())
             result = sgd(

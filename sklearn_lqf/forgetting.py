@@ -132,8 +132,8 @@ class UpdateMixin:
         Notes
         -----
         Everything is fitted again on what is stored of the others, with the solver started at the present solution:
-        the result is that of `fit` without the images, to the tolerance that ``distance_bound_`` states. A folder
-        ``memory`` is not touched.
+        the result is that of `fit` without the images, to the tolerance that ``distance_bound_`` states; a smaller
+        ``tol`` leaves less of the start. A folder ``memory`` is not touched.
         """
         check_is_fitted(self)
         stored = self._stored_data()
@@ -161,15 +161,28 @@ class UpdateMixin:
         if stored.vectors is None:
             model = self._model.again()
         else:
+            stored = replace(stored, backbone=copy.deepcopy(stored.backbone))  # which is standardized in place
             model = self._prepare(stored.backbone, stored.vectors, np.arange(len(stored)), weights, self._model.device)
         cache = self._stored_batches(stored, model)
         data = twin._training_rows(cache, stored.targets, weights, stored.weights)
-        result = twin._solve_for(model, data, start=self.coef_)
+        result = twin._solve_for(model, data, start=lambda model: self._carried_over(model, twin))
         twin._fingerprint = Fingerprint.of(stored.images, stored.targets, weights)
         twin._stored = stored
         self.__dict__.update(vars(twin))
         self._warn_unless_converged(result)
         return self
+
+    def _carried_over(self: Any, model: Any, twin: Any) -> np.ndarray:
+        """The solution in terms of a model that is standardized, and centered, by other images."""
+        old, new, w = self._model.standardization, model.standardization, self._model.network.weight
+        coef = self.coef_.copy()
+        c = len(w)
+        weight, bias = coef[self._n_tail : -c].reshape(w.shape), coef[-c:]  # views
+        bias += weight @ ((new.shift - old.shift) / old.scale).cpu().numpy()
+        weight *= (new.scale / old.scale).cpu().numpy()
+        if self.intercept_ is not None:
+            bias += (self.intercept_ - twin.intercept_) / self._unit
+        return coef
 
     def _stored_batches(self: Any, stored: StoredData, model: Any) -> TrunkCache:
         if stored.vectors is None:

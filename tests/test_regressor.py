@@ -154,7 +154,7 @@ def test_labels_that_do_not_fit():
         classifier().fit(X, LABELS[:, 0]).leave_one_out(X, LABELS)
     with pytest.raises(ValueError, match="class_weight is not supported"):
         classifier(class_weight="balanced").fit(X, LABELS)
-    with pytest.raises(ValueError, match="0 and 1.*multiclass-multioutput"):
+    with pytest.raises(ValueError, match=r"0 and 1.*multiclass-multioutput"):
         classifier().fit(X, LABELS + np.arange(3))
     with pytest.warns(DataConversionWarning):
         classifier().fit(X, LABELS[:, :1])
