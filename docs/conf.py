@@ -97,7 +97,18 @@ def _write(name: str, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def _remove_stale() -> None:
+    """Pages of former builds, of examples and public names that are gone: they are in no table of contents."""
+    names = {"api", "layers", *(f"sklearn_lqf.{name}" for name in sklearn_lqf.__all__)}
+    examples = {path.stem for path in (ROOT / "examples").glob("*.py")} | {"index"}
+    for folder, current in ((GENERATED, names), (GENERATED.parent / "gallery", examples)):
+        for path in folder.glob("*.rst"):
+            if path.stem not in current:
+                path.unlink()
+
+
 def _generate(*_: Any) -> None:
+    _remove_stale()
     _write("api.rst", api_page())
     _write("layers.txt", layer_table())
 
