@@ -138,7 +138,8 @@ class UpdateMixin:
         check_is_fitted(self)
         stored = self._stored_data()
         rest = np.delete(np.arange(len(stored)), _check_indices(indices, len(stored)))
-        self._check_rest(stored.targets[rest])
+        empty = ~stored.targets.any(0)  # classes that had no image before do not lose one
+        self._check_rest(stored.targets[rest] + empty)
         return self._update(stored.taking(rest))
 
     def _add(self: Any, X: Any, y: Any, sample_weight: Any) -> Any:
