@@ -16,6 +16,7 @@ from .cache import TrunkCache
 from .distributed import ALONE, Group
 from .head import fit_ridge_head, orthogonal_head, random_head
 from .kfac import KFAC
+from .linearize import _full_precision
 from .model import LinearModel
 from .objective import Quadratic, build_kfac, weigh_tail
 from .solvers import Directions, SolverResult, pcg
@@ -153,7 +154,8 @@ class Problem:
         elif recipe.head == "ridge":
             offset = ridge.held_out
         else:
-            own = torch.cat([network.at(z, gradients=False).outputs for z in rows.cache])
+            with _full_precision():
+                own = torch.cat([network.at(z, gradients=False).outputs for z in rows.cache])
             offset = self._gather(own).view(views, *t.shape)
         self.offset = offset
         self._residual = (t - offset).flatten(0, 1).to(model.dtype)
@@ -194,11 +196,12 @@ class Problem:
 
     def outputs(self, d: Tensor, batches: Iterable[Sequence[Tensor]]) -> Tensor:
         """f_lin at a solution, for trunk activations of new images, (m, C)."""
-        points = (self.network.at(z, gradients=False) for z in batches)
         found = []
-        for point in points:
-            offset = self.mean.to(d) if self._centered else point.outputs
-            found.append(offset + point.jvp(d))
+        with _full_precision():
+            for z in batches:
+                point = self.network.at(z, gradients=False)
+                offset = self.mean.to(d) if self._centered else point.outputs
+                found.append(offset + point.jvp(d))
         return torch.cat(found)
 
     def _gather(self, own: Tensor) -> Tensor:

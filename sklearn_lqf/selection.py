@@ -43,8 +43,8 @@ class LQFClassifierCV(LQFClassifier):
     alphas : array-like of float, default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
         Penalties to choose from, positive, each once, in the units of the ``alpha`` of `LQFClassifier`.
     cv : int, cross-validation generator, iterable or None, default=None
-        Folds, as in scikit-learn. None: leave-one-out in closed form, up to 6000 outputs of all images and views;
-        5 folds beyond.
+        Folds, as in scikit-learn, of the images with a positive weight; an iterable counts these. None: leave-one-out
+        in closed form, up to 6000 outputs of all images and views; 5 folds beyond.
     scoring : str, callable or None, default=None
         A scorer as in scikit-learn, of predictions for images left out. None: the accuracy of folds, and the negative
         squared error of leave-one-out.
@@ -171,20 +171,22 @@ class LQFClassifierCV(LQFClassifier):
         """Choose by scores of images left out."""
         values = problem.rows.targets.cpu().numpy() * self._unit
         n = len(values)
-        self._learn_from_held_out(
-            problem.held_out.mean(0).cpu().numpy() * self._unit, values, problem.rows.weights.cpu().numpy()
-        )
         if self.cv is None and values.size * problem.rows.views <= DUAL_MAX:
             self.n_splits_, results = n, self._score_left_out(problem, values)
         else:
             y = values if self._multilabel else values.argmax(1)
             splitter = check_cv(_FOLDS if self.cv is None else self.cv, y, classifier=True)
             splits = list(splitter.split(np.empty(n), y))
+            if not splits:
+                raise ValueError(f"cv={self.cv!r} yields no folds; an iterator yields them once: make it a list.")
             self.n_splits_, results = len(splits), self._score_folds(problem.rows, values, splits, model)
         mean = results["mean_test_score"]
-        self.best_index_ = int(np.nanargmax(mean))
+        if np.isnan(mean).all():
+            raise ValueError(f"There is no score to choose by: scoring={self.scoring!r} gives nan for each of alphas.")
+        ranked = np.where(np.isnan(mean), -np.inf, mean)
+        self.best_index_ = int(ranked.argmax())
         self.best_alpha_, self.best_score_ = float(self._alphas()[self.best_index_]), float(mean[self.best_index_])
-        rank = 1 + (mean[None] > mean[:, None]).sum(1)
+        rank = 1 + (ranked[None] > ranked[:, None]).sum(1)
         self.cv_results_ = {"alpha": self._alphas(), **results, "rank_test_score": rank}
         return problem.alpha(self.best_alpha_)
 
@@ -194,13 +196,13 @@ class LQFClassifierCV(LQFClassifier):
         rows = problem.rows
         t, s, m = (v.cpu() for v in (rows.targets, rows.weights, rows.multiplicity))
         data = TrainingSet(t, s, m, None if self._centered() else problem.offset.cpu())
-        scores = []
+        scores, judge = [], self._judge(problem)
         for alpha in self._alphas():
             outputs = Dual(kernel, data, problem.alpha(alpha)).leave_one_out()[0].numpy() * self._unit
             if self.scoring is None:
                 scores.append(-float(np.average(((outputs - values) ** 2).mean(1), weights=s.numpy())))
             else:
-                scores.append(self._score(outputs, values))
+                scores.append(self._score(judge, outputs, values))
         return {"mean_test_score": np.array(scores)}
 
     def _score_folds(
@@ -216,22 +218,29 @@ class LQFClassifierCV(LQFClassifier):
             train, weights = train[weights > 0], weights[weights > 0]
             part = rows.taking(train).weighted(torch.tensor(weights).to(rows.weights))
             fold = Problem(model.again(), part, self._recipe())
+            judge = self._judge(fold)
             held_out = rows.taking(np.arange(len(values))[test])
             truth = held_out.targets.cpu().numpy() * self._unit
             path = fold.path([fold.alpha(a) for a in alphas[order]], self.tol, self.max_iter)
             for i, result in zip(order, path, strict=True):
                 outputs = fold.outputs(result.x, _first_view(held_out)).cpu().numpy() * self._unit
-                scores[k, i], iterations[k, i] = self._score(outputs, truth), result.n_iter
+                scores[k, i], iterations[k, i] = self._score(judge, outputs, truth), result.n_iter
         found = {f"split{k}_test_score": s for k, s in enumerate(scores)}
         return {
             **found, "mean_test_score": scores.mean(0), "std_test_score": scores.std(0),
             "mean_n_iter": iterations.mean(0),
         }  # fmt: skip
 
-    def _score(self, outputs: np.ndarray, values: np.ndarray) -> float:
+    def _judge(self, problem: Problem) -> _OfOutputs:
+        """What a scorer sees of the model of a problem: the classes, and the temperature."""
+        judge, rows = _OfOutputs(target_scale=self.target_scale), problem.rows
+        judge.classes_, judge._multilabel = self.classes_, self._multilabel
+        held_out, values = (v.cpu().numpy() * self._unit for v in (problem.held_out.mean(0), rows.targets))
+        judge._learn_from_held_out(held_out, values, rows.weights.cpu().numpy())
+        return judge
+
+    def _score(self, judge: _OfOutputs, outputs: np.ndarray, values: np.ndarray) -> float:
         """The score of outputs (m, C) for indicators (m, C)."""
-        judge = _OfOutputs(target_scale=self.target_scale)
-        judge.classes_, judge._multilabel, judge.temperature_ = self.classes_, self._multilabel, self.temperature_
         y = values.astype(np.int64) if self._multilabel else self.classes_[values.argmax(1)]
         scorer = get_scorer("accuracy") if self.scoring is None else self.scoring
         return float((get_scorer(scorer) if isinstance(scorer, str) else scorer)(judge, outputs, y))
