@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sklearn.base import BaseEstimator
+
 import sklearn_lqf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,7 @@ html_theme = "furo"
 html_title = f"sklearn_lqf {release}"
 html_copy_source = False
 
+smartquotes = False  # quotes of values and primes of formulas stay what they are
 default_role = "literal"  # single backticks of the docstrings
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's sections state the types
@@ -51,19 +54,22 @@ sphinx_gallery_conf = {
 }
 
 
-def public_names() -> tuple[list[str], list[str]]:
-    """Classes and functions of ``sklearn_lqf.__all__``."""
-    values = {name: getattr(sklearn_lqf, name) for name in sklearn_lqf.__all__}
-    classes = [name for name, value in values.items() if inspect.isclass(value)]
-    return classes, [name for name, value in values.items() if name not in classes and callable(value)]
+def public_names() -> dict[str, list[str]]:
+    """What ``sklearn_lqf.__all__`` names, by kind."""
+    kinds: dict[str, list[str]] = {"Estimators": [], "Displays": [], "Others": []}
+    for name in sklearn_lqf.__all__:
+        value = getattr(sklearn_lqf, name)
+        estimator = inspect.isclass(value) and issubclass(value, BaseEstimator)
+        kinds["Estimators" if estimator else "Displays" if name.endswith("Display") else "Others"].append(name)
+    return kinds
 
 
 def api_page() -> str:
     """The page of the API reference, with every public name."""
     lines = ["API reference", "=============", "", ".. currentmodule:: sklearn_lqf", ""]
-    for title, names in zip(("Classes", "Functions"), public_names(), strict=True):
+    for kind, names in public_names().items():
         if names:
-            lines += [title, "-" * len(title), "", ".. autosummary::", "   :toctree:", ""]
+            lines += [kind, "-" * len(kind), "", ".. autosummary::", "   :toctree:", ""]
             lines += [*(f"   {name}" for name in names), ""]
     return "\n".join(lines)
 
