@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import _report_speed
+import _report_trust
 import matplotlib.pyplot as plt
 import numpy as np
 from _report_speed import table
@@ -235,6 +236,7 @@ def main() -> None:
         "ablation": ablation_table(),
         "robustness": robustness_table(),
         **_report_speed.tables(),
+        **_report_trust.tables(),
     }
     draw_accuracy(cells)
     draw_robustness()

@@ -1,7 +1,6 @@
-"""Tables of the pages on speed, scale and influence; `_report.py` puts them in their places."""
+"""Tables of the pages on speed and scale for `_report.py`."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -132,52 +131,9 @@ def distributed_table(rows: Rows) -> str:
     return table(["stages", "parameters, million", "one process, s", "two processes, s", "times faster"], found)
 
 
-def mislabelled_table(rows: Rows) -> str:
-    names = {
-        "leave_one_out": "LQF, leave-one-out", "leave_one_out_head": "LQF, leave-one-out, `method=\"head\"`",
-        "in_sample": "LQF, residual in the sample", "probe_leave_one_out": "ridge probe, leave-one-out",
-        "nearest_neighbors": "10 nearest neighbors", "nft_confidence": "confidence of fine-tuning",
-    }  # fmt: skip
-    areas: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for r in rows:
-        if r["section"] == "mislabelled":
-            for name, area in r["auc"].items():
-                areas[name][r["dataset"]].append(area)
-    datasets = sorted({d for a in areas.values() for d in a})
-    found = [[names[n], *(f"{np.mean(a[d]):.3f}" for d in datasets)] for n, a in areas.items()]
-    return table(["ranked by", *datasets], found)
-
-
-def removal_table(rows: Rows) -> str:
-    found = [
-        [r["dataset"], str(r["n"]), f"{r['correlation']:.4f}", f"{r['seconds']['fit']:.0f}",
-         f"{r['seconds']['influence']:.0f}"]
-        for r in rows
-        if r["section"] == "removal"
-    ]  # fmt: skip
-    header = [
-        "data",
-        "images",
-        "correlation of predicted and actual change",
-        "one fit, s",
-        "influence on 200 images, s",
-    ]
-    return table(header, found)
-
-
-def leave_one_out_table(rows: Rows) -> str:
-    found = []
-    for r in rows:
-        if r["section"] == "mislabelled" and r["split"] == 0:
-            s = [f"{r['seconds'][k]:.0f}" for k in ("fit", "leave_one_out", "leave_one_out_head")]
-            found.append([r["dataset"], str(r["n"]), *s, f"{r['head_error']:.2f}"])
-    header = ["data", "images", "fit, s", "leave-one-out, s", '`method="head"`, s']
-    return table([*header, "largest error of it, relative"], found)
-
-
 def tables() -> dict[str, str]:
     """All tables by the names of their places."""
-    speed, shared, trust = read("speed-cpu"), read("distributed"), read("trust")
+    speed, shared = read("speed-cpu"), read("distributed")
     return {
         "product": product_table(speed.get("product", [])),
         "kfac": kfac_table(speed.get("kfac", [])),
@@ -188,7 +144,4 @@ def tables() -> dict[str, str]:
         "search": search_table(speed.get("search", [])),
         "many": many_table(speed.get("many", [])),
         "distributed": distributed_table(shared.get("rows", [])),
-        "mislabelled": mislabelled_table(trust.get("rows", [])),
-        "removal": removal_table(trust.get("rows", [])),
-        "leave-one-out": leave_one_out_table(trust.get("rows", [])),
     }
