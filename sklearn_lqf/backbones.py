@@ -25,6 +25,8 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from .threads import GENERATOR
+
 __all__ = ["Backbone", "Preprocessing", "VectorNetwork", "load_backbone"]
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -498,7 +500,7 @@ def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
 @contextmanager
 def _own_generator(random_state: Any) -> Iterator[None]:
     """Seed torch's generator inside, on the CPU, and leave it as it was."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with GENERATOR, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Not torch.manual_seed, which would seed the generators of the accelerators too.
         torch.default_generator.manual_seed(_seed(random_state))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,10 @@ class CertificateMixin:
         change, weight, bias = network.views(d)
         moved = {n: p.detach() + change[n] for n, p in zip(network.names, network.parameters, strict=True)}
         found = []
+        module = copy.deepcopy(network.module)  # whose parameters no other thread uses
         with torch.no_grad(), _full_precision(), plain_attention():
             for z in self._in_batches(list, self._read_new_data(X)):
-                features = network.standardized(functional_call(network.module, moved, tuple(z)))
+                features = network.standardized(functional_call(module, moved, tuple(z)))
                 outputs = torch.nn.functional.linear(features, network.weight + weight, network.bias + bias)
                 if self._centered():
                     outputs = outputs - network.at(z, gradients=False).outputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from .surgery import (
     plain_attention,
     replace_module,
 )
+from .threads import TRACING
 
 __all__ = ["Split", "find_head", "remove_head", "split_network"]
 
@@ -221,11 +223,19 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions)
         self.leaves = leaves
         self.outputs: dict[str, Any] = {}  # of every module that was called, by name
+        self._thread = threading.get_ident()
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:  # torch.fx sees the modules of all threads
+            return forward(*args, **kwargs)
         out = super().call_module(m, forward, args, kwargs)
         self.outputs[self.path_of_module(m)] = out
         return out
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, StaticPad, Statistics)):
@@ -245,7 +255,7 @@ def _trace(module: nn.Module, example: Tensor, stages: list[list[str]]) -> tuple
         from timm.models import get_notrace_functions, get_notrace_modules
 
         leaves, functions = tuple(get_notrace_modules()), tuple(get_notrace_functions())
-    with plain_attention():  # the choice of a fused kernel depends on the input
+    with TRACING, plain_attention():  # the choice of a fused kernel depends on the input
         tracer = _Tracer(leaves, functions)
         graph = fx.GraphModule(module, tracer.trace(module))
     ends = [tracer.outputs.get(stage[-1]) for stage in stages]

@@ -22,10 +22,12 @@ from .graph import Split
 from .readout import Standardization
 from .surgery import is_plain, plain_attention
 from .tangents import GeneralTail, TracedTail
+from .threads import DUAL_NUMBERS, shared_by_threads
 
 __all__ = ["LinearizedNetwork", "Point"]
 
 
+@shared_by_threads
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Switch off TF32 in matrix products and convolutions, and restore the caller's setting.
@@ -220,7 +222,7 @@ class LinearizedNetwork:
             return torch.nn.functional.linear(features, self.feature_gradient).squeeze(0)
 
         # Gradients inside jacrev do not depend on the outer no_grad, which keeps the result free of a graph.
-        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
+        with DUAL_NUMBERS, torch.no_grad(), plain_attention(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # nobody can act on it
             return vmap(jacrev(outputs), in_dims=(None, *(0 for _ in inputs)))(chosen, *inputs)
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .threads import shared_by_threads
+
 __all__ = [
     "BATCH_NORMS", "CONVS", "DROPOUTS", "Attention", "StaticPad", "attention", "evaluate", "is_plain",
     "make_explicit", "plain_attention", "replace_module",
@@ -130,6 +132,7 @@ def attention(
 fx.wrap("attention")  # one node of a traced graph
 
 
+@shared_by_threads
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Let torch's attention modules compute by differentiable formulas, and restore the caller's setting."""

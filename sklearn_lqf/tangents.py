@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .activations import LeakyClamp
 from .readout import Statistics
 from .surgery import CONVS, is_plain, plain_attention
+from .threads import DUAL_NUMBERS
 
 __all__ = ["GeneralTail", "TracedTail"]
 
@@ -71,15 +73,16 @@ def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor 
     ``args`` is a tree, ``dots`` has a tangent for each of its leaves; a tangent of None is zero.
     """
     leaves, spec = pytree.tree_flatten(args)
-    try:
-        with torch.no_grad(), fwAD.dual_level():
-            duals = [leaf if dot is None else _dual(leaf, dot) for leaf, dot in zip(leaves, dots, strict=True)]
-            out = function(*pytree.tree_unflatten(duals, spec))
-            if isinstance(out, Tensor):
-                return fwAD.unpack_dual(out).tangent
-            return pytree.tree_map(lambda o: fwAD.unpack_dual(o).tangent if isinstance(o, Tensor) else None, out)
-    except NotImplementedError:  # an operation has no forward-mode derivative
-        return _double_vjp(lambda parts: function(*pytree.tree_unflatten(parts, spec)), leaves, dots)
+    with DUAL_NUMBERS:
+        try:
+            with torch.no_grad(), fwAD.dual_level():
+                duals = [leaf if dot is None else _dual(leaf, dot) for leaf, dot in zip(leaves, dots, strict=True)]
+                out = function(*pytree.tree_unflatten(duals, spec))
+                if isinstance(out, Tensor):
+                    return fwAD.unpack_dual(out).tangent
+                return pytree.tree_map(lambda o: fwAD.unpack_dual(o).tangent if isinstance(o, Tensor) else None, out)
+        except NotImplementedError:  # an operation has no forward-mode derivative
+            return _double_vjp(lambda parts: function(*pytree.tree_unflatten(parts, spec)), leaves, dots)
 
 
 def _dual(leaf: Tensor, dot: Tensor) -> Any:
@@ -140,20 +143,27 @@ class TracedTail:
             for name, m in self.modules.items()
         }
         self.rules = {name: rule for name, m in self.modules.items() if (rule := _rule(m)) is not None}
+        called = [n for n in self.nodes if n.op == "call_module" and self.own[str(n.target)]]
+        # Parameters are swapped while tangents are computed: no other thread may evaluate these modules then.
+        self._turn: Any = nullcontext() if all(map(self._has_rule, called)) else DUAL_NUMBERS
 
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[fx.Node, Any]]:
         """Features (B, D) and the value of every node, with the graph for the backward pass."""
         values: dict[fx.Node, Any] = {}
         feed = iter(inputs)
-        for node in self.nodes:
-            if node.op == "placeholder":
-                values[node] = next(feed)
-            elif node.op == "get_attr":
-                values[node] = operator.attrgetter(str(node.target))(self.module)
-            else:
-                args, kwargs = _evaluated(node, values)
-                values[node] = self._function(node)(*args, **kwargs)
+        with self._turn:
+            for node in self.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(feed)
+                elif node.op == "get_attr":
+                    values[node] = operator.attrgetter(str(node.target))(self.module)
+                else:
+                    args, kwargs = _evaluated(node, values)
+                    values[node] = self._function(node)(*args, **kwargs)
         return values[self.output], values
+
+    def _has_rule(self, node: fx.Node) -> bool:
+        return str(node.target) in self.rules and len(node.args) == 1 and not node.kwargs
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         if callable(node.target):
@@ -185,7 +195,7 @@ class TracedTail:
     def _module_tangent(self, node: fx.Node, values: dict, dots: dict, direction: dict[str, Tensor]) -> Any:
         name = str(node.target)
         module, own = self.modules[name], self.own[name]
-        if name in self.rules and len(node.args) == 1 and not node.kwargs:
+        if self._has_rule(node):
             source = cast(fx.Node, node.args[0])
             weight, bias = (direction.get(f"{name}.{p}") for p in ("weight", "bias")) if own else (None, None)
             return self.rules[name](module, values[source], values[node], dots[source], weight, bias)
@@ -316,18 +326,19 @@ class GeneralTail:
             calls.setdefault(name, []).append((args[0] if args else kwargs["input"], out))
             return out.clone()  # what follows may change it in place
 
-        hooks = [
-            m.register_forward_hook(
-                lambda _, args, kwargs, out, name=name: see(name, args, kwargs, out), with_kwargs=True
-            )
-            for name, m in self.module.named_modules()
-            if is_plain(m, (nn.Linear, *CONVS))
-        ]
-        try:
-            features = self.module(*_copies(inputs))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with DUAL_NUMBERS:  # as in TracedTail
+            hooks = [
+                m.register_forward_hook(
+                    lambda _, args, kwargs, out, name=name: see(name, args, kwargs, out), with_kwargs=True
+                )
+                for name, m in self.module.named_modules()
+                if is_plain(m, (nn.Linear, *CONVS))
+            ]
+            try:
+                features = self.module(*_copies(inputs))
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return features, {"inputs": tuple(inputs), "calls": calls}
 
     def tangents(self, values: dict[str, Any], direction: dict[str, Tensor]) -> Tensor | None:

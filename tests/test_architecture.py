@@ -12,6 +12,7 @@ PACKAGE = ROOT / "sklearn_lqf"
 
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
+    {"threads"},
     {"images", "backbones", "progress", "activations", "surgery", "cut", "cache", "distributed"},
     {"stages", "reader"},
     {"readout"},
