@@ -36,6 +36,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"sklearn_lqf {release}"
 html_copy_source = False
+html_show_copyright = False
 
 smartquotes = False  # quotes of values and primes of formulas stay what they are
 default_role = "literal"  # single backticks of the docstrings
