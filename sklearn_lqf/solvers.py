@@ -154,7 +154,7 @@ def pcg(
     residual : Tensor of shape (P,) or None
         b - H start where it is known: a start within the tolerance is then the solution, without an iteration.
     record : callable or None
-        Called with each direction p that is taken, and H p.
+        Called with the start, where its residual is not known, with each direction p that is taken, and H p.
 
     Returns
     -------
@@ -254,13 +254,19 @@ def _conjugate_directions(
     scale = _dot(b, b) ** 0.5
     if scale == 0.0:
         return SolverResult(torch.zeros_like(b), Status.CONVERGED, 0, [0.0])
+    known = residual is not None
     if start is None:
         x, r, first = torch.zeros_like(b), b, 1.0
     else:
-        x, r = start.clone(), b - matvec(start) if residual is None else residual
+        if residual is None:
+            product = matvec(start)
+            residual = b - product
+            if record is not None:
+                record(start, product)
+        x, r = start.clone(), residual
         first = _dot(r, r) ** 0.5 / scale
     history, drifts, status = [first], 0, Status.MAX_ITER
-    if first == 0.0 or (residual is not None and first <= tol):
+    if first == 0.0 or (known and first <= tol):
         return SolverResult(x, Status.CONVERGED, 0, history, scale)
     p = hp = torch.zeros_like(b)
     curvature = 1.0
