@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 
@@ -84,7 +86,8 @@ class LQFClassifierCV(LQFClassifier):
     -----
     Folds are fitted as `LQFClassifier` would fit them, to the same tolerance: `GridSearchCV` over ``alpha`` makes the
     same choice. Leave-one-out is exact for the quadratic of all images, see `leave_one_out`. Among equal scores the
-    first penalty wins. Sample weights count in fits, not in the scores of folds.
+    first penalty wins. Sample weights count in fits, not in the scores of folds. Vectors are standardized for the
+    built-in network once, by all of them.
 
     References
     ----------
@@ -211,7 +214,7 @@ class LQFClassifierCV(LQFClassifier):
         """Scores of all folds and penalties."""
         alphas = self._alphas()
         order = np.argsort(-alphas)
-        scores, iterations = np.zeros((2, len(splits), len(alphas)))
+        scores, iterations, missed = *np.zeros((2, len(splits), len(alphas))), 0
         for k, (train, test) in enumerate(splits):
             train = np.arange(len(values))[train]  # also of a mask
             weights = self._weigh_classes(values[train], rows.given.cpu().numpy()[train])
@@ -225,6 +228,14 @@ class LQFClassifierCV(LQFClassifier):
             for i, result in zip(order, path, strict=True):
                 outputs = fold.outputs(result.x, _first_view(held_out)).cpu().numpy() * self._unit
                 scores[k, i], iterations[k, i] = self._score(judge, outputs, truth), result.n_iter
+                missed += not result.converged
+        if missed:
+            warnings.warn(
+                f"{missed} of {scores.size} solutions for folds did not reach tol={self.tol:g}; their scores are of "
+                "where the solver stopped: increase max_iter, or the smallest of alphas, or accept a larger tol.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         found = {f"split{k}_test_score": s for k, s in enumerate(scores)}
         return {
             **found, "mean_test_score": scores.mean(0), "std_test_score": scores.std(0),

@@ -1,0 +1,309 @@
+"""LQFClassifierCV against GridSearchCV, explicit leave-one-out, and scikit-learn's ridge regression with its own."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from images import make_images, tiny_net
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Ridge, RidgeClassifierCV
+from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from torch import nn
+
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, selection
+from sklearn_lqf.model import LinearModel
+
+N, ALPHAS = 18, [0.03, 3.0, 0.3]
+X, CORNERS = make_images(N)
+Y = np.where(np.arange(N) % 5 == 4, np.roll(CORNERS, 1), CORNERS)  # some of them wrong, so that scores differ
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.uniform(0.5, 2.0, N)
+LABELS = (np.arange(N)[:, None] % [2, 3, 4] == 0).astype(int)
+VECTORS = X[:, ::6, ::6, 0].reshape(N, -1) / 255
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    NETWORK = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+EXACT = {"dtype": "float64", "tol": 1e-12, "max_iter": 2000, "batch_size": 5}
+ONE_VIEW, BOTH_VIEWS = "identity", ("identity", "flip")
+
+
+def classifier(**parameters) -> LQFClassifier:
+    return LQFClassifier(**{"backbone": tiny_net(), **EXACT, **parameters})
+
+
+def search(**parameters) -> LQFClassifierCV:
+    return LQFClassifierCV(**{"backbone": tiny_net(), "alphas": ALPHAS, **EXACT, **parameters})
+
+
+def hits(estimator, rows, y) -> float:
+    """A scorer that sees every digit of the decision values of those that are right."""
+    right = np.reshape(estimator.predict(rows) == y, (len(y), -1)).all(1)
+    return float(np.square(estimator.decision_function(rows)[right]).sum())
+
+
+def certainty(estimator, rows, y) -> float:
+    """A scorer that sees every digit of the probabilities."""
+    return float(np.log(estimator.predict_proba(rows)).sum())
+
+
+# -------------------------------------------------------------------------------------------------------- folds
+
+# Parameters, y, whether there are weights, and the scorers.
+CASES = {
+    "plain": ({}, Y, False, [None, hits, certainty]),
+    "scorers": ({}, Y, False, ["balanced_accuracy", "roc_auc_ovr", "neg_log_loss"]),
+    "weights": ({}, Y, True, [hits]),
+    "balanced": ({"class_weight": "balanced"}, Y, True, [hits]),
+    "weights of classes": ({"class_weight": {"ant": 1.0, "bee": 2.0, "cow": 0.5}}, Y, False, [None, hits]),
+    "two classes": ({}, np.where(Y == "cow", "ant", Y), False, ["roc_auc", hits]),
+    "labels": ({}, LABELS, False, [None, hits, "f1_macro", certainty]),
+    "views": ({"views": BOTH_VIEWS}, Y, True, [certainty]),
+    "ridge head": ({"head": "ridge", "views": BOTH_VIEWS}, Y, False, [hits]),
+    "not centered": ({"head": "random", "center": False, "target_scale": 5.0}, Y, False, [hits, certainty]),
+    "head alone": ({"tangent_layers": "head"}, Y, False, [hits]),
+    "vectors": ({"backbone": NETWORK}, Y, False, [hits]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The scoring <function:UserWarning")  # of scikit-learn 1.9, for weights
+@pytest.mark.parametrize("case", CASES)
+def test_folds_score_as_a_grid_search(case):
+    parameters, y, weighted, scorings = CASES[case]
+    data = VECTORS if case == "vectors" else X
+    weights = WEIGHTS if weighted else None
+    cv = KFold(2, shuffle=True, random_state=0) if case == "labels" else 2
+    names = ["score"] if len(scorings) == 1 else [str(i) for i in range(len(scorings))]
+    several = {name: s or "accuracy" for name, s in zip(names, scorings, strict=True)}
+    grid = GridSearchCV(
+        classifier(**parameters), {"alpha": ALPHAS}, cv=cv, refit=False,
+        scoring=scorings[0] if len(scorings) == 1 else several,
+    ).fit(data, y, **({"sample_weight": WEIGHTS} if weighted else {}))  # fmt: skip
+    for name, scoring in zip(names, scorings, strict=True):
+        found = search(cv=cv, scoring=scoring, **parameters).fit(data, y, weights)
+        for key in ("split0_test", "split1_test", "mean_test", "std_test", "rank_test"):
+            expected = grid.cv_results_[f"{key}_{name}"]
+            np.testing.assert_allclose(found.cv_results_[f"{key}_score"], expected, rtol=1e-9, atol=1e-9)
+        assert found.best_index_ == np.argmin(grid.cv_results_[f"rank_test_{name}"])
+    last = classifier(alpha=found.best_alpha_, **parameters).fit(data, y, weights)
+    np.testing.assert_allclose(found.decision_function(data), last.decision_function(data), atol=1e-9)
+    assert found.alpha_ == pytest.approx(last.alpha_, rel=1e-12)
+    assert found.temperature_ == pytest.approx(last.temperature_, rel=1e-6)
+
+
+def test_folds_may_be_given():
+    folds = list(StratifiedKFold(3).split(X, Y))
+    masks = [tuple(np.isin(np.arange(N), part) for part in fold) for fold in folds]
+    expected = search(cv=3, tol=1e-6).fit(X, Y).cv_results_
+    for cv in (folds, masks, (fold for fold in folds), StratifiedKFold(3)):
+        model = search(cv=cv, tol=1e-6).fit(X, Y)
+        assert model.n_splits_ == 3
+        for key, value in expected.items():
+            np.testing.assert_array_equal(model.cv_results_[key], value)
+
+
+def test_the_trunk_is_evaluated_once_and_starts_are_reused(monkeypatch):
+    rows, activations = [], LinearModel.activations
+    monkeypatch.setattr(LinearModel, "activations", lambda m, x: rows.append(len(x)) or activations(m, x))
+    model = search(cv=3, tol=1e-6).fit(X, Y)
+    assert sum(rows) == N
+    grid = GridSearchCV(classifier(tol=1e-6), {"alpha": ALPHAS}, cv=3).fit(X, Y)
+    alone = [classifier(tol=1e-6, alpha=a).fit(X, Y).n_iter_ for a in sorted(ALPHAS)]
+    assert model.cv_results_["mean_n_iter"][[0, 2, 1]].sum() < 0.8 * sum(alone)
+    assert model.best_alpha_ == grid.best_params_["alpha"]
+
+
+def test_rows_without_a_weight_are_in_no_fold():
+    weights = np.where(np.arange(N) % 6 == 1, 0.0, WEIGHTS)
+    found = search(cv=2, tol=1e-6, scoring=hits).fit(X, Y, weights)
+    expected = search(cv=2, tol=1e-6, scoring=hits).fit(X[weights > 0], Y[weights > 0], weights[weights > 0])
+    for key, value in expected.cv_results_.items():
+        np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ leave-one-out
+
+
+@pytest.mark.parametrize("views", [ONE_VIEW, BOTH_VIEWS], ids=["one view", "two views"])
+@pytest.mark.parametrize(
+    ("parameters", "weighted"),
+    [({}, False), ({"class_weight": "balanced", "center": False, "head": "random"}, True)],
+    ids=["plain", "weights"],
+)
+def test_without_folds_images_are_left_out_one_by_one(parameters, weighted, views):
+    weights, onehot = WEIGHTS if weighted else None, (Y[:, None] == np.unique(Y)).astype(float)
+    found = search(views=views, **parameters).fit(X, Y, weights)
+    probable = search(views=views, scoring=certainty, **parameters).fit(X, Y, weights)
+    assert found.n_splits_ == N
+    assert set(found.cv_results_) == {"alpha", "mean_test_score", "rank_test_score"}
+    for k, alpha in enumerate(ALPHAS):
+        single = classifier(alpha=alpha, views=views, **parameters).fit(X, Y, weights)
+        outputs = single.leave_one_out(X, Y, weights)
+        part = single._weigh_classes(onehot, np.ones(N) if weights is None else weights)
+        error = np.average(((outputs - onehot) ** 2).mean(1), weights=part)
+        assert found.cv_results_["mean_test_score"][k] == pytest.approx(-error, rel=1e-8)
+        expected = np.log(softmax(outputs / single.temperature_, 1)).sum()
+        assert probable.cv_results_["mean_test_score"][k] == pytest.approx(expected, rel=1e-6)
+
+
+def test_scorers_of_what_is_left_out():
+    outputs = classifier(alpha=0.3).fit(X, Y).leave_one_out(X, Y)
+    model = search(alphas=[0.3], tol=1e-2).fit(X, Y)
+    probabilities, names = softmax(outputs / model.temperature_, 1), model.classes_
+    for scoring, expected in {
+        "accuracy": np.mean(names[outputs.argmax(1)] == Y),
+        "balanced_accuracy": balanced_accuracy_score(Y, names[outputs.argmax(1)]),
+        "roc_auc_ovr": roc_auc_score(Y, probabilities, multi_class="ovr"),
+        "neg_log_loss": -log_loss(Y, probabilities),
+        certainty: np.log(probabilities).sum(),
+    }.items():
+        assert model.set_params(scoring=scoring).fit(X, Y).best_score_ == pytest.approx(expected, rel=1e-8)
+
+
+def test_labels_and_two_classes_left_out():
+    for y, shape in ((LABELS, (N, 3)), (np.where(Y == "cow", "ant", Y), (N,))):
+        model = search(scoring="accuracy", tol=1e-2).fit(X, y)
+        outputs = classifier(alpha=model.best_alpha_).fit(X, y).leave_one_out(X, y)
+        assert outputs.shape == shape
+        right = (outputs > 0) == (y if y.ndim == 2 else y == "bee")
+        assert model.best_score_ == pytest.approx(np.mean(right if y.ndim == 1 else right.all(1)))
+
+
+def test_of_the_head_alone_the_choice_is_that_of_ridge():
+    alphas = np.logspace(-3, 2, 6)
+    model = search(tangent_layers="head", readout="last", alphas=alphas).fit(X, Y)
+    features, onehot = model.features(X), (Y[:, None] == model.classes_).astype(float)
+    absolute = alphas * model.alpha_ / model.best_alpha_
+    # The bias has the penalty of the weights, and the mean is that of the images that remain.
+    columns, errors = np.c_[features, np.ones(N)], []
+    for alpha in absolute:
+        left_out = []
+        for i in range(N):
+            rest = np.arange(N) != i
+            mean = onehot[rest].mean(0)
+            ridge = Ridge(alpha, fit_intercept=False).fit(columns[rest], onehot[rest] - mean)
+            left_out.append(mean + ridge.predict(columns[i : i + 1])[0])
+        errors.append(np.mean((left_out - onehot) ** 2))
+    np.testing.assert_allclose(model.cv_results_["mean_test_score"], np.negative(errors), rtol=1e-8)
+    assert 0 < model.best_index_ < len(alphas) - 1
+    # Targets of -1 and 1, and a bias without a penalty, which is nearly the mean of standardized features.
+    ridge = RidgeClassifierCV(absolute).fit(features, Y)
+    assert ridge.alpha_ == pytest.approx(model.alpha_, rel=1e-12)
+    assert 4 * model.best_score_ == pytest.approx(ridge.best_score_, rel=0.05)
+
+
+def test_too_many_outputs_are_left_out_in_folds(monkeypatch):
+    monkeypatch.setattr(selection, "DUAL_MAX", 3 * N)
+    exact = search(tol=1e-2).fit(X, Y)
+    assert exact.n_splits_ == N
+    for model in (search(tol=1e-2, views=BOTH_VIEWS), search(tol=1e-2, alphas=[1.0])):
+        if model.views == ONE_VIEW:
+            monkeypatch.setattr(selection, "DUAL_MAX", 3 * N - 1)
+        assert model.fit(X, Y).n_splits_ == 5
+        assert model.cv_results_["split4_test_score"].shape == (len(model.alphas),)
+
+
+# ------------------------------------------------------------------------------------- attributes and parameters
+
+
+@pytest.mark.parametrize("cv", [None, 3])
+def test_attributes(cv):
+    model = search(cv=cv, tol=1e-2).fit(X, Y)
+    results = model.cv_results_
+    assert all(isinstance(v, np.ndarray) and v.shape == (3,) for v in results.values())
+    np.testing.assert_array_equal(results["alpha"], ALPHAS)
+    assert model.best_index_ == results["mean_test_score"].argmax()
+    assert (model.best_alpha_, model.best_score_) == (ALPHAS[model.best_index_], results["mean_test_score"].max())
+    assert results["rank_test_score"].min() == results["rank_test_score"][model.best_index_] == 1
+    if cv:
+        splits = np.array([results[f"split{k}_test_score"] for k in range(3)])
+        np.testing.assert_allclose(results["mean_test_score"], splits.mean(0))
+        np.testing.assert_allclose(results["std_test_score"], splits.std(0))
+    assert model.score(X, Y) > 0.5
+
+
+def test_among_equal_scores_the_first_wins():
+    model = search(cv=2, tol=1e-2, scoring=lambda *_: 0.5).fit(X, Y)
+    assert (model.best_index_, model.best_alpha_) == (0, ALPHAS[0])
+    assert model.cv_results_["rank_test_score"].tolist() == [1, 1, 1]
+
+
+def test_a_score_that_is_nan_ranks_last():
+    scores = iter([1.0, np.nan, 2.0])
+    model = search(tol=1e-2, scoring=lambda *_: next(scores)).fit(X, Y)
+    assert model.best_index_ == 2
+    assert model.cv_results_["rank_test_score"].tolist() == [2, 3, 1]
+
+
+def test_parameters_copies_and_pickles():
+    model = search(cv=2, tol=1e-2, store_data=True)
+    assert "alpha" not in model.get_params() and not hasattr(model, "alpha")
+    assert {"alphas", "cv", "scoring"} < set(model.get_params())
+    twin = clone(model)
+    assert twin.get_params() == model.get_params()
+    expected = model.fit(X, Y).decision_function(X)
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).decision_function(X), expected)
+    np.testing.assert_array_equal(twin.fit(X, Y).decision_function(X), expected)
+    with pytest.raises(ValueError, match="alpha"):
+        model.set_params(alpha=1.0)
+
+
+@pytest.mark.parametrize("cv", [None, 2])
+def test_forgetting_and_adding_choose_again(cv):
+    def assert_equal(model, expected):
+        np.testing.assert_allclose(model.decision_function(X), expected.decision_function(X), atol=1e-9)
+        for key, value in expected.cv_results_.items():
+            if key != "mean_n_iter":
+                np.testing.assert_allclose(model.cv_results_[key], value, rtol=1e-8, atol=1e-12)
+        assert (model.best_alpha_, model.n_splits_) == (expected.best_alpha_, expected.n_splits_)
+
+    expected = search(cv=cv, scoring=hits).fit(X, Y)
+    model = search(cv=cv, scoring=hits, store_data=True).partial_fit(X[:10], Y[:10], classes=np.unique(Y))
+    assert_equal(model.partial_fit(X[10:], Y[10:]), expected)
+    assert_equal(model.forget([0, 17]), search(cv=cv, scoring=hits).fit(X[1:-1], Y[1:-1]))
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+BAD_PARAMETERS = {
+    "no penalty": ({"alphas": []}, "alphas must be some different numbers"),
+    "one number": ({"alphas": 1.0}, "alphas must be"),
+    "two axes": ({"alphas": [[1.0, 2.0]]}, "alphas must be"),
+    "twice": ({"alphas": [1.0, 2, 1]}, "different"),
+    "negative": ({"alphas": [1.0, -1.0]}, r"Each of alphas must be a number > 0, got -1\.0"),
+    "zero": ({"alphas": [0.0]}, "Each of alphas"),
+    "nan": ({"alphas": [np.nan]}, "Each of alphas"),
+    "infinite": ({"alphas": [1.0, np.inf]}, "Each of alphas"),
+    "text": ({"alphas": ["auto"]}, "auto"),
+    "head that saw the labels": ({"head": "ridge"}, "set cv"),
+    "one fold": ({"cv": 1}, "at least one train/test split"),
+    "text for folds": ({"cv": "five"}, "cv"),
+    "no fold": ({"cv": iter([])}, "yields no folds"),
+    "unknown scorer": ({"scoring": "acuracy"}, "acuracy"),
+    "no score": ({"scoring": lambda *_: np.nan}, "nan for each of alphas"),
+    "what all have": ({"tol": -1}, "tol"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+def test_bad_parameters(case):
+    parameters, message = BAD_PARAMETERS[case]
+    model = search(**parameters)
+    with pytest.raises(ValueError, match=message):
+        model.fit(X, Y)
+    assert not hasattr(model, "coef_")
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(ValueError, match="does not support distributed=True"):
+        search(distributed=True)._check_parameters(2)
+    search(distributed=True)._check_parameters(1)
+
+
+def test_solutions_of_folds_that_are_not_near_are_said():
+    with pytest.warns(ConvergenceWarning) as caught:
+        search(cv=2, max_iter=1).fit(X, Y)
+    assert any("6 of 6 solutions for folds did not reach tol=1e-12" in str(w.message) for w in caught)
