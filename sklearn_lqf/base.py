@@ -30,7 +30,7 @@ from .model import LinearModel, choose_device
 from .objective import Quadratic
 from .problem import HEADS, Problem, Recipe, TrainingRows
 from .progress import CallbackSupportMixin, Progress, with_callbacks
-from .solvers import SolverResult, pcg, sgd
+from .solvers import SolverResult, Status, pcg, sgd
 from .uncertainty import UncertaintyMixin
 
 __all__ = ["LQFBase", "check_number", "with_shared_parameters"]
@@ -336,6 +336,12 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         size = data.cache.batch_size
         # Processes that wait for each other cannot begin again one by one.
         result = with_smaller_batches(minimize, size) if group.size == 1 else minimize(size)
+        if result.status is Status.NOT_FINITE:
+            raise ValueError(
+                f"The solver met values that are not finite after {result.n_iter} iterations: the derivatives of the "
+                f"backbone overflow {self._model.dtype}. Use dtype='float64', check its weights and preprocessing, or "
+                "increase alpha."
+            )
         self._set_solution(result)
         return result
 
@@ -540,6 +546,13 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         """The same of trunk activations."""
         intercept = None if self.intercept_ is None else self.intercept_ / self._unit
         found = self._model.outputs(batches, self.coef_, intercept)
+        bad = np.flatnonzero(~np.isfinite(found).all(1))
+        if len(bad):
+            raise ValueError(
+                f"The outputs for {len(bad)} of {len(found)} rows of X are not finite, the first X[{bad[0]}]: the "
+                f"backbone's activations overflow {self._model.dtype} there. Leave these rows out, or fit with "
+                "dtype='float64'."
+            )
         return found * self._unit.astype(found.dtype)
 
     def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:

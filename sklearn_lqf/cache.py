@@ -10,7 +10,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
@@ -76,13 +77,15 @@ class TrunkCache(Sequence[Activations]):
         self._store: _Held | _File | None = None
         if self.kind == "none":
             return
-        self._store = _File(first) if self.kind == "disk" else _Held(first, n_rows, _device_for(size, self.device))
         try:
+            on_disk = self.kind == "disk"
+            self._store = _File(first) if on_disk else _Held(first, n_rows, _device_for(size, self.device))
             self._fill(first, report)
-        except OSError as error:
+        except _UnwritableError as failure:
             if kind == "auto":
                 self.kind, self._store = "none", None
                 return
+            error = failure.error
             raise OSError(
                 error.errno,
                 f"The trunk activations of {n_rows} rows take {_amount(size)}, and the temporary file for them could "
@@ -185,12 +188,29 @@ class _Held:
         return [z[start:stop].permute(_inverse(o)) for z, o in zip(self._tensors, self._orders, strict=True)]
 
 
+class _UnwritableError(Exception):
+    """A temporary file cannot be written; no error of reading the images, which has other remedies."""
+
+    def __init__(self, error: OSError):
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _UnwritableError(error) from error
+
+
 class _File:
     """Activations in files without a name, which vanish with the process, however it ends."""
 
     def __init__(self, first: Activations):
         self._orders = [_axes(z) for z in first]
-        self._files = [tempfile.TemporaryFile(prefix="sklearn_lqf-") for _ in first]  # noqa: SIM115, closed by finish
+        with _writing():
+            self._files = [tempfile.TemporaryFile(prefix="sklearn_lqf-") for _ in first]  # noqa: SIM115, see finish
         pairs = zip(first, self._orders, strict=True)
         self._shapes = [tuple(z.shape[a] for a in order[1:]) for z, order in pairs]
         self._arrays: list[np.ndarray] = []
@@ -199,15 +219,18 @@ class _File:
     def append(self, part: Activations) -> None:
         # Written, not mapped: a full disk is then an error and not a signal that kills the process.
         for z, order, file in zip(part, self._orders, self._files, strict=True):
-            file.write(z.permute(order).contiguous().cpu().numpy().data)
+            values = z.permute(order).contiguous().cpu().numpy().data
+            with _writing():
+                file.write(values)
 
     def finish(self) -> None:
         """Map the files into memory."""
         for file, dtype, shape in zip(self._files, self._dtypes, self._shapes, strict=True):
-            file.flush()
-            # Copied when written to: what changes its input in place leaves the file alone.
-            self._arrays.append(np.memmap(cast(Any, file), dtype, "c").reshape(-1, *shape))
-            file.close()
+            with _writing():
+                file.flush()
+                # Copied when written to: what changes its input in place leaves the file alone.
+                self._arrays.append(np.memmap(cast(Any, file), dtype, "c").reshape(-1, *shape))
+                file.close()
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         pairs = zip(self._arrays, self._orders, strict=True)
@@ -228,7 +251,11 @@ def _choose(size: int, device: torch.device) -> str:
     """Where there is room for so many bytes."""
     if size <= _MEMORY_PART * _memory() or _device_for(size, device).type != "cpu":
         return "memory"
-    return "disk" if size <= _DISK_PART * shutil.disk_usage(tempfile.gettempdir()).free else "none"
+    try:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+    except OSError:  # no folder that can be written to
+        return "none"
+    return "disk" if size <= _DISK_PART * free else "none"
 
 
 def _device_for(size: int, device: torch.device) -> torch.device:
