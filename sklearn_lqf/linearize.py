@@ -85,18 +85,24 @@ class Point:
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J' u for a cotangent (B, C): shape (P,). The graph is kept for further products."""
+        return self.add_vjp(cotangent, cotangent.new_zeros(self._network.n_parameters))
+
+    def add_vjp(self, cotangent: Tensor, total: Tensor) -> Tensor:
+        """Add J' u to a vector (P,), in place: no copy is made of the gradients."""
         net = self._network
         if not self._gradients:
             raise RuntimeError("the network was evaluated with gradients=False, for jvp alone")
-        grads: Sequence[Tensor | None] = [None] * len(net.parameters)
+        body, weight, bias = net.views(total)
         if self._graph.requires_grad:
             grads = torch.autograd.grad(
                 self._graph, net.parameters, cotangent @ net.feature_gradient, retain_graph=True, allow_unused=True
             )
-        parts = [
-            (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, net.parameters, strict=True)
-        ]
-        return torch.cat([*parts, (cotangent.T @ self.features).reshape(-1), cotangent.sum(0)])
+            for name, grad in zip(net.names, grads, strict=True):
+                if grad is not None:
+                    body[name].add_(grad)
+        weight.addmm_(cotangent.T, self.features)
+        bias.add_(cotangent.sum(0))
+        return total
 
     @property
     def nbytes(self) -> int:

@@ -80,27 +80,27 @@ class Quadratic:
     def rhs(self) -> Tensor:
         """b = sum_i s_i J_i' t_i, shape (P,); evaluated once."""
         if self._rhs is None:
-            self._rhs = self._sum(lambda point, k: point.vjp(self.weights[k].unsqueeze(1) * self.targets[k]))
+            self._rhs = self._sum(lambda point, k: self.targets[k])
         return self._rhs
 
     def matvec(self, v: Tensor) -> Tensor:
         """H v: v -> J v -> S J v -> J' S J v, then the penalty."""
-        return self._sum(lambda point, k: self._product(point, k, v)).add_(v, alpha=self.alpha)
+        return self._sum(lambda point, k: point.jvp(v)).add_(v, alpha=self.alpha)
 
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
         """H_k v, with H the mean of H_k over the batches."""
         with _full_precision():
-            product = self._product(self._point(k), k, v)
+            point = self._point(k)
+            product = point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
         return (len(self.batches) * product).add_(v, alpha=self.alpha)
 
-    def _product(self, point: Point, k: int, v: Tensor) -> Tensor:
-        return point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
-
-    def _sum(self, term: Callable[[Point, int], Tensor]) -> Tensor:
+    def _sum(self, outputs: Callable[[Point, int], Tensor]) -> Tensor:
+        """sum_i s_i J_i' u_i over all rows, for u (B, C) of each batch."""
         total = self.network.weight.new_zeros(self.network.n_parameters)
         with _full_precision():
             for k in range(len(self.batches)):
-                total.add_(term(self._point(k), k))
+                point = self._point(k)
+                point.add_vjp(self.weights[k].unsqueeze(1) * outputs(point, k), total)
         return self.group.all_reduce(total)
 
     def _point(self, k: int) -> Point:
