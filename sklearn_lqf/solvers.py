@@ -89,7 +89,7 @@ class Directions:
     def add(self, alpha: float, p: Tensor, hp: Tensor) -> None:
         """Keep a direction p, normalized, and its product with ``H = G + alpha I``."""
         norm = _dot(p, p) ** 0.5
-        if not 0 < norm < math.inf:
+        if not (0 < norm < math.inf and math.isfinite(_dot(hp, hp))):
             return
         if (len(self) + 1) * 2 * p.numel() * p.element_size() > self._nbytes and self._pairs:
             del self._pairs[0]

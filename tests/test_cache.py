@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sklearn_lqf import cache
-from sklearn_lqf.cache import SharedActivations, TrunkCache, batch_sizes, with_smaller_batches
+from sklearn_lqf.cache import Fingerprint, SharedActivations, TrunkCache, batch_sizes, with_smaller_batches
 
 N = 11
 ROWS = torch.randn(N, 4, 3, 2, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
@@ -65,6 +65,38 @@ def test_other_batches_of_the_same_activations(kind):
     assert batches.rebatched(3).sizes == [3, 3, 3, 2]
     assert_holds_all(batches.rebatched(3))
     assert batches.sizes == [4, 4, 3]
+
+
+SUBSETS = {
+    "a run": [3, 4, 5, 6, 7, 8],
+    "gaps": [0, 1, 4, 5, 6, 10],
+    "out of order": [7, 6, 0, 10, 2, 3],
+    "twice": [2, 2, 3, 3, 2, 9],
+    "one": [10],
+    "all": list(range(N)),
+}
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "none"])
+@pytest.mark.parametrize("name", SUBSETS)
+def test_some_of_the_rows(kind, name):
+    index, evaluate = SUBSETS[name], Evaluate()
+    batches = made(kind, evaluate=evaluate)
+    before = evaluate.count
+    part = batches.taking(torch.tensor(index))
+    for taken, expected in ((part, index), (part.rebatched(5), index), (part.taking(torch.tensor([0])), index[:1])):
+        assert sum(taken.sizes) == len(expected)
+        for z, every in zip(map(torch.cat, zip(*taken, strict=True)), (ROWS, VECTORS), strict=True):
+            assert torch.equal(z, every[expected])
+    assert part.sizes == [len(z[0]) for z in part]
+    assert part[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert kind == "none" or evaluate.count == before  # they stay where they are
+    assert_holds_all(batches)
+
+
+def test_runs():
+    assert cache._runs([]) == []
+    assert cache._runs([4, 5, 6, 2, 3, 3, 9]) == [(4, 7), (2, 4), (3, 4), (9, 10)]
 
 
 def test_auto_takes_the_first_place_with_room(monkeypatch):
@@ -230,3 +262,50 @@ def test_an_entry_that_was_lost_is_evaluated_again(tmp_path):
     with torch.no_grad():
         found = shared(ROWS[:3], trunk)
     np.testing.assert_array_equal(found[0], 2 * ROWS[:3])
+
+
+# -------------------------------------------------------------------------------------------------- fingerprints
+
+TARGETS, WEIGHTS = np.eye(3)[np.arange(N) % 3], np.linspace(0.5, 2, N)
+
+
+def digests(images: torch.Tensor = ROWS) -> torch.Tensor:
+    seen = Fingerprint(len(images))
+    for start in (8, 0, 4):  # in any order of batches
+        rows = np.arange(start, min(start + 4, len(images)))
+        seen.see(rows, images[rows])
+    return seen.images
+
+
+def test_a_fingerprint_is_that_of_the_set():
+    expected = Fingerprint.of(digests(), TARGETS, WEIGHTS)
+    assert len(expected) == 32
+    order = np.random.default_rng(0).permutation(N)
+    assert Fingerprint.of(digests()[order], TARGETS[order], WEIGHTS[order]) == expected
+    assert Fingerprint.of(digests(ROWS.contiguous()), TARGETS, WEIGHTS) == expected
+    assert Fingerprint.of(digests(), -1.0 * (-TARGETS), WEIGHTS) == expected  # one zero, not two
+    assert Fingerprint.of(digests(), TARGETS.astype(int), WEIGHTS) == expected
+
+
+def test_a_fingerprint_shows_every_change():
+    every = digests()
+    other = ROWS.clone()
+    other[3, 0, 0, 0] += 1e-6
+    swapped = np.r_[1, 0, 2:N]
+    twice = np.r_[0:N, 4, 4]
+    found = [
+        Fingerprint.of(*data)
+        for data in (
+            (every, TARGETS, WEIGHTS),
+            (digests(other), TARGETS, WEIGHTS),
+            (digests(ROWS.double()), TARGETS, WEIGHTS),
+            (every[swapped], TARGETS, WEIGHTS),
+            (every, TARGETS[swapped], WEIGHTS),
+            (every, TARGETS, WEIGHTS[swapped]),
+            (every, TARGETS, 2 * WEIGHTS),
+            (every[1:], TARGETS[1:], WEIGHTS[1:]),
+            (every[twice], TARGETS[twice], WEIGHTS[twice]),  # a pair does not cancel
+            (every[:0], TARGETS[:0], WEIGHTS[:0]),
+        )
+    ]
+    assert len(set(found)) == len(found)

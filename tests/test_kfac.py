@@ -471,6 +471,26 @@ def test_head_solution_is_the_minimum_over_the_head():
     close(head @ found[30:], b[30:])
 
 
+@pytest.mark.parametrize("rows", [2, 9])  # fewer and more than the columns of the head
+def test_the_head_alone_is_inverted_again(rows):
+    x = rand(rows, 4)
+
+    def made() -> KFAC:
+        head = HeadBlock(3, 4, slice(30, 42), slice(42, 45), torch.device("cpu"))
+        head.update(x, torch.ones(rows, dtype=F64))
+        return KFAC([*preconditioner()[0].blocks[:2], head])
+
+    operator = made().factorize(RIDGE, F64, damping=1.0)
+    first = applied(operator, 45)
+    for alpha in (3 * RIDGE, 0.1 * RIDGE):
+        operator.refactorize_head(alpha, F64)
+        found = applied(operator, 45)
+        close(found[:30, :30], first[:30, :30], 0.0)
+        close(found[30:, 30:], applied(made().factorize(alpha, F64), 45)[30:, 30:])
+    operator.refactorize_head(RIDGE, F64)
+    close(applied(operator, 45), first)
+
+
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_penalty_must_be_positive_and_finite(alpha):
     with pytest.raises(ValueError, match="penalty"):
