@@ -107,11 +107,12 @@ def growth_table(rows: Rows) -> str:
 def search_table(rows: Rows) -> str:
     found = [
         [str(r["layers"]), str(r["n"]), str(r["fits"]), f"{r['seconds']['alone']:.0f}", f"{r['seconds']['shared']:.0f}",
-         f"{r['ratio']:.2f}", f"{r['largest_difference_of_scores']:.3f}"]
+         f"{r['ratio']:.2f}", f"{r['seconds']['path']:.0f}", f"{r['ratio_path']:.2f}",
+         f"{r['largest_difference_of_scores']:.3f}, {r['largest_difference_of_path']:.3f}"]
         for r in rows
     ]  # fmt: skip
-    header = ["stages", "images", "fits", "without `memory`, s", "with it, s", "ratio", "largest difference of scores"]
-    return table(header, found)
+    header = ["stages", "images", "fits", "without `memory`, s", "with it, s", "ratio", "`LQFClassifierCV`, s", "ratio"]
+    return table([*header, "largest differences of scores"], found)
 
 
 def many_table(rows: Rows) -> str:
