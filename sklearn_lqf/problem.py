@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class TrainingRows:
         The same without the weights of classes.
     views : int
         V.
+    kept : ndarray of bool of shape (n_all,) or None
+        Which rows of X these are, in their order; None: all.
     """
 
     cache: TrunkCache
@@ -53,13 +56,14 @@ class TrainingRows:
     weights: Tensor
     given: Tensor
     views: int = 1
+    kept: np.ndarray | None = None
 
     @property
     def multiplicity(self) -> Tensor:
         """How many identical images a row stands for, at least 1, (n,)."""
         return self.given.clamp_min(1)
 
-    def taking(self, chosen: Sequence[int]) -> TrainingRows:
+    def taking(self, chosen: Sequence[int] | np.ndarray) -> TrainingRows:
         """Some of the images, whose activations stay where they are."""
         index = torch.as_tensor(chosen)
         n = len(self.targets)
@@ -71,6 +75,7 @@ class TrainingRows:
             targets=self.targets[picked],
             weights=self.weights[picked],
             given=self.given[picked],
+            kept=None,
         )
 
     def weighted(self, weights: Tensor) -> TrainingRows:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -86,8 +88,8 @@ class LQFClassifierCV(LQFClassifier):
     -----
     Folds are fitted as `LQFClassifier` would fit them, to the same tolerance: `GridSearchCV` over ``alpha`` makes the
     same choice. Leave-one-out is exact for the quadratic of all images, see `leave_one_out`. Among equal scores the
-    first penalty wins. Sample weights count in fits, not in the scores of folds. Vectors are standardized for the
-    built-in network once, by all of them.
+    first penalty wins. Sample weights count in fits and, where the scorer takes them, in scores. Vectors are
+    standardized for the built-in network once, by all of them.
 
     References
     ----------
@@ -177,11 +179,7 @@ class LQFClassifierCV(LQFClassifier):
         if self.cv is None and values.size * problem.rows.views <= DUAL_MAX:
             self.n_splits_, results = n, self._score_left_out(problem, values)
         else:
-            y = values if self._multilabel else values.argmax(1)
-            splitter = check_cv(_FOLDS if self.cv is None else self.cv, y, classifier=True)
-            splits = list(splitter.split(np.empty(n), y))
-            if not splits:
-                raise ValueError(f"cv={self.cv!r} yields no folds; an iterator yields them once: make it a list.")
+            splits = self._splits(problem.rows, values)
             self.n_splits_, results = len(splits), self._score_folds(problem.rows, values, splits, model)
         mean = results["mean_test_score"]
         if np.isnan(mean).all():
@@ -197,7 +195,7 @@ class LQFClassifierCV(LQFClassifier):
         """Scores of the leave-one-out outputs for all penalties."""
         kernel = tangent_kernel(problem.network, problem.rows.cache)
         rows = problem.rows
-        t, s, m = (v.cpu() for v in (rows.targets, rows.weights, rows.multiplicity))
+        t, s, m, given = (v.cpu() for v in (rows.targets, rows.weights, rows.multiplicity, rows.given))
         data = TrainingSet(t, s, m, None if self._centered() else problem.offset.cpu())
         scores, judge = [], self._judge(problem)
         for alpha in self._alphas():
@@ -205,29 +203,47 @@ class LQFClassifierCV(LQFClassifier):
             if self.scoring is None:
                 scores.append(-float(np.average(((outputs - values) ** 2).mean(1), weights=s.numpy())))
             else:
-                scores.append(self._score(judge, outputs, values))
+                scores.append(self._score(judge, outputs, values, given.numpy()))
         return {"mean_test_score": np.array(scores)}
 
+    def _splits(self, rows: TrainingRows, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Which of the rows each fold is fitted to, and which it predicts."""
+        y = values if self._multilabel else values.argmax(1)
+        splitter = check_cv(_FOLDS if self.cv is None else self.cv, y, classifier=True)
+        splits = list(splitter.split(np.empty(len(y)), y))
+        if not splits:
+            raise ValueError(f"cv={self.cv!r} yields no folds; an iterator yields them once: make it a list.")
+        place = np.arange(len(y))
+        if rows.kept is not None and not (
+            self.cv is None or isinstance(self.cv, Integral) or hasattr(self.cv, "split")
+        ):
+            place = np.where(rows.kept, np.cumsum(rows.kept) - 1, -1)  # what is given counts rows without a weight
+        parts = ((place[train], place[test]) for train, test in splits)  # of indices, or masks
+        return [(train[train >= 0], test[test >= 0]) for train, test in parts]
+
     def _score_folds(
-        self, rows: TrainingRows, values: np.ndarray, splits: Sequence[tuple[Any, Any]], model: LinearModel
+        self,
+        rows: TrainingRows,
+        values: np.ndarray,
+        splits: Sequence[tuple[np.ndarray, np.ndarray]],
+        model: LinearModel,
     ) -> dict[str, np.ndarray]:
         """Scores of all folds and penalties."""
         alphas = self._alphas()
         order = np.argsort(-alphas)
         scores, iterations, missed = *np.zeros((2, len(splits), len(alphas))), 0
         for k, (train, test) in enumerate(splits):
-            train = np.arange(len(values))[train]  # also of a mask
             weights = self._weigh_classes(values[train], rows.given.cpu().numpy()[train])
             train, weights = train[weights > 0], weights[weights > 0]
             part = rows.taking(train).weighted(torch.tensor(weights).to(rows.weights))
             fold = Problem(model.again(), part, self._recipe())
             judge = self._judge(fold)
-            held_out = rows.taking(np.arange(len(values))[test])
-            truth = held_out.targets.cpu().numpy() * self._unit
+            held_out = rows.taking(test)
+            truth, given = held_out.targets.cpu().numpy() * self._unit, held_out.given.cpu().numpy()
             path = fold.path([fold.alpha(a) for a in alphas[order]], self.tol, self.max_iter)
             for i, result in zip(order, path, strict=True):
                 outputs = fold.outputs(result.x, _first_view(held_out)).cpu().numpy() * self._unit
-                scores[k, i], iterations[k, i] = self._score(judge, outputs, truth), result.n_iter
+                scores[k, i], iterations[k, i] = self._score(judge, outputs, truth, given), result.n_iter
                 missed += not result.converged
         if missed:
             warnings.warn(
@@ -250,11 +266,14 @@ class LQFClassifierCV(LQFClassifier):
         judge._learn_from_held_out(held_out, values, rows.weights.cpu().numpy())
         return judge
 
-    def _score(self, judge: _OfOutputs, outputs: np.ndarray, values: np.ndarray) -> float:
-        """The score of outputs (m, C) for indicators (m, C)."""
+    def _score(self, judge: _OfOutputs, outputs: np.ndarray, values: np.ndarray, given: np.ndarray) -> float:
+        """The score of outputs (m, C) for indicators (m, C), with weights (m,) where the scorer takes them."""
         y = values.astype(np.int64) if self._multilabel else self.classes_[values.argmax(1)]
-        scorer = get_scorer("accuracy") if self.scoring is None else self.scoring
-        return float((get_scorer(scorer) if isinstance(scorer, str) else scorer)(judge, outputs, y))
+        scoring = "accuracy" if self.scoring is None else self.scoring
+        scorer = get_scorer(scoring) if isinstance(scoring, str) else scoring
+        taken = inspect.signature(getattr(scorer, "_score_func", scorer)).parameters
+        weights = {"sample_weight": given} if "sample_weight" in taken and (given != 1).any() else {}
+        return float(scorer(judge, outputs, y, **weights))
 
 
 def _first_view(rows: TrainingRows) -> TrunkCache:

@@ -116,6 +116,25 @@ def test_the_trunk_is_evaluated_once_and_starts_are_reused(monkeypatch):
     assert model.best_alpha_ == grid.best_params_["alpha"]
 
 
+@pytest.mark.parametrize("scoring", [None, "neg_log_loss", hits])
+def test_weights_are_multiplicities_also_in_scores(scoring):
+    counts = 1 + np.arange(N) % 3 % 2
+    repeated, place = np.repeat(np.arange(N), counts), np.arange(N) % 2
+
+    def folds(place: np.ndarray) -> list:
+        return [(np.flatnonzero(place != k), np.flatnonzero(place == k)) for k in (0, 1)]
+
+    found = search(scoring=scoring, cv=folds(place)).fit(X, Y, counts)
+    twice = search(scoring=scoring, cv=folds(place[repeated])).fit(X[repeated], Y[repeated])
+    alone = search(scoring=scoring, cv=folds(place)).fit(X, Y)
+    scores = [m.cv_results_["mean_test_score"] for m in (found, twice, alone)]
+    if scoring is hits:  # it takes no weights
+        assert not np.allclose(scores[0], scores[1])
+    else:
+        np.testing.assert_allclose(scores[0], scores[1], rtol=1e-6)
+        assert not np.allclose(scores[0], scores[2])
+
+
 def test_rows_without_a_weight_are_in_no_fold():
     weights = np.where(np.arange(N) % 6 == 1, 0.0, WEIGHTS)
     found = search(cv=2, tol=1e-6, scoring=hits).fit(X, Y, weights)
