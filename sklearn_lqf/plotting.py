@@ -280,7 +280,8 @@ def _show(ax: Any, image: Any, title: str, color: Any, imshow_kw: Mapping[str, A
     drawn = ax.imshow(image, **{"cmap": "gray", "vmin": 0, "vmax": top, **imshow_kw})
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize="small")
-    ax.spines[:].set(color=color, linewidth=3)
+    for spine in ax.spines.values():
+        spine.set(color=color, linewidth=3)
     return drawn
 
 

@@ -305,7 +305,7 @@ def test_path_of_the_score_that_decides():
 
 @pytest.mark.parametrize(
     ("grid", "message"),
-    [({"fit_intercept": [True]}, r"one parameter alpha, found \[\]"), ({"alpha": [[1.0]]}, "number")],
+    [({"fit_intercept": [True]}, r"one parameter alpha, found \[\]"), ({"alpha": [np.ones(1)]}, "number")],
 )
 def test_search_without_alphas(grid, message):
     with pytest.raises(ValueError, match=message):
