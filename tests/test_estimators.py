@@ -22,11 +22,13 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.linearize import LinearizedNetwork
 from sklearn_lqf.model import LinearModel
+from sklearn_lqf.objective import Quadratic
 
 X, Y = make_images()
 RAVELED = X.reshape(len(X), -1)
@@ -434,6 +436,41 @@ def test_module_data_and_generators_are_untouched(labels):
     assert np.array_equal(X, data)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+BAD_FITS = {
+    "data": (X[:, :, :, :1][..., [0] * 4], Y, ValueError),
+    "labels": (X, np.repeat("ant", len(Y)), ValueError),
+    "interrupt": (X, Y, KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FITS)
+@pytest.mark.parametrize("before", ["new", "fitted"])
+def test_a_fit_that_raises_leaves_nothing_fitted(case, before, monkeypatch):
+    bad, labels, error = BAD_FITS[case]
+    net, parameters = tiny_net(), {"tol": 1e-2, "store_data": True}
+    clf = classifier(backbone=net, **parameters)
+    if before == "fitted":
+        clf.fit(X, Y)
+    state, generator = _state(net), torch.get_rng_state()
+    with monkeypatch.context() as patched, pytest.raises(error):
+        if case == "interrupt":
+            patched.setattr(Quadratic, "matvec", interrupted)
+        clf.fit(bad, labels)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(clf)
+    for method in (clf.predict, clf.leave_one_out, clf.forget):
+        with pytest.raises(NotFittedError):
+            method(X)
+    assert not [name for name in vars(clf) if name.endswith("_") and not name.startswith("_")]
+    assert all(torch.equal(v, state["weights"][k]) for k, v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert np.array_equal(clf.fit(X, Y).coef_, classifier(**parameters).fit(X, Y).coef_)
 
 
 def test_an_untraceable_module_warns_and_works():
