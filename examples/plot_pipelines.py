@@ -24,8 +24,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sklearn_lqf import LQFClassifier
-from sklearn_lqf.reader import ImageReader
+from sklearn_lqf import ImageReader, LQFClassifier
 
 # %%
 # Parcels of ten kinds. A file shows the digit on each, but for the lower half of one in two labels, which is torn off.

@@ -71,7 +71,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
     Examples
     --------
     >>> from PIL import Image
-    >>> from sklearn_lqf.reader import ImageReader
+    >>> from sklearn_lqf import ImageReader
     >>> images = [Image.new("RGB", (40, 30)), Image.new("L", (64, 64))]
     >>> ImageReader(image_size=32).fit_transform(images).shape
     (2, 32, 32, 3)

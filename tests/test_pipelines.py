@@ -25,8 +25,7 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sklearn_lqf import LQFClassifier
-from sklearn_lqf.reader import ImageReader
+from sklearn_lqf import ImageReader, LQFClassifier
 
 X, Y = make_images(n=36)
 TEST, LABELS = make_images(n=24, seed=1)

@@ -14,9 +14,9 @@ from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
+from sklearn_lqf import ImageReader
 from sklearn_lqf import reader as module
 from sklearn_lqf.images import ImageInputs
-from sklearn_lqf.reader import ImageReader
 
 X, _ = make_images(n=6)
 
