@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import os
@@ -134,7 +135,7 @@ verbose : int, default=0
 """
 _ATTRIBUTES = """
 n_features_in_ : int
-    Columns of a two-dimensional X; values of one image otherwise.
+    Columns of vectors or raveled rows; values of one image otherwise.
 feature_names_in_ : ndarray of shape (n_features_in_,)
     Names of the columns of a DataFrame; defined only when they are all strings.
 image_shape_ : tuple of int or None
@@ -677,6 +678,8 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
             self.image_shape_: tuple[int, int, int] | None = rows.image_shape
             self._size = rows.size
             self.n_features_in_ = rows.n_features
+            if is_image_input(X) and hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_  # of an earlier fit, on a frame of raveled rows
             return rows, backbone
         rows = validate_data(self, X, dtype=[np.float64, np.float32])
         self.image_shape_ = None
@@ -727,12 +730,10 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         """A clone shares a module given as backbone, which is never changed, instead of copying it."""
         if not isinstance(self.backbone, nn.Module):
             return super().__sklearn_clone__()
-        shared, self.backbone = self.backbone, "auto"
-        try:
-            twin = super().__sklearn_clone__()
-        finally:
-            self.backbone = shared
-        twin.backbone = shared
+        bare = copy.copy(self)  # other threads may be using this one
+        bare.backbone = "auto"
+        twin = super(LQFBase, bare).__sklearn_clone__()
+        twin.backbone = self.backbone
         return twin
 
 

@@ -22,7 +22,7 @@ from .uncertainty import diagonal_roots
 __all__ = ["LQFClassifier"]
 
 _THRESHOLD = 0.5  # of an estimated indicator
-_TEMPERATURES = (1e-2, 1e1)
+_TEMPERATURES = (0.05, 10.0)  # the lower one when all held-out images are right: no probability is 0
 
 
 @with_shared_parameters

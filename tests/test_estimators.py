@@ -103,6 +103,8 @@ def test_feature_names():
     assert clf.feature_names_in_[0] == "p0"
     with pytest.raises(ValueError, match="feature names"):
         clf.predict(frame.rename(columns={"p0": "q0"}))
+    assert not hasattr(clf.fit(X, Y), "feature_names_in_")  # names of an earlier fit are gone
+    assert np.array_equal(clf.predict(RAVELED), clf.predict(X))
 
 
 def test_read_only_memmap(fitted, tmp_path):
