@@ -29,8 +29,10 @@ from .influence import InfluenceMixin, TrainingSet
 from .kfac import KFAC
 from .model import LinearModel, choose_device
 from .objective import Quadratic
+from .persistence import PersistenceMixin
 from .problem import HEADS, Problem, Recipe, TrainingRows
 from .progress import CallbackSupportMixin, Progress, with_callbacks
+from .serving import ServingMixin
 from .solvers import SolverResult, Status, pcg, sgd
 from .uncertainty import UncertaintyMixin
 
@@ -38,7 +40,7 @@ __all__ = ["LQFBase", "check_number", "with_shared_parameters"]
 
 _VIEWS = ("identity", "flip")
 # Parameters in which processes that share a fit may differ; the backbone is compared by its weights.
-_OF_A_PROCESS = {"backbone", "weights", "batch_size", "cache", "memory", "device", "verbose"}
+_OF_A_PROCESS = {"backbone", "weights", "download", "batch_size", "cache", "memory", "device", "verbose"}
 _STATE = ("_model", "_stored", "_fingerprint")  # beside the attributes that end in an underscore
 
 Estimator = TypeVar("Estimator", bound="LQFBase")
@@ -54,6 +56,9 @@ weights : str, path or None, default="auto"
     ``"auto"``: the pre-trained weights of the named backbone, or a module as it is. None: random
     initialization. Else the name of a set of weights of torchvision, or a local file (state dict, loaded
     with ``weights_only=True``, or safetensors).
+download : bool, default=True
+    Whether weights that are not on this machine are downloaded. False: `fit` fails instead, without asking a server;
+    ``python -m sklearn_lqf`` lists what is there.
 tangent_layers : {"head", "all"}, int or list of str, default=1
     What is linearized and trained: the head only, everything, this many last stages (runs of blocks at one
     spatial resolution; a stage is one block for transformers), or modules by name. The rest is a frozen
@@ -172,7 +177,16 @@ def with_shared_parameters(cls: Class) -> Class:
     return cls
 
 
-class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, UncertaintyMixin, UpdateMixin, BaseEstimator):
+class LQFBase(
+    CallbackSupportMixin,
+    CertificateMixin,
+    InfluenceMixin,
+    PersistenceMixin,
+    ServingMixin,
+    UncertaintyMixin,
+    UpdateMixin,
+    BaseEstimator,
+):
     """The estimator without what its targets are; documented with those that are public."""
 
     alpha: float | str
@@ -183,6 +197,7 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
+        download: bool = True,
         tangent_layers: Any = 1,
         readout: str = "stages",
         head: str = "orthogonal",
@@ -210,6 +225,7 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
     ):
         self.backbone = backbone
         self.weights = weights
+        self.download = download
         self.tangent_layers = tangent_layers
         self.readout = readout
         self.head = head
@@ -629,7 +645,7 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         self._memory()
         if not isinstance(self.center, bool | np.bool_) and self.center != "auto":
             raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
-        for name in ("distributed", "store_data"):
+        for name in ("download", "distributed", "store_data"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if n_processes > 1 and self.solver == "sgd":
@@ -664,7 +680,9 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         if is_image_input(X, self.image_shape):
-            backbone = load_backbone(self.backbone, self.weights, random_state=self.random_state)
+            backbone = load_backbone(
+                self.backbone, self.weights, random_state=self.random_state, download=self.download
+            )
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             size = preprocessing.size if self.image_size == "backbone" else self.image_size
             if size is None and self.image_size is not None:
@@ -689,7 +707,11 @@ class LQFBase(CallbackSupportMixin, CertificateMixin, InfluenceMixin, Uncertaint
                 "raveled images)."
             )
         backbone = load_backbone(
-            self.backbone, self.weights, vector_features=rows.shape[1], random_state=self.random_state
+            self.backbone,
+            self.weights,
+            vector_features=rows.shape[1],
+            random_state=self.random_state,
+            download=self.download,
         )
         return rows, backbone
 

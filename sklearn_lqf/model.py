@@ -76,7 +76,7 @@ class LinearModel:
             "negative_slope": negative_slope,
             "read_stages": read_stages,
         }
-        self._preprocessing, self.dtype, self.device = preprocessing, dtype, device
+        self.preprocessing, self.dtype, self.device = preprocessing, dtype, device
         self.network: LinearizedNetwork | None = None
         self.standardization: Standardization | None = None
         self._build()
@@ -123,8 +123,8 @@ class LinearModel:
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
         """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
         x = images.to(self.device, self.dtype)
-        if self._preprocessing is not None:
-            x = self._preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
+        if self.preprocessing is not None:
+            x = self.preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), _full_precision():
             return tuple(self.split.trunk(x))
 
@@ -133,7 +133,7 @@ class LinearModel:
         trunk = self.split.trunk
         if memory is None or isinstance(trunk, NoTrunk):
             return self.activations
-        shared = SharedActivations(memory, trunk, (self._preprocessing, self.dtype, self.device.type))
+        shared = SharedActivations(memory, trunk, (self.preprocessing, self.dtype, self.device.type))
         return lambda images: tuple(z.to(self.device) for z in shared(images, self.activations))
 
     def features(self, activations: Sequence[Tensor]) -> Tensor:

@@ -71,6 +71,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
+        download: bool = True,
         tangent_layers: Any = 1,
         readout: str = "stages",
         head: str = "orthogonal",
@@ -98,7 +99,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         verbose: int = 0,
     ):
         super().__init__(
-            backbone, weights=weights, tangent_layers=tangent_layers, readout=readout, head=head,
+            backbone, weights=weights, download=download, tangent_layers=tangent_layers, readout=readout, head=head,
             tail_weight=tail_weight, negative_slope=negative_slope, center=center, damping=damping, solver=solver,
             max_iter=max_iter, tol=tol, views=views, image_shape=image_shape, image_size=image_size,
             channel_axis=channel_axis, preprocessing=preprocessing, batch_size=batch_size, cache=cache, memory=memory,

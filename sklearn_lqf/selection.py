@@ -111,6 +111,7 @@ class LQFClassifierCV(LQFClassifier):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
+        download: bool = True,
         tangent_layers: Any = 1,
         readout: str = "stages",
         head: str = "orthogonal",
@@ -142,7 +143,7 @@ class LQFClassifierCV(LQFClassifier):
         verbose: int = 0,
     ):
         super().__init__(
-            backbone, weights=weights, tangent_layers=tangent_layers, readout=readout, head=head,
+            backbone, weights=weights, download=download, tangent_layers=tangent_layers, readout=readout, head=head,
             target_scale=target_scale, class_weight=class_weight, tail_weight=tail_weight,
             negative_slope=negative_slope, center=center, damping=damping, solver=solver, max_iter=max_iter, tol=tol,
             views=views, image_shape=image_shape, image_size=image_size, channel_axis=channel_axis,

