@@ -48,7 +48,8 @@ FORBIDDEN = {
 SCANNED = ["sklearn_lqf", "tests", "examples", "docs", "benchmarks", ".ci"]
 NOT_OURS = {"__pycache__", "_build", "gallery", "generated"}  # made by Python and by make docs
 SCANNED_FILES = [
-    "pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", ".gitignore",
+    "pyproject.toml", "Makefile", "constraints.txt", "constraints-oldest.txt", "README.md", "CHANGELOG.md",
+    ".gitignore",
 ]  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def every_form(images, folder):
     yield "string list", names, {}
     yield "string array", np.array(names), {}
     yield "string column", np.array(names)[:, None], {}
-    if hasattr(np.dtypes, "StringDType"):  # numpy 2
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         yield "variable-width strings", np.array(names, dtype=np.dtypes.StringDType()), {}
     yield "path object array", as_objects(paths), {}
     yield "path Series", pd.Series(paths), {}
