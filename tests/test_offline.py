@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from images import make_images
 
-from sklearn_lqf import offline
+from sklearn_lqf import LQFClassifier, LQFRegressor, offline
 from sklearn_lqf.backbones import load_backbone
 from sklearn_lqf.offline import available_backbones, download_folder, timm_file, torchvision_file
 
@@ -118,3 +120,51 @@ def test_without_timm_none_of_its_models_is_listed(monkeypatch):
     real = offline.importlib.util.find_spec
     monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None if name == "timm" else real(name))
     assert list(available_backbones()) == ["vector"]
+
+
+# ------------------------------------------------------------------------------------- networks without weights
+
+
+@pytest.mark.parametrize("weights", ["auto", "IMAGENET1K_V1", "absent.pth", None])
+def test_architecture_only_reads_and_downloads_nothing(weights):
+    loaded = load_backbone("squeezenet1_1", weights, architecture_only=True)
+    with torch.random.fork_rng(devices=[]):
+        plain = torchvision.models.squeezenet1_1(weights=None)
+    assert loaded.module.state_dict().keys() == plain.state_dict().keys()
+    load_backbone("vector", "absent.pth", vector_features=3, architecture_only=True)
+    load_backbone(torch.nn.Linear(2, 2), "absent.pth", architecture_only=True)
+
+
+def test_architecture_is_that_of_the_weights(monkeypatch):
+    asked = []
+
+    def tiny(name, **options):
+        asked.append(options)
+        return torchvision.models.VisionTransformer(options.get("image_size", 224), 16, 1, 2, 8, 16)
+
+    monkeypatch.setattr("torchvision.models.get_model", tiny)
+    sizes = {"IMAGENET1K_SWAG_E2E_V1": 384, "IMAGENET1K_V1": 224, "absent.pth": 224}
+    for weights, size in sizes.items():
+        assert load_backbone("vit_b_16", weights, architecture_only=True).module.image_size == size
+    monkeypatch.setattr(
+        "torchvision.models.get_model", lambda name, **options: asked.append(options) or torch.nn.Linear(2, 2)
+    )
+    load_backbone("googlenet", architecture_only=True)
+    assert asked[-1] == {"weights": None, "aux_logits": False, "init_weights": False, "transform_input": True}
+
+
+def test_architecture_of_timm_and_of_packages(monkeypatch):
+    timm = pytest.importorskip("timm")
+    plain = timm.create_model("tf_efficientnet_lite0").state_dict()
+    for name in ("timm:tf_efficientnet_lite0.in1k", "efficientnet_lite0"):
+        assert load_backbone(name, architecture_only=True).module.state_dict().keys() == plain.keys()
+
+
+def test_estimators_do_not_download_when_told_so():
+    images, labels = make_images(size=32)
+    with pytest.raises(RuntimeError, match="'resnet18' are needed, and download=False"):
+        LQFClassifier(download=False).fit(images, labels)
+    with pytest.raises(ValueError, match="download must be True or False, got 'no'"):
+        LQFClassifier(download="no").fit(images, labels)
+    vectors = np.random.default_rng(0).normal(size=(20, 2))
+    LQFRegressor(download=False, tangent_layers="head").fit(vectors, vectors[:, 0])
