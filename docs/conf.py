@@ -49,6 +49,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(sklearn|numpy|torch|joblib|matplotlib)\..*
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    "parallel": 2,
     "write_computation_times": False,
     "download_all_examples": False,
     "show_signature": False,
