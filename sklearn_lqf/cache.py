@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
@@ -95,14 +95,18 @@ class TrunkCache(Sequence[Activations]):
     def _fill(self, part: Activations, report: Callable[[int], object]) -> None:
         assert self._store is not None
         start = 0
-        while True:
-            self._store.append(part)
-            report(len(part[0]))
-            start += len(part[0])
-            if start == self._n_rows:
-                break
-            part = with_smaller_batches(partial(self._from, start), self.batch_size)
-        self._store.finish()
+        try:
+            while True:
+                self._store.append(part)
+                report(len(part[0]))
+                start += len(part[0])
+                if start == self._n_rows:
+                    break
+                part = with_smaller_batches(partial(self._from, start), self.batch_size)
+            self._store.finish()
+        except BaseException:
+            self._store.discard()
+            raise
 
     def _from(self, start: int, batch_size: int) -> Activations:
         """Evaluate one batch; its size is the one that the device has memory for."""
@@ -184,6 +188,9 @@ class _Held:
     def finish(self) -> None:
         """Nothing is left to do."""
 
+    def discard(self) -> None:
+        """Nothing is open."""
+
     def rows(self, start: int, stop: int) -> list[Tensor]:
         return [z[start:stop].permute(_inverse(o)) for z, o in zip(self._tensors, self._orders, strict=True)]
 
@@ -209,8 +216,14 @@ class _File:
 
     def __init__(self, first: Activations):
         self._orders = [_axes(z) for z in first]
-        with _writing():
-            self._files = [tempfile.TemporaryFile(prefix="sklearn_lqf-") for _ in first]  # noqa: SIM115, see finish
+        self._files: list[Any] = []
+        try:
+            with _writing():
+                for _ in first:
+                    self._files.append(tempfile.TemporaryFile(prefix="sklearn_lqf-"))  # noqa: SIM115, see finish
+        except _UnwritableError:
+            self.discard()
+            raise
         pairs = zip(first, self._orders, strict=True)
         self._shapes = [tuple(z.shape[a] for a in order[1:]) for z, order in pairs]
         self._arrays: list[np.ndarray] = []
@@ -230,6 +243,12 @@ class _File:
                 file.flush()
                 # Copied when written to: what changes its input in place leaves the file alone.
                 self._arrays.append(np.memmap(cast(Any, file), dtype, "c").reshape(-1, *shape))
+                file.close()
+
+    def discard(self) -> None:
+        """Close what cannot be written to the end."""
+        for file in self._files:
+            with suppress(OSError):  # of what is still to be written
                 file.close()
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
