@@ -16,7 +16,7 @@ import sklearn_lqf
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-SLOW = {"README.md", "docs/guide.md", "docs/influence.md", "docs/start.md"}  # more than ten seconds on one thread
+SLOW = {"README.md", "docs/influence.md"}  # more than ten seconds on one thread
 BLOCKS_MIN = 12  # of Python in all pages, that run: fewer would mean that they are no longer found
 
 _FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=fence) *$", re.M | re.S)
