@@ -54,7 +54,8 @@ def estimates_table(rows: Rows) -> str:
 
 def costs_table(rows: Rows) -> str:
     names = {
-        "forget": ("forget 5 images", "0.5"), "leave_one_out_head": ('leave-one-out, `method="head"`', ""),
+        "forget_warm": ("forget 5 images, `warm_start=True`", "0.5"), "forget": ("forget 5 images", ""),
+        "leave_one_out_head": ('leave-one-out, `method="head"`', ""),
         "influence_kfac": ('influence of 10 images, `method="kfac"`', ""),
         "influence_cg": ('influence of 10 images, `method="cg"`', ""), "influence": ("influence of 10 images", "10"),
         "leave_one_out": ("leave-one-out", "5"), "path": ("path of 20 penalties", "4"),

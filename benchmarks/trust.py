@@ -153,6 +153,7 @@ def costs(X: np.ndarray, codes: np.ndarray, seed: int) -> dict[str, Any]:
     train, test = split(codes, PER_CLASS, seed)
     X_train, y_train, X_test, y_test = X[train], codes[train], X[test[:N_QUERIES]], codes[test[:N_QUERIES]]
     alphas = np.logspace(-3, 1, N_ALPHAS)
+    gone = np.arange(N_FORGOTTEN) * (PER_CLASS // N_FORGOTTEN)
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(ROUNDS):
         clf, seconds = timed(lambda: LQFClassifier(BACKBONE, store_data=True).fit(X_train, y_train))
@@ -164,7 +165,8 @@ def costs(X: np.ndarray, codes: np.ndarray, seed: int) -> dict[str, Any]:
             ("influence_cg", lambda clf=clf: clf.influence(None, None, X_test, y_test, method="cg")),
             ("influence_kfac", lambda clf=clf: clf.influence(None, None, X_test, y_test, method="kfac")),
             ("path", lambda clf=clf: path_on_stored(clf, alphas)),
-            ("forget", lambda clf=clf: clf.forget(np.arange(N_FORGOTTEN) * len(train) // N_FORGOTTEN)),
+            ("forget_warm", lambda clf=clf: clf.forget(gone, warm_start=True)),
+            ("forget", lambda clf=clf: clf.forget(gone)),
         ):
             found[name].append(timed(work)[1])
         found["path_of_folds"].append(

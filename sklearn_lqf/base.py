@@ -27,6 +27,7 @@ from .forgetting import StoredData, UpdateMixin
 from .images import ImageInputs, is_image_input
 from .influence import InfluenceMixin, TrainingSet
 from .kfac import KFAC
+from .linearize import _full_precision
 from .model import LinearModel, choose_device
 from .objective import Quadratic
 from .persistence import PersistenceMixin
@@ -312,7 +313,7 @@ class LQFBase(
             own = keep[group.share(len(keep))]
             seen = Fingerprint(len(own))
             cache = group.together(self._trunk_activations, model, rows, own, seen, self.cache, progress)
-            data = self._training_rows(cache, values[keep], weights[keep], given[keep])
+            data = self._training_rows(cache, values[keep], weights[keep], given[keep], weights > 0)
             result = self._solve_for(model, data, group, progress)
             images = group.all_gather_rows(seen.images)
             self._fingerprint = Fingerprint.of(images, values[keep], weights[keep])
@@ -322,12 +323,17 @@ class LQFBase(
         return result
 
     def _training_rows(
-        self, cache: TrunkCache, values: np.ndarray, weights: np.ndarray, given: np.ndarray
+        self,
+        cache: TrunkCache,
+        values: np.ndarray,
+        weights: np.ndarray,
+        given: np.ndarray,
+        kept: np.ndarray | None = None,
     ) -> TrainingRows:
         """What is fitted, from the targets (n, C) in the units of y; fixes the units of the model's."""
         self._unit = self._target_unit(values, weights)
         t, s, g = (torch.tensor(v, device=cache.device) for v in (values / self._unit, weights, given))
-        return TrainingRows(cache, t, s, g, len(self._view_names()))
+        return TrainingRows(cache, t, s, g, len(self._view_names()), kept)
 
     def _solve_for(
         self,
@@ -619,7 +625,8 @@ class LQFBase(
         if not self._centered():
             network = self._model.network
             assert network is not None
-            found = torch.cat([network.at(z, gradients=False).outputs for z in cache])
+            with _full_precision():
+                found = torch.cat([network.at(z, gradients=False).outputs for z in cache])
             offsets = found.double().cpu().view(-1, *t.shape)
         return TrainingSet(t, s, m, offsets), cache, keep, n
 

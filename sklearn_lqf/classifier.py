@@ -281,13 +281,15 @@ class LQFClassifier(ClassifierMixin, LQFBase):
 
     def _learn_targets(self, y: np.ndarray, classes: Any) -> np.ndarray:
         self._multilabel = y.ndim == 2
+        self.classes_ = np.unique(y if classes is None else classes)
         if self._multilabel:
             self.classes_ = np.arange(y.shape[1])
-        else:
-            self.classes_ = np.unique(y if classes is None else classes)
+            if classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+                raise ValueError(f"y has {y.shape[1]} columns, whose numbers the classes must be, got {classes!r}.")
         if len(self.classes_) < 2:
+            source = "the data contains" if classes is None else "classes names"
             raise ValueError(
-                f"LQFClassifier needs samples of at least 2 classes, but the data contains only one class: "
+                f"{type(self).__name__} needs samples of at least 2 classes, but {source} only one class: "
                 f"{self.classes_[0]!r}"
             )
         return self._known_targets(y, len(y), "y")

@@ -313,7 +313,11 @@ class InfluenceMixin:
         if not solve:
             return network, kfac
         quadratic = Quadratic(network, cache, targets, weights, self.alpha_)
-        return network, lambda b: pcg(quadratic.matvec, b, kfac, self.tol, self.max_iter).x
+
+        def solution(b: Tensor) -> Tensor:
+            return pcg(quadratic.matvec, b, kfac, self.tol, self.max_iter, start=kfac.head_solution(b)).x
+
+        return network, solution
 
     def _head_leave_one_out(self: Any, data: TrainingSet, cache: Sequence[Sequence[Tensor]]) -> Tensor:
         """Leave-one-out outputs (V, n, C) of the head alone, one output after the other."""

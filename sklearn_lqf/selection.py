@@ -47,8 +47,8 @@ class LQFClassifierCV(LQFClassifier):
     alphas : array-like of float, default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
         Penalties to choose from, positive, each once, in the units of the ``alpha`` of `LQFClassifier`.
     cv : int, cross-validation generator, iterable or None, default=None
-        Folds, as in scikit-learn, of the images with a positive weight; an iterable counts these. None: leave-one-out
-        in closed form, up to 6000 outputs of all images and views; 5 folds beyond.
+        Folds, as in scikit-learn, of the images with a positive weight; an iterable counts all rows of X. None:
+        leave-one-out in closed form, up to 6000 outputs of all images and views; 5 folds beyond.
     scoring : str, callable or None, default=None
         A scorer as in scikit-learn, of predictions for images left out. None: the accuracy of folds, and the negative
         squared error of leave-one-out.

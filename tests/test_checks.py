@@ -3,7 +3,7 @@
 import pytest
 from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
 
-from sklearn_lqf import LQFClassifier, LQFRegressor
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
 
 # The number of checks that apply to each, which must not fall unseen.
 ESTIMATORS = {
@@ -11,6 +11,8 @@ ESTIMATORS = {
     "sgd": (LQFClassifier(solver="sgd"), 55),
     "others": (LQFClassifier(damping=0.0, target_scale=15.0, negative_slope=0.1, tangent_layers="all"), 55),
     "partial_fit": (LQFClassifier(store_data=True), 56),
+    "cv": (LQFClassifierCV(alphas=[0.1, 1.0], cv=2), 55),
+    "leave one out": (LQFClassifierCV(alphas=[0.1, 1.0], store_data=True), 56),
     "regressor": (LQFRegressor(store_data=True), 50),
 }
 

@@ -122,16 +122,23 @@ def test_forgetting_nothing():
     assert_equal_fits(model.forget([]), fitted("images"), X)
 
 
-def test_the_solver_starts_at_the_solution():
+def test_with_a_warm_start_the_solver_starts_at_the_solution():
     model = classifier(tol=1e-6).fit(X, Y)
     assert model.n_iter_ > 1
     expected = model.coef_.copy()
-    assert model.forget([]).n_iter_ == 0
+    assert model.forget([], warm_start=True).n_iter_ == 0
     np.testing.assert_allclose(model.coef_, expected, rtol=1e-12)
 
 
+def test_without_a_warm_start_the_steps_are_those_of_fit():
+    model = classifier(tol=1e-2).fit(X, Y).forget(GONE)
+    expected = classifier(tol=1e-2).fit(X[KEPT], Y[KEPT])
+    np.testing.assert_allclose(model.residual_norms_, expected.residual_norms_, rtol=1e-9)
+    np.testing.assert_allclose(model.coef_, expected.coef_, rtol=1e-9, atol=1e-12)
+
+
 def test_at_the_default_tolerance_forgetting_is_within_the_certificates():
-    model = classifier(tol=1e-2, alpha=0.01).fit(X, Y).forget(GONE)
+    model = classifier(tol=1e-2, alpha=0.01).fit(X, Y).forget(GONE, warm_start=True)
     expected = classifier(tol=1e-2, alpha=0.01).fit(X[KEPT], Y[KEPT])
     exact = classifier(alpha=0.01).fit(X[KEPT], Y[KEPT])
     prior = np.where(np.arange(model.n_parameters_) < model._n_tail, model.tail_scale_, 1.0)

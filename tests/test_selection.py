@@ -139,6 +139,22 @@ def test_rows_without_a_weight_are_in_no_fold():
         np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_folds_that_are_given_count_rows_without_a_weight(masks):
+    weights, place = np.where(np.arange(N) % 6 == 1, 0.0, WEIGHTS), np.arange(N) % 2
+    parts = [(place != k, place == k) for k in (0, 1)]
+    if not masks:
+        parts = [tuple(map(np.flatnonzero, part)) for part in parts]
+    found = search(cv=parts, tol=1e-6, scoring=hits).fit(X, Y, weights)
+    kept = weights > 0
+    rest = [(np.flatnonzero(place[kept] != k), np.flatnonzero(place[kept] == k)) for k in (0, 1)]
+    expected = search(cv=rest, tol=1e-6, scoring=hits).fit(X[kept], Y[kept], weights[kept])
+    for key, value in expected.cv_results_.items():
+        np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
+    with pytest.raises(IndexError):
+        search(cv=[(np.arange(N), [N])]).fit(X, Y, weights)
+
+
 # ------------------------------------------------------------------------------------------------ leave-one-out
 
 
