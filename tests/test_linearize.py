@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from features import needs_sizes_as_arguments
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -312,7 +313,8 @@ OPERATIONS = {
     "a layer called twice": lambda m, h, k: m.h(k[:, :3]) * h,
     "in place": lambda m, h, k: (h * 1).add_(k).mul_(2).relu_(),
     "in place by operator": lambda m, h, k: _in_place(h * 1, k),
-    "keyword": lambda m, h, k: torch.flatten(input=h, start_dim=1) * torch.reshape(k, (k.shape[0], -1)),
+    "keyword": lambda m, h, k: torch.flatten(input=h, start_dim=1) * k.reshape((k.shape[0], -1)),
+    "size as an argument": lambda m, h, k: torch.reshape(h * k, (k.shape[0], -1)),
 }  # fmt: skip
 
 
@@ -325,6 +327,8 @@ def _in_place(h, k):
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_operations(operation):
+    if operation is OPERATIONS["size as an argument"]:
+        needs_sizes_as_arguments()
     network = check(randomized(Net(operation)), IMAGES)
     # All that has an influence is linearized as part of a graph, and the rest has no place in it.
     assert "h.weight" in network.names
