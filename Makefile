@@ -2,10 +2,13 @@
 PYTHON ?= python3
 DATA_DIR ?= data
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Each process has one thread of its own: the tests are many and small.
+TESTS := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
@@ -16,11 +19,11 @@ OLDEST := .venv-oldest
 demo: $(STAMP)  ## fine-tune EfficientNet-Lite0 on digits; prints accuracies and the path of a figure
 	MPLBACKEND=Agg $(RUN) examples/plot_quickstart.py
 
-test: $(STAMP)  ## all tests with coverage; a part of them: make test ARGS="--no-cov -k pattern"
-	$(RUN) -m pytest --cov=sklearn_lqf --cov-fail-under=95 $(ARGS)
+test: $(STAMP)  ## all tests with coverage, in WORKERS=2 processes; a part of them: make test ARGS="--no-cov -k pattern"
+	OMP_NUM_THREADS=1 $(RUN) $(TESTS) --cov=sklearn_lqf --cov-fail-under=95 $(ARGS)
 
 test-oldest: $(OLDEST)/.installed  ## all tests with the oldest supported versions; Python 3.10 or 3.11: PYTHON=python3.11
-	$(OLDEST)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TESTS) $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(RUN) -m ruff check .
