@@ -11,8 +11,9 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_y
 
-from .base import LQFBase, check_number, with_shared_parameters
+from .base import LQFBase
 from .forgetting import stores_data
+from .parameters import check_number, with_shared_parameters
 from .uncertainty import diagonal_roots
 
 __all__ = ["LQFRegressor"]

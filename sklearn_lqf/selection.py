@@ -14,12 +14,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 
-from .base import check_number, with_shared_parameters
 from .cache import TrunkCache
 from .classifier import LQFClassifier
 from .influence import DUAL_MAX, Dual, TrainingSet
 from .kernel import tangent_kernel
 from .model import LinearModel
+from .parameters import check_number, with_shared_parameters
 from .problem import Problem, TrainingRows
 
 __all__ = ["LQFClassifierCV"]

@@ -1,0 +1,130 @@
+"""Data as users give them: images or vectors in, batches of tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.validation import _check_sample_weight, validate_data
+from torch import Tensor
+
+from .backbones import Backbone, VectorNetwork, load_backbone
+from .cache import with_smaller_batches
+from .images import ImageInputs, is_image_input
+from .model import LinearModel
+from .parameters import Parameters
+
+__all__ = ["Inputs", "flipped", "select_rows", "standardize_vectors"]
+
+
+class Inputs(Parameters):
+    """An estimator that reads rows of X, in `fit` and afterwards."""
+
+    _model: LinearModel
+
+    def _read_training_rows(self, X: Any, y: Any) -> tuple[Any, Backbone]:
+        """Rows of X as vectors or images, and the backbone that fits them."""
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if is_image_input(X, self.image_shape):
+            backbone = load_backbone(
+                self.backbone, self.weights, random_state=self.random_state, download=self.download
+            )
+            preprocessing = backbone.preprocessing.override(self.preprocessing)
+            size = preprocessing.size if self.image_size == "backbone" else self.image_size
+            if size is None and self.image_size is not None:
+                raise ValueError(f"The size at which {backbone.name} was trained is not known: set image_size.")
+            self._image_options: dict[str, Any] = {
+                "image_size": size,
+                "in_channels": backbone.in_channels,
+                "interpolation": preprocessing.interpolation,
+            }
+            rows = self._read_images(X, self.image_shape, reset=True)
+            self.image_shape_: tuple[int, int, int] | None = rows.image_shape
+            self._size = rows.size
+            self.n_features_in_ = rows.n_features
+            if is_image_input(X) and hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_  # of an earlier fit, on a frame of raveled rows
+            return rows, backbone
+        rows = validate_data(self, X, dtype=[np.float64, np.float32])
+        self.image_shape_ = None
+        if "flip" in self._view_names():
+            raise ValueError(
+                "views names 'flip', which mirrors images, but X holds vectors (set image_shape if its rows are "
+                "raveled images)."
+            )
+        backbone = load_backbone(
+            self.backbone,
+            self.weights,
+            vector_features=rows.shape[1],
+            random_state=self.random_state,
+            download=self.download,
+        )
+        return rows, backbone
+
+    def _read_new_data(self, X: Any) -> Any:
+        """Rows of X for prediction."""
+        if self.image_shape_ is None:
+            if is_image_input(X):
+                raise ValueError(f"X holds images, but this {type(self).__name__} was fitted on vectors.")
+            return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        height, width, channels = self.image_shape_
+        shape = (height, width, channels) if self.channel_axis == -1 else (channels, height, width)
+        rows = self._read_images(X, None if is_image_input(X) else shape, reset=False)
+        if rows.size != self._size:
+            raise ValueError(
+                f"X has images of size {rows.size}, but {type(self).__name__} is expecting images of size "
+                f"{self._size} as in fit: set image_size to accept other sizes."
+            )
+        return rows
+
+    def _read_images(self, X: Any, shape: Sequence[int] | None, reset: bool) -> ImageInputs:
+        """X as images; rows that are raveled pass scikit-learn's checks of two-dimensional data."""
+        if shape is not None and not is_image_input(X):
+            X = validate_data(self, X, dtype=None, reset=reset)
+        return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
+
+    def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:
+        """What is made of the trunk activations of rows, batch by batch."""
+        activations = self._model.evaluator(self._memory())
+        return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), self.batch_size)
+
+    def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
+        """Weights of n rows, not all zero."""
+        given = _check_sample_weight(sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True)
+        if not given.any():
+            raise ValueError("Sample weights are all zero: some rows need a positive weight.")
+        return given
+
+
+def _batches(rows: Any, size: int) -> Iterator[Tensor]:
+    """Rows as tensors in fixed order."""
+    return (select_rows(rows, np.arange(a, min(a + size, len(rows)))) for a in range(0, len(rows), size))
+
+
+def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:
+    """Some rows as a tensor."""
+    if isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows[chosen])  # an indexed copy
+    if chosen[-1] - chosen[0] == len(chosen) - 1:
+        return rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
+    return torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
+
+
+def flipped(images: Tensor, flip: Tensor) -> Tensor:
+    """Images (B, C, H, W), some of them mirrored."""
+    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def standardize_vectors(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> None:
+    """Give the built-in network for vectors the weighted mean and scale of its input."""
+    if not isinstance(backbone.module, VectorNetwork):
+        return
+    x = rows.astype(np.float64)
+    mean = np.average(x, axis=0, weights=weights)
+    scale = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    scale[scale <= 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1)] = 1.0  # a constant feature
+    backbone.module.mean.copy_(torch.from_numpy(mean))
+    backbone.module.scale.copy_(torch.from_numpy(scale))
