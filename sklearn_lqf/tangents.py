@@ -81,8 +81,15 @@ def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor 
                 if isinstance(out, Tensor):
                     return fwAD.unpack_dual(out).tangent
                 return pytree.tree_map(lambda o: fwAD.unpack_dual(o).tangent if isinstance(o, Tensor) else None, out)
-        except NotImplementedError:  # an operation has no forward-mode derivative
+        except RuntimeError as error:
+            if not _is_of_forward_mode(error):
+                raise
             return _double_vjp(lambda parts: function(*pytree.tree_unflatten(parts, spec)), leaves, dots)
+
+
+def _is_of_forward_mode(error: RuntimeError) -> bool:
+    """Whether there is no forward-mode derivative, or, of group_norm in torch 2.6, none for channels-last input."""
+    return isinstance(error, NotImplementedError) or "view size is not compatible" in str(error)
 
 
 def _dual(leaf: Tensor, dot: Tensor) -> Any:

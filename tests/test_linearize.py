@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_lqf.graph import split_network
 from sklearn_lqf.linearize import LinearizedNetwork, _full_precision
+from sklearn_lqf.tangents import _dual_call
 
 SLOPE = 0.1
 OUTPUTS = 3
@@ -232,6 +233,40 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_normalizations(norm):
     check(pooled(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 5, 3), nn.Tanh()), IMAGES)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_normalizations_in_channels_last(norm):
+    net = pooled(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 5, 3), nn.Tanh())
+    network, activations = linearized(net, IMAGES)
+    expected, d = network.at(activations), rand(network.n_parameters)
+    point = network.at([z.contiguous(memory_format=torch.channels_last) for z in activations])
+    u = rand(*expected.outputs.shape, seed=1)
+    assert_close(point.jvp(d), expected.jvp(d))
+    assert_close(point.vjp(u), expected.vjp(u))
+
+
+class Viewing(torch.autograd.Function):
+    """Twice its input; its forward-mode derivative asks for contiguous memory, as that of group_norm in torch 2.6."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent.transpose(0, 1).view(tangent.shape)
+
+
+def test_forward_derivative_that_asks_for_contiguous_memory():
+    x, x_dot = rand(3, 4), rand(3, 4, seed=1)
+    assert_close(_dual_call(Viewing.apply, (x,), [x_dot]), 2 * x_dot)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # other errors stay
+        _dual_call(torch.mm, (x, x), [x_dot, None])
 
 
 def test_tangent_of_a_folded_batch_norm():
