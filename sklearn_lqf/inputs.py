@@ -108,7 +108,7 @@ def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:
     """Some rows as a tensor."""
     if isinstance(rows, np.ndarray):
         return torch.from_numpy(rows[chosen])  # an indexed copy
-    if chosen[-1] - chosen[0] == len(chosen) - 1:
+    if (np.diff(chosen) == 1).all():  # the ends do not tell: rows come again in each view
         return rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
     return torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
 
