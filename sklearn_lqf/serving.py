@@ -109,9 +109,9 @@ class ServingMixin:
         -----
         Resizing and the decision are the caller's: for more than two classes the outputs are those of
         ``decision_function``, the class is their argmax, and probabilities are their softmax over ``temperature_``.
-        ``torch.export.export`` makes a program of it, ``torch.onnx.export`` (extra ``onnx``) one for other runtimes;
-        the number of images may be dynamic where every layer has a rule for its tangent, which convolutional
-        networks do and LayerNorm does not.
+        ``torch.export.export`` with ``strict=False`` makes a program of it, ``torch.onnx.export`` (extra ``onnx``) one
+        for other runtimes; the number of images may be dynamic where every layer has a rule for its tangent, which
+        convolutional networks do and LayerNorm does not.
         """
         check_is_fitted(self)
         model = self._model

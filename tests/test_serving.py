@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from features import needs_export_of_forward_mode
 from images import TinyNet, make_images, tiny_net
 from sklearn.exceptions import NotFittedError
 from torch import nn
@@ -61,11 +62,12 @@ def test_module_is_independent_and_moves():
         LQFClassifier().to_module()
 
 
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
 @pytest.mark.parametrize("tangent_layers", [1, "all"])
 def test_exported_for_any_number_of_images(tangent_layers, tmp_path):
     clf = classifier(tangent_layers=tangent_layers).fit(X, Y)
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(clf.to_module(), (IMAGES[:2],), dynamic_shapes=({0: batch},))
+    batch = torch.export.Dim("batch", min=1, max=1024)  # torch 2.6 asks for the largest
+    program = torch.export.export(clf.to_module(), (IMAGES[:2],), dynamic_shapes=({0: batch},), strict=False)
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for n in (1, 2, len(X)):
@@ -73,6 +75,8 @@ def test_exported_for_any_number_of_images(tangent_layers, tmp_path):
 
 
 def test_layer_norm_is_exported_for_one_number_of_images():
+    needs_export_of_forward_mode()
+
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -82,7 +86,7 @@ def test_layer_norm_is_exported_for_one_number_of_images():
             return self.fc(self.norm(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
 
     clf = classifier(backbone=Normed(), tangent_layers="all").fit(X, Y)
-    program = torch.export.export(clf.to_module(), (IMAGES,))
+    program = torch.export.export(clf.to_module(), (IMAGES,), strict=False)
     np.testing.assert_allclose(program.module()(IMAGES).detach().numpy(), clf.decision_function(X), atol=1e-5)
 
 
