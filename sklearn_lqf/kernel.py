@@ -20,6 +20,7 @@ __all__ = ["tangent_kernel"]
 
 Batch = Sequence[Tensor]
 _PRODUCTS = 1 << 26  # elements of the largest intermediate result
+_SIDES_BYTES = 1 << 30  # of patches and output gradients kept between products
 _JACOBIANS = 16  # images whose Jacobians by other parameters are evaluated at once
 
 
@@ -50,15 +51,11 @@ def tangent_kernel(
     rest = [n for n in network.names if n.rpartition(".")[0] not in blocks]
     rows = []
     with _full_precision():
+        right = _Sides(network, batches if others is None else others, blocks, rest)
         for a, batch in enumerate(batches):
-            first = _Side(network, batch, blocks, rest)
-            found = [
-                _product(first, _Side(network, other, blocks, rest), tail_scale)
-                for other in (batches[:a] if others is None else others)
-            ]
-            if others is None:
-                found.append(_product(first, first, tail_scale))
-            rows.append(torch.cat(found, 2))
+            first = right[a] if others is None else _Side(network, batch, blocks, rest)
+            count = a + 1 if others is None else len(others)
+            rows.append(torch.cat([_product(first, right[k], tail_scale) for k in range(count)], 2))
     if others is not None:
         return torch.cat(rows)
     width = sum(r.shape[0] for r in rows)
@@ -85,6 +82,36 @@ class _Side:
             parts = zip(*(z.split(_JACOBIANS) for z in batch), strict=True)
             found = [network.sample_jacobians(part, rest) for part in parts]
             self.rest = torch.cat([torch.cat([j[n].reshape(*j[n].shape[:2], -1) for n in rest], 2) for j in found])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it keeps."""
+        tensors = [x for pair in self.layers.values() for x in pair] + ([] if self.rest is None else [self.rest])
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+class _Sides:
+    """The sides of several batches, kept between products as far as memory is meant for them."""
+
+    def __init__(
+        self,
+        network: LinearizedNetwork,
+        batches: Sequence[Batch],
+        blocks: dict[str, KroneckerBlock],
+        rest: list[str],
+    ):
+        self._make = lambda k: _Side(network, batches[k], blocks, rest)
+        self._kept: dict[int, _Side] = {}
+        self._free = _SIDES_BYTES
+
+    def __getitem__(self, k: int) -> _Side:
+        if k in self._kept:
+            return self._kept[k]
+        side = self._make(k)
+        if side.nbytes <= self._free:
+            self._free -= side.nbytes
+            self._kept[k] = side
+        return side
 
 
 @torch.no_grad()
@@ -127,4 +154,6 @@ def _layer_product(a: Tensor, g: Tensor, b: Tensor, h: Tensor) -> Tensor:
 
 def _jacobians(a: Tensor, g: Tensor) -> Tensor:
     """J of some groups as rows, (B C, G o m)."""
-    return (g.mT @ a.unsqueeze(2)).transpose(1, 2).reshape(g.shape[0] * g.shape[2], -1)
+    rows, groups, c, _, o = g.shape
+    j = g.mT.flatten(2, 3) @ a  # (B, G, C o, m): one product for all outputs
+    return j.view(rows, groups, c, o, -1).transpose(1, 2).reshape(rows * c, -1)
