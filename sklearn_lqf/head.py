@@ -58,7 +58,7 @@ def fit_ridge_head(
         1/multiplicity of its weight, so that a weight of 2 equals a row given twice.
     relative_alphas : Tensor of shape (A,)
         Candidates, positive, in units of the mean squared norm of the centered features (1 when all are
-        constant).
+        constant), times the mean weight where weights are below 1: their scale does not matter then.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def fit_ridge_head(
     noise = 10 * torch.finfo(features.dtype).eps * float((largest * total).sqrt())
     u, sigma, vt = _thin_svd((x - x_mean) * root, noise)
     energy, uy = sigma.square(), u.T @ ys
-    alphas = relative_alphas.double().to(x.device) * (energy.sum() / total if len(energy) else 1.0)
+    alphas = relative_alphas.double().to(x.device) * (energy.sum() / multiplicity.sum() if len(energy) else 1.0)
     grouped_u = u.view(views, n, -1).transpose(0, 1)  # (n, V, r)
     intercept = (s / total).sqrt().view(views, n).T  # (n, V)
     fraction = (1 / multiplicity.double()).view(n, 1, 1)

@@ -174,7 +174,8 @@ class Problem:
     def alpha(self, relative: float | str) -> float:
         """The absolute penalty lambda of a relative one, or of ``"auto"``."""
         if relative == "auto":
-            return max(self.ridge_alpha, _ALPHA_MIN * self.unit)
+            mean_weight = float(self.rows.weights.sum() / self.rows.multiplicity.sum())
+            return max(self.ridge_alpha, _ALPHA_MIN * self.unit * mean_weight)
         return self.unit * float(relative)
 
     def at(self, alpha: float) -> tuple[Quadratic, KFAC]:

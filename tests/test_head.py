@@ -43,11 +43,11 @@ class Data:
         return model.fit(self.features.reshape(-1, d), self.targets.repeat(views, 1), (weights / views).repeat(views))
 
     def unit(self) -> float:
-        """Weighted mean squared norm of the centered features."""
+        """Weighted sum of the squared norms of the centered features, for each image."""
         views, _, d = self.features.shape
         x, s = self.features.reshape(-1, d), (self.weights / views).repeat(views)
         x = x - (s @ x) / s.sum()
-        return float((s * x.square().sum(1)).sum() / s.sum())
+        return float((s * x.square().sum(1)).sum() / len(self.weights))
 
     def held_out(self, alpha: float, removed: Tensor) -> Tensor:
         """Outputs (V, n, C) by refits without a part of the weight of each image."""
@@ -91,14 +91,15 @@ def test_equals_ridge_of_scikit_learn(size, views):
     close(found.bias, expected.intercept_)
 
 
-def test_weight_and_penalty_may_be_scaled_together(size):
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_the_scale_of_weights_is_that_of_the_penalty(size, factor):
     data = Data(*size)
     expected = data.fit()
-    data.weights = 1e6 * data.weights
-    found = data.fit(alphas=1e6 * ALPHAS)
+    data.weights = factor * data.weights
+    found = data.fit()
     close(found.weight, expected.weight)
     close(found.held_out, expected.held_out)
-    assert found.alpha == pytest.approx(1e6 * expected.alpha)
+    assert found.alpha == pytest.approx(factor * expected.alpha)
 
 
 def test_penalty_is_in_units_of_the_mean_squared_norm(size, views):

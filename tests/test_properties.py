@@ -310,6 +310,19 @@ def test_the_scale_of_weights_is_that_of_alpha(data, problem, factor):
 
 
 @FITS
+@given(data=st.data(), problem=problems(), factor=st.floats(1e-9, 1), head=st.sampled_from(["orthogonal", "ridge"]))
+def test_an_automatic_alpha_follows_the_scale_of_small_weights(data, problem, factor, head):
+    """As of weights that sum up to 1; above 1 they are numbers of repetitions."""
+    X, codes = problem
+    weights = weights_of(data.draw, codes, st.floats(0.1, 1))
+    one = classifier(alpha="auto", head=head).fit(X, codes, weights)
+    other = classifier(alpha="auto", head=head).fit(X, codes, factor * weights)
+    assert other.alpha_ == pytest.approx(factor * one.alpha_, rel=1e-6)
+    assert other.temperature_ == pytest.approx(one.temperature_, rel=1e-3)
+    assert_close(other.decision_function(X), one.decision_function(X), 1e-5)
+
+
+@FITS
 @given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
 def test_a_weight_of_zero_is_a_row_left_out(data, problem, alpha):
     X, codes = problem
