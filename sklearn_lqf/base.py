@@ -95,7 +95,8 @@ class LQFBase(
 
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> SolverResult:
         device = choose_device(self.device)
-        group = default_group(device) if self.distributed else ALONE
+        shared = isinstance(self.distributed, bool | np.bool_) and self.distributed
+        group = default_group(device) if shared else ALONE
         group.together(self._check_parameters, group.size)
         rows, backbone = group.together(self._read_training_rows, X, y)
         y = group.together(self._read_targets, y, len(rows))
@@ -105,6 +106,8 @@ class LQFBase(
         given = self._given_weights(sample_weight, len(rows))
         weights = self._weigh_classes(values, given)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
+        if np.maximum(given[keep], 1).sum() < 2:  # a weight of 2 is a row given twice
+            raise ValueError(f"One row with a positive weight is not enough (n_samples={len(rows)}): give at least 2.")
         if len(keep) < group.size:
             raise ValueError(f"{group.size} processes cannot share {len(keep)} image(s): start fewer processes.")
         self._seed = self._draw_seed()

@@ -324,8 +324,10 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         else:
             factor = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_[codes])
         weights = given * factor[codes]
-        if (weights < 0).any() or not weights.any():
-            raise ValueError(f"class_weight must give non-negative weights, not all zero; got {self.class_weight!r}.")
+        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise ValueError(
+                f"class_weight must give finite and non-negative weights, not all zero; got {self.class_weight!r}."
+            )
         return weights
 
     def _check_rest(self, values: np.ndarray) -> None:

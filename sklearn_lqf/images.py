@@ -117,7 +117,7 @@ class ImageInputs:
         in_channels: int = 3,
         interpolation: str = "bilinear",
     ) -> None:
-        if channel_axis not in (-1, 0):
+        if not isinstance(channel_axis, int | np.integer) or channel_axis not in (-1, 0):
             raise ValueError(
                 f"channel_axis={channel_axis!r} is not supported: it is the axis of the channels within one "
                 "image, -1 for (H, W, C) or 0 for (C, H, W)."

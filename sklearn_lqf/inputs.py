@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from .model import LinearModel
 from .parameters import Parameters
 
 __all__ = ["Inputs", "flipped", "select_rows", "standardize_vectors"]
+
+
+_WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares leave what float32 can hold
 
 
 class Inputs(Parameters):
@@ -33,8 +38,9 @@ class Inputs(Parameters):
                 self.backbone, self.weights, random_state=self.random_state, download=self.download
             )
             preprocessing = backbone.preprocessing.override(self.preprocessing)
-            size = preprocessing.size if self.image_size == "backbone" else self.image_size
-            if size is None and self.image_size is not None:
+            of_backbone = isinstance(self.image_size, str) and self.image_size == "backbone"
+            size = preprocessing.size if of_backbone else self.image_size
+            if size is None and of_backbone:
                 raise ValueError(f"The size at which {backbone.name} was trained is not known: set image_size.")
             self._image_options: dict[str, Any] = {
                 "image_size": size,
@@ -48,6 +54,7 @@ class Inputs(Parameters):
             if is_image_input(X) and hasattr(self, "feature_names_in_"):
                 del self.feature_names_in_  # of an earlier fit, on a frame of raveled rows
             return rows, backbone
+        _refuse_one_image(X)
         rows = validate_data(self, X, dtype=[np.float64, np.float32])
         self.image_shape_ = None
         if "flip" in self._view_names():
@@ -82,6 +89,7 @@ class Inputs(Parameters):
 
     def _read_images(self, X: Any, shape: Sequence[int] | None, reset: bool) -> ImageInputs:
         """X as images; rows that are raveled pass scikit-learn's checks of two-dimensional data."""
+        _refuse_one_image(X)
         if shape is not None and not is_image_input(X):
             X = validate_data(self, X, dtype=None, reset=reset)
         return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
@@ -96,7 +104,19 @@ class Inputs(Parameters):
         given = _check_sample_weight(sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True)
         if not given.any():
             raise ValueError("Sample weights are all zero: some rows need a positive weight.")
+        low, high = given[given > 0].min(), given.max()
+        if low < 1 / _WEIGHT_MAX or high > _WEIGHT_MAX:
+            raise ValueError(
+                f"Sample weights must be 0 or from {1 / _WEIGHT_MAX:g} to {_WEIGHT_MAX:g}, got {low:g} to {high:g}: "
+                "multiply all of them, and a numeric alpha, by one factor."
+            )
         return given
+
+
+def _refuse_one_image(X: Any) -> None:
+    """Raise for one image in the place of several, and for arrays of too many axes."""
+    if isinstance(X, str | os.PathLike | Image.Image) or getattr(X, "ndim", 0) > 4:
+        ImageInputs(X)  # says what it expects
 
 
 def _batches(rows: Any, size: int) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ def choose_device(device: Any) -> torch.device:
     present = ["cpu"]
     if torch.cuda.is_available():
         present += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if "cuda" in present else "cpu")
     try:
         found = torch.device(device)
@@ -69,7 +69,8 @@ class LinearModel:
         device: torch.device,
     ):
         source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
-        remove_head(source, self._example(shape, next(source.parameters()).dtype))
+        dtypes = [p.dtype for p in source.parameters()]  # none of a module without layers, which has no head
+        remove_head(source, self._example(shape, dtypes[0] if dtypes else torch.float32))
         self._source, self._shape = source, tuple(shape)
         self._options = {
             "tangent_layers": tangent_layers,

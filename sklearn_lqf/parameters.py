@@ -6,7 +6,8 @@ import copy
 import inspect
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -238,10 +239,10 @@ class Parameters(BaseEstimator):
             ("dtype", ("auto", "float32", "float64")),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
         self._memory()
-        if not isinstance(self.center, bool | np.bool_) and self.center != "auto":
+        if not (isinstance(self.center, bool | np.bool_) or (isinstance(self.center, str) and self.center == "auto")):
             raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
         for name in ("download", "distributed", "store_data"):
             if not isinstance(getattr(self, name), bool | np.bool_):
@@ -255,8 +256,17 @@ class Parameters(BaseEstimator):
                 "With distributed=True random_state must be an int, so that all processes draw the same; got "
                 f"{self.random_state!r}."
             )
-        views = self._view_names()
-        if not views or len(set(views)) != len(views) or not set(views) <= set(_VIEWS):
+        if not isinstance(self.verbose, Integral) or self.verbose < 0:
+            raise ValueError(f"verbose must be an int >= 0, got {self.verbose!r}.")
+        try:
+            check_random_state(self.random_state)
+        except ValueError as error:
+            raise ValueError(
+                f"random_state must be an int from 0 to 2**32 - 1, a RandomState or None, got {self.random_state!r}."
+            ) from error
+        views = self._view_names() if isinstance(self.views, Iterable) else []
+        known = all(isinstance(v, str) and v in _VIEWS for v in views)
+        if not views or not known or len(set(views)) != len(views):
             raise ValueError(f"views must name each of {list(_VIEWS)} at most once, got {self.views!r}.")
 
     def _check_agreement(self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, backbone: Backbone) -> None:
@@ -307,7 +317,8 @@ def check_number(name: str, value: Any, low: float, strict: bool, special: Seque
     """Raise ValueError unless a parameter is a finite number of the range, or one of some other values."""
     if any(value is s or (isinstance(value, str) and value == s) for s in special):
         return
-    number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(float(value))
-    if not number or value < low or (strict and value == low):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    finite = number and abs(value) <= sys.float_info.max
+    if not finite or value < low or (strict and value == low):
         others = "".join(f"{s!r} or " for s in special)
         raise ValueError(f"{name} must be {others}a number {'>' if strict else '>='} {low}, got {value!r}.")

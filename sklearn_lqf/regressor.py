@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.base import MultiOutputMixin, RegressorMixin
 from sklearn.utils import check_consistent_length
 from sklearn.utils.metaestimators import available_if
@@ -171,6 +172,8 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         check_number("alpha", self.alpha, 0, strict=True, special=["auto"])
 
     def _read_targets(self, y: Any, n: int) -> np.ndarray:
+        if issparse(y):
+            raise TypeError(f"y is sparse ({type(y).__name__}), but dense targets are required: pass y.toarray().")
         y = _check_y(y, multi_output=True, y_numeric=True, estimator=self)
         check_consistent_length(np.empty(n), y)
         return y

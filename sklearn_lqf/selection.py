@@ -161,6 +161,10 @@ class LQFClassifierCV(LQFClassifier):
             raise ValueError("LQFClassifierCV does not support distributed=True with several processes.")
         for alpha in self._alphas():
             check_number("Each of alphas", float(alpha), 0, strict=True)
+        if isinstance(self.scoring, str):
+            get_scorer(self.scoring)
+        elif self.scoring is not None and not callable(self.scoring):
+            raise ValueError(f"scoring must be the name of a scorer, a callable or None, got {self.scoring!r}.")
         if self.cv is None and self.head == "ridge":
             raise ValueError("head='ridge' has seen the labels, which leave-one-out does not allow for: set cv.")
 
@@ -168,7 +172,10 @@ class LQFClassifierCV(LQFClassifier):
         """There is none."""
 
     def _alphas(self) -> np.ndarray:
-        alphas = np.asarray(self.alphas, dtype=np.float64)
+        try:
+            alphas = np.asarray(self.alphas, dtype=np.float64)
+        except (TypeError, ValueError):
+            alphas = np.empty(0)
         if alphas.ndim != 1 or not len(alphas) or len(np.unique(alphas)) != len(alphas):
             raise ValueError(f"alphas must be some different numbers, got {self.alphas!r}.")
         return alphas

@@ -62,7 +62,7 @@ def evaluate(module: nn.Module, example: Tensor) -> Any:
                 "image_size=224 or image_size='backbone')."
             )
         else:
-            message += f": {error}"
+            message += f": {error} If the rows of X are raveled images, set image_shape."
         raise ValueError(message) from error
 
 

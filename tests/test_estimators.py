@@ -1,11 +1,10 @@
-"""LQFClassifier on images: the scikit-learn contract where its own checks do not reach, and every bad input."""
+"""LQFClassifier on images: the scikit-learn contract where its own checks do not reach."""
 
 import copy
 import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import joblib
@@ -503,128 +502,13 @@ def test_an_untraceable_module_warns_and_works():
     assert_equal_models(clf, first, 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------------- what is said
 
 
 def test_a_missed_tolerance_is_said():
     with pytest.warns(ConvergenceWarning, match="max_iter"):
         clf = classifier(max_iter=1).fit(X, Y)
     assert not clf.converged_
-
-
-BAD_X = {
-    "five axes": (np.zeros((24, 2, 12, 12, 3)), "5"),
-    "four channels": (np.zeros((24, 12, 12, 4), np.uint8), "channels"),
-    "channels first": (X.transpose(0, 3, 1, 2), "channel_axis"),
-    "nan": (np.where(np.arange(432).reshape(12, 12, 3) == 5, np.nan, X / 255), "NaN"),
-    "infinity": (np.where(np.arange(432).reshape(12, 12, 3) == 5, np.inf, X / 255), "infinity"),
-    "floats 0..255": (X.astype(float), "0"),
-    "int64": (X.astype(np.int64), "uint8"),
-    "empty": (X[:0], "0 sample"),
-    "lengths": (X[:5], "inconsistent"),
-    "mixed sizes": ([Image.fromarray(X[0]), Image.fromarray(X[0][:6])] * 12, "image_size"),
-    "vectors for a network of images": (RAVELED.astype(float), "shape"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_X)
-def test_bad_images(case):
-    bad, message = BAD_X[case]
-    with pytest.raises(ValueError, match=message):
-        classifier().fit(bad, Y)
-
-
-def test_bad_files(tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    Image.fromarray(X[0]).save(tmp_path / "good.png")
-    with pytest.raises(ValueError, match=r"(?s)1.*bad\.png"):
-        classifier().fit([tmp_path / "good.png", tmp_path / "bad.png"], ["a", "b"])
-    with pytest.raises(FileNotFoundError, match=r"(?s)1.*gone\.png"):
-        classifier().fit([tmp_path / "good.png", tmp_path / "gone.png"], ["a", "b"])
-
-
-BAD_PARAMETERS = {
-    "alpha negative": ({"alpha": -1.0}, "alpha"),
-    "alpha zero": ({"alpha": 0.0}, "alpha"),
-    "alpha text": ({"alpha": "small"}, "alpha must be 'auto' or"),
-    "tail_weight": ({"tail_weight": 0.0}, "tail_weight must be None or"),
-    "readout": ({"readout": "first"}, "stages"),
-    "tol": ({"tol": -1}, "tol"),
-    "slope": ({"negative_slope": 1.0}, "negative_slope"),
-    "max_iter": ({"max_iter": 0}, "max_iter"),
-    "batch_size": ({"batch_size": 2.5}, "batch_size"),
-    "solver": ({"solver": "adam"}, "pcg"),
-    "head": ({"head": "none"}, "orthogonal"),
-    "center": ({"center": "maybe"}, "center"),
-    "views": ({"views": ("flip", "flip")}, "views"),
-    "dtype": ({"dtype": "float16"}, "float64"),
-    "device": ({"device": "cuda:99"}, "present"),
-    "device name": ({"device": "quantum"}, "device"),
-    "layers": ({"tangent_layers": ["blok2"]}, "block2"),
-    "layers negative": ({"tangent_layers": -1}, "tangent_layers"),
-    "preprocessing": ({"preprocessing": {"mena": 0}}, "mena"),
-    "unknown backbone": ({"backbone": "resnet81"}, "resnet18"),
-    "size of backbone": ({"image_size": "backbone"}, "image_size"),
-    "channel_axis": ({"channel_axis": 1}, "channel_axis"),
-    "class_weight": ({"class_weight": {"ant": -1.0, "bee": 1.0, "cow": 1.0}}, "class_weight"),
-    "no linear head": ({"backbone": nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Tanh())}, "Linear"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_PARAMETERS)
-def test_bad_parameters(case):
-    parameters, message = BAD_PARAMETERS[case]
-    with pytest.raises(ValueError, match=message):
-        classifier(**parameters).fit(X, Y)
-
-
-def test_bad_labels_and_weights():
-    with pytest.raises(ValueError, match="one class"):
-        classifier().fit(X, np.repeat("ant", len(X)))
-    with pytest.raises(ValueError, match="y to be passed"):
-        classifier().fit(X, None)
-    with pytest.raises(ValueError, match="Unknown label type"):
-        classifier().fit(X, np.linspace(0, 1, len(X)))
-    with pytest.raises(ValueError, match=r"[Nn]egative"):
-        classifier().fit(X, Y, sample_weight=-np.ones(len(X)))
-    with pytest.raises(ValueError, match="zero"):
-        classifier().fit(X, Y, sample_weight=np.zeros(len(X)))
-    with pytest.raises(ValueError, match="sample_weight"):
-        classifier().fit(X, Y, sample_weight=np.ones(3))
-
-
-def test_tied_weights_are_refused():
-    net = tiny_net()
-    net.block2[0].weight = nn.Parameter(torch.randn(8, 8, 3, 3))
-    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1))
-    net[1].weight = net[0].weight
-    net = nn.Sequential(*net, nn.Flatten(), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="tied"):
-        classifier(backbone=net, tangent_layers="all").fit(X, Y)
-
-
-def test_unfitted_and_other_features(fitted):
-    for method in ("predict", "predict_proba", "decision_function", "features"):
-        with pytest.raises(NotFittedError):
-            getattr(classifier(), method)(X)
-    with pytest.raises(ValueError, match="expecting"):
-        fitted.predict(np.zeros((2, 16, 16, 3), np.uint8))
-    with pytest.raises(ValueError, match="features"):
-        fitted.predict(RAVELED[:, :-3])
-    vectors = LQFClassifier(random_state=0).fit(RAVELED[:, :4].astype(float), Y)
-    with pytest.raises(ValueError, match="vectors"):
-        vectors.predict(X)
-    with pytest.raises(ValueError, match="flip"):
-        LQFClassifier(views=("identity", "flip")).fit(RAVELED[:, :4].astype(float), Y)
-
-
-def test_features_that_are_not_finite():
-    net = tiny_net()
-    with torch.no_grad():
-        net.block2[0].weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match="finite"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        classifier(backbone=net).fit(X, Y)
 
 
 def test_images_of_a_fixed_size_network():
@@ -635,6 +519,4 @@ def test_images_of_a_fixed_size_network():
 
     with torch.random.fork_rng(devices=[]):
         net = Fixed().eval()
-    with pytest.raises(ValueError, match="image_size"):
-        classifier(backbone=net).fit(X, Y)
     classifier(backbone=net, image_size=32, tol=1e-2).fit(X, Y)
