@@ -26,6 +26,10 @@ from .threads import DUAL_NUMBERS, shared_by_threads
 
 __all__ = ["LinearizedNetwork", "Point"]
 
+# Until torch 2.13 group_norm has no forward-mode derivative for channels-last input, and gradients of its parameters
+# without that of its input end the process: networks that have it are evaluated in torch's default layout.
+_GROUP_NORM_IS_CHANNELS_LAST = torch.__version__ >= "2.14"  # compared as versions, not as texts
+
 
 @shared_by_threads
 @contextmanager
@@ -71,7 +75,7 @@ class Point:
         self._network, self._gradients = network, gradients
         self._values: dict[Any, Any]
         with torch.set_grad_enabled(gradients):
-            self._graph, self._values = network.tail.primal(inputs)
+            self._graph, self._values = network.tail.primal(network.laid_out(inputs))
         self.features = network.standardized(self._graph.detach())
         self.outputs = torch.nn.functional.linear(self.features, network.weight, network.bias)
 
@@ -160,6 +164,11 @@ class LinearizedNetwork:
         self.names = list(split.tangent)
         self.parameters = [owned[n].requires_grad_(True) for n in self.names]
         self.module = split.tail
+        self._default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and any(
+            isinstance(m, nn.GroupNorm) for m in split.tail.modules()
+        )
+        if self._default_layout:
+            split.tail.to(memory_format=torch.contiguous_format)
         self.tail: TracedTail | GeneralTail = (
             TracedTail(cast(fx.GraphModule, split.tail), self.names)
             if split.traced
@@ -193,6 +202,10 @@ class LinearizedNetwork:
         """
         return Point(self, inputs, gradients)
 
+    def laid_out(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Trunk activations in the layout of memory in which the tail is evaluated."""
+        return [z.contiguous() for z in inputs] if self._default_layout else inputs
+
     def views(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """A flat vector (P,) as tail parameters by name, head weight (C, D) and head bias (C,)."""
         pieces = [vector[s].view(shape) for s, shape in zip(self.slices.values(), self._shapes, strict=True)]
@@ -219,6 +232,7 @@ class LinearizedNetwork:
         -------
         dict of str to Tensor of shape (B, C, *parameter.shape)
         """
+        inputs = self.laid_out(inputs)
         if isinstance(self.tail, GeneralTail):
             return self._jacobians_one_by_one(inputs, names)
         chosen = {n: p.detach() for n, p in zip(self.names, self.parameters, strict=True) if n in set(names)}

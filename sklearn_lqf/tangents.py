@@ -88,7 +88,7 @@ def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor 
 
 
 def _is_of_forward_mode(error: RuntimeError) -> bool:
-    """Whether there is no forward-mode derivative, or, of group_norm in torch 2.6, none for channels-last input."""
+    """Whether there is no forward-mode derivative, or, of group_norm until torch 2.13, none for channels-last input."""
     return isinstance(error, NotImplementedError) or "view size is not compatible" in str(error)
 
 

@@ -107,6 +107,11 @@ def assert_not_fitted(estimator: Any) -> None:
 # ------------------------------------------------------------------------------------------------ temporary files
 
 
+def files(folder: Path) -> list[Path]:
+    """Without the folder of source code that the import of torch 2.6 makes."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".py"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
 def test_a_killed_fit_leaves_no_file(tmp_path):
@@ -126,13 +131,13 @@ print("done", flush=True)
     process = script(code, env={"TMPDIR": str(tmp_path)})
     try:
         assert process.stdout.readline() == "writing\n", process.stderr.read()
-        assert not list(tmp_path.iterdir())  # the file has no name already
+        assert not files(tmp_path)  # the file has no name already
     finally:
         process.send_signal(signal.SIGKILL)
         out, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert out == ""
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path)
 
 
 @pytest.mark.slow
