@@ -106,10 +106,10 @@ class LQFBase(
         given = self._given_weights(sample_weight, len(rows))
         weights = self._weigh_classes(values, given)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
-        if np.maximum(given[keep], 1).sum() < 2:  # a weight of 2 is a row given twice
-            raise ValueError(f"One row with a positive weight is not enough (n_samples={len(rows)}): give at least 2.")
         if len(keep) < group.size:
             raise ValueError(f"{group.size} processes cannot share {len(keep)} image(s): start fewer processes.")
+        if np.maximum(given[keep], 1).sum() < 2:  # a weight of 2 is a row given twice
+            raise ValueError(f"One row with a positive weight is not enough (n_samples={len(rows)}): give at least 2.")
         self._seed = self._draw_seed()
         model = self._prepare(backbone, rows, keep, weights, device)
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:

@@ -357,7 +357,7 @@ def test_a_file_that_one_process_cannot_read_is_named_by_all(ranks):
 MESSAGES = {
     "sgd": ("use 'pcg'", "use 'pcg'"),
     "seed": ("must be an int", "must be an int"),
-    "labels": ("the labels y of process(es) [1]", "the labels y of process(es) [1]"),
+    "labels": ("the targets y of process(es) [1]", "the targets y of process(es) [1]"),
     "number": ("the numbers of images of process(es) [1]", "the numbers of images of process(es) [1]"),
     "lengths": ("Process 1: ValueError: Found input variables with inconsistent", "inconsistent numbers of samples"),
     "weights": ("the sample weights of process(es) [1]", "the sample weights of process(es) [1]"),

@@ -363,7 +363,8 @@ def test_an_interrupt_changes_nothing(case, monkeypatch):
 def test_adding_equals_a_fit_of_all(case):
     estimator, data, y, weighted = CASES[case]
     model = copy.copy(estimator)
-    classes = {"classes": np.unique(y)} if hasattr(model, "class_weight") else {}
+    known = np.unique(y) if y.ndim == 1 else np.arange(y.shape[1])
+    classes = {"classes": known} if hasattr(model, "class_weight") else {}
     for rows in (slice(0, 6), slice(6, 7), slice(7, None)):  # one of them alone
         model.partial_fit(data[rows], y[rows], **classes, sample_weight=WEIGHTS[rows] if weighted else None)
         classes = {}
