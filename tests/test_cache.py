@@ -153,6 +153,9 @@ class FullDisk:
     def write(self, _):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def close(self):
+        pass
+
 
 def test_full_disk(monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", FullDisk)
