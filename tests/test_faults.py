@@ -265,7 +265,7 @@ def _settings() -> dict[str, Any]:
         "device": torch.get_default_device(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
-        "matmul": (cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()),
+        "matmul": cuda.matmul.allow_tf32,
         "attention": (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "forward mode": torch.autograd.forward_ad._current_level,

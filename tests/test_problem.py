@@ -89,9 +89,10 @@ def test_penalties():
     model, rows, recipe = made(IMAGES)
     found = Problem(model, rows, recipe)
     assert found.alpha(2.0) == 2 * found.unit
-    assert found.alpha("auto") == max(found.ridge_alpha, 1e-3 * found.unit)
+    least = 1e-3 * found.unit * float(rows.weights.sum() / rows.multiplicity.sum())  # follows the scale of weights
+    assert found.alpha("auto") == pytest.approx(max(found.ridge_alpha, least))
     found.ridge_alpha = 1e-9
-    assert found.alpha("auto") == 1e-3 * found.unit
+    assert found.alpha("auto") == pytest.approx(least)
 
 
 @pytest.mark.parametrize("case", CASES)
