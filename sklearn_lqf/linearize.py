@@ -27,7 +27,7 @@ from .threads import DUAL_NUMBERS, shared_by_threads
 __all__ = ["LinearizedNetwork", "Point"]
 
 # Until torch 2.13 group_norm has no forward-mode derivative for channels-last input, and gradients of its parameters
-# without that of its input end the process: networks that have it are evaluated in torch's default layout.
+# without that of its input end the process: tails that have it, or may have, are evaluated in torch's default layout.
 _GROUP_NORM_IS_CHANNELS_LAST = torch.__version__ >= "2.14"  # compared as versions, not as texts
 
 
@@ -58,6 +58,14 @@ def _full_precision() -> Iterator[None]:
         for owner, name, old in before:
             if old is not None:
                 setattr(owner, name, old)
+
+
+def _may_norm_groups(split: Split) -> bool:
+    """Whether the tail evaluates group_norm; of one that does not trace only its modules could be seen."""
+    if not split.traced or any(isinstance(m, nn.GroupNorm) for m in split.tail.modules()):
+        return True
+    functions = (torch.group_norm, torch.nn.functional.group_norm)
+    return any(node.target in functions for node in cast(fx.GraphModule, split.tail).graph.nodes)
 
 
 class Point:
@@ -164,9 +172,7 @@ class LinearizedNetwork:
         self.names = list(split.tangent)
         self.parameters = [owned[n].requires_grad_(True) for n in self.names]
         self.module = split.tail
-        self._default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and any(
-            isinstance(m, nn.GroupNorm) for m in split.tail.modules()
-        )
+        self._default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and _may_norm_groups(split)
         if self._default_layout:
             split.tail.to(memory_format=torch.contiguous_format)
         self.tail: TracedTail | GeneralTail = (
@@ -258,5 +264,5 @@ class LinearizedNetwork:
                     features, list(chosen.values()), w.unsqueeze(0), retain_graph=True, materialize_grads=True
                 )
                 for name, g in zip(chosen, grads, strict=True):
-                    found[name].append(g)
+                    found[name].append(g.detach())  # zeros that are filled in require gradients in older torch
         return {n: torch.stack(g).view(-1, len(self.weight), *chosen[n].shape) for n, g in found.items()}

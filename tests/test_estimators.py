@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.linearize import LinearizedNetwork
+from sklearn_lqf.linearize import LinearizedNetwork, Point
 from sklearn_lqf.model import LinearModel
 from sklearn_lqf.objective import Quadratic
 
@@ -520,3 +520,42 @@ def test_images_of_a_fixed_size_network():
     with torch.random.fork_rng(devices=[]):
         net = Fixed().eval()
     classifier(backbone=net, image_size=32, tol=1e-2).fit(X, Y)
+
+
+# ---------------------------------------------------------------------------------------------------- group_norm
+
+
+class GroupNormed(nn.Module):
+    """Norms of groups as a module or a function, in a network that traces or not, which owns parameters in vain."""
+
+    def __init__(self, as_module: bool, traced: bool):
+        super().__init__()
+        self.traced = traced
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.norm = nn.GroupNorm(2, 8) if as_module else None
+        self.w, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))  # in vain beside the module
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu())
+        if not self.traced and float(x.detach().sum()) > 1e30:
+            x = x + 1
+        x = nn.functional.group_norm(x, 2, self.w, self.b) if self.norm is None else self.norm(x)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "untraced"])
+@pytest.mark.parametrize("as_module", [True, False], ids=["module", "function"])
+def test_group_norm_neither_crashes_nor_keeps_graphs(as_module, traced, monkeypatch):
+    # Gradients of its parameters alone, for channels-last input, end the process in torch before 2.14.
+    products, jvp = [], Point.jvp
+    monkeypatch.setattr(Point, "jvp", lambda self, d: products.append(jvp(self, d)) or products[-1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = GroupNormed(as_module, traced).eval()
+    clf = LQFClassifier(net, tangent_layers="all", tol=1e-4).fit(X, Y)
+    assert clf.converged_
+    assert products and not any(p.requires_grad for p in products)
+    exact = LQFClassifier(net, tangent_layers="all", tol=1e-8, dtype="float64").fit(X, Y)
+    np.testing.assert_allclose(clf.decision_function(X), exact.decision_function(X), atol=1e-2)
