@@ -51,6 +51,7 @@ def kfac_table(rows: Rows) -> str:
 def iteration_table(rows: Rows) -> str:
     names = {
         "kfac": "K-FAC, from the head's solution",
+        "kfac_whole": "the same, no factor approximated",
         "kfac_from_zero": "K-FAC, from zero",
         "identity": "without K-FAC",
     }

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import _nft
 import numpy as np
@@ -356,10 +357,13 @@ class Curve:
 def iterations(posed: Posed) -> dict[str, Any]:
     """Iterations of conjugate gradients to two tolerances: with K-FAC as in fit, from zero, and without."""
     quadratic, kfac = posed.quadratic_, posed.kfac_
+    with mock.patch("sklearn_lqf.kfac._WHOLE_MAX", sys.maxsize):
+        whole = posed.preconditioner()
     b = quadratic.rhs()
     found: dict[str, Any] = {}
     for name, precondition, start in (
         ("kfac", kfac, kfac.head_solution(b)),
+        ("kfac_whole", whole, whole.head_solution(b)),  # no factor approximated
         ("kfac_from_zero", kfac, None),
         ("identity", lambda v: v, None),
     ):

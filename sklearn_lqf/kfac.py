@@ -31,7 +31,8 @@ Sum = Callable[[Tensor], Tensor]
 Gather = Callable[[Tensor], Tensor]
 
 _EIGH_MAX = 256  # rows up to which a factor is diagonalized; above, the inverse is by Cholesky: 20 times faster
-_DENSE_MAX = 8192  # rows above which a factor is replaced by its diagonal
+_WHOLE_MAX = 512  # rows up to which a factor is kept whole; above, its Nyström approximation
+_RANK = 128  # of the approximation: solvers take as many iterations with it as with whole factors
 _EXACT_MAX = 64  # parameters of one group of a convolution up to which its block is exact (depthwise)
 _CHUNK = 1 << 25  # elements of the largest intermediate result of an update
 
@@ -56,11 +57,8 @@ class KroneckerBlock:
         if self.exact:
             self.block = self._zeros(self.o * self.m, self.o * self.m)
         else:
-            self.left, self.right = self._factor(self.o), self._factor(self.m)
-
-    def _factor(self, size: int) -> Tensor:
-        """A matrix (G, size, size), or its diagonal (G, size) when it is too large."""
-        return self._zeros(size) if size > _DENSE_MAX else self._zeros(size, size)
+            self.left, self.right = (_Factor(self.groups, size, layer.weight) for size in (self.o, self.m))
+            self.tau = self._zeros()
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(self.groups, *shape, dtype=torch.float64, device=self.layer.weight.device)
@@ -80,7 +78,7 @@ class KroneckerBlock:
         batch = len(weights)
         images, probes = _by_image(inputs, gradients, batch)
         positions = sum(g[0].numel() for g in probes[0]) // (self.groups * self.o)
-        by_gram = self._prefers_gram(positions, len(probes))
+        by_gram = not self.exact and self._prefers_gram(positions, len(probes))
         elements = self.groups * max(
             positions * self.m, len(probes) * positions * self.o, positions**2 if by_gram else self.o * self.m
         )
@@ -110,7 +108,8 @@ class KroneckerBlock:
     def _prefers_gram(self, positions: int, probes: int) -> bool:
         """Whether products between positions are cheaper than the Jacobians themselves."""
         t, k, o, m = positions, probes, self.o, self.m
-        return 2 * t * t * (m + k * o) + t * (k * o * o + m * m) < k * o * m * (t + o + m)
+        left, right = self.left.width, self.right.width
+        return 2 * t * t * (m + k * o) + t * (k * o * left + m * right) < k * o * m * (t + left + right)
 
     def _accumulate(self, a: Tensor, g: Tensor, by_gram: bool) -> None:
         """Add patches (B, G, T, m) and gradients (B, G, K, T, o)."""
@@ -118,13 +117,15 @@ class KroneckerBlock:
         if by_gram:
             joint = g.transpose(2, 3).reshape(batch, groups, positions, k * o)
             weighted = ((a @ a.mT) @ joint).view(batch, groups, positions, k, o).transpose(2, 3)
-            self.left += _contract(g.flatten(2, 3), weighted.flatten(2, 3), self.left)
-            self.right += _contract(a, (joint @ joint.mT) @ a, self.right)
+            self.tau += (g * weighted).sum((0, 2, 3, 4), dtype=torch.float64)
+            self.left.add(g.flatten(2, 3), weighted.flatten(2, 3))
+            self.right.add(a, (joint @ joint.mT) @ a)
         else:
             for i in range(k):
                 j = g[:, :, i].mT @ a  # (B, G, o, m)
-                self.left += _contract(j.mT, j.mT, self.left)
-                self.right += _contract(j, j, self.right)
+                self.tau += j.square().sum((0, 2, 3), dtype=torch.float64)
+                self.left.add(j.mT, j.mT)
+                self.right.add(j, j)
 
     def _accumulate_exact(self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], root: Tensor) -> None:
         """Add outer products of each image's gradient of a group; images are groups of one convolution."""
@@ -180,12 +181,12 @@ class KroneckerBlock:
     @property
     def trace(self) -> float:
         """tau: trace of the block of the Gauss-Newton matrix (exact, whatever the factors)."""
-        return float(_traces(self.block if self.exact else self.left).sum())
+        return float((_trace(self.block) if self.exact else self.tau).sum())
 
     @property
     def _sums(self) -> tuple[Tensor, ...]:
         """What was accumulated."""
-        return (self.block,) if self.exact else (self.left, self.right)
+        return (self.block,) if self.exact else (self.left.sum, self.right.sum, self.tau)
 
     def scale(self, factor: float) -> None:
         """Multiply the curvature that was accumulated."""
@@ -203,8 +204,8 @@ class KroneckerBlock:
             self.solve = _dense_solve(self.block, ridge, dtype)
             del self.block
         else:
-            self.solve = _kronecker_solve(self.left, self.right, ridge, dtype)
-            del self.left, self.right
+            self.solve = _kronecker_solve(self.left, self.right, self.tau, ridge, dtype)
+            del self.left, self.right, self.tau
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
         """Write the inverse times the layer's part of ``vector`` into ``out``, both (P,)."""
@@ -216,6 +217,80 @@ class KroneckerBlock:
             out[self.bias] = v[:, :, -1].reshape(-1)
             v = v[:, :, :-1]
         out[self.weight] = v.reshape(-1)
+
+
+class _Factor:
+    """A symmetric positive matrix M (n, n) for each group, accumulated over batches.
+
+    Large ones are kept as M Omega with a random test matrix Omega (n, r), from which follows the Nyström approximation
+    of M (Frangella, Tropp & Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 44, 2023).
+
+    Parameters
+    ----------
+    groups, size : int
+    like : Tensor
+        Gives the dtype of what is added, and the device.
+
+    Attributes
+    ----------
+    sum : Tensor of shape (G, n, n) or (G, n, r)
+        M or M Omega, in float64.
+    test : Tensor of shape (n, r) or None
+        Omega.
+    """
+
+    def __init__(self, groups: int, size: int, like: Tensor):
+        self.test = None
+        if size > _WHOLE_MAX:  # seeded by a constant: the same in all fits and processes
+            generator = torch.Generator().manual_seed(0)
+            self.test = (torch.randn(size, _RANK, generator=generator) / math.sqrt(size)).to(like)
+        columns = size if self.test is None else _RANK
+        self.sum = torch.zeros(groups, size, columns, dtype=torch.float64, device=like.device)
+
+    @property
+    def width(self) -> int:
+        """Multiplications for each element of what is added."""
+        return self.sum.shape[2] * (1 if self.test is None else 2)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the sum of x' y over images and positions, for (B, G, T, n) each."""
+        y = y if self.test is None else y @ self.test
+        x, y = (z.transpose(0, 1).flatten(1, 2) for z in (x, y))
+        self.sum += x.mT @ y
+
+    def damped(self, ridge: Tensor, trace: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Product of (G, k, n) with (M + ridge I)^-1, for ridge (G,) and the trace (G,) of M.
+
+        Outside the range of its approximation M counts as a multiple of the identity, with what is left of the trace.
+        """
+        if self.test is None:
+            inverse = _inverse(self.sum, ridge).to(dtype)
+            return lambda v: v @ inverse
+        values, basis = self._nystrom()
+        n, rank = basis.shape[1:]
+        rest = ((trace - values.sum(1)) / (n - rank)).clamp_min(0)
+        outside = (1 / (rest + ridge)).view(-1, 1, 1)
+        within = (1 / (values + ridge.unsqueeze(1))).unsqueeze(1) - outside  # (G, 1, r)
+        basis, within, outside = basis.to(dtype), within.to(dtype), outside.to(dtype)
+        return lambda v: outside * v + (v @ basis * within) @ basis.mT
+
+    def _nystrom(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (G, r) and eigenvectors (G, n, r) of M Omega (Omega' M Omega)^-1 Omega' M."""
+        test, image = cast(Tensor, self.test), self.sum
+        norm = image.norm(dim=(1, 2))
+        shift = torch.finfo(test.dtype).eps * torch.where(norm > 0, norm, 1.0).view(-1, 1, 1)
+        test = test.double()
+        while True:  # of M plus the shift, which makes the core positive in spite of rounding; subtracted below
+            shifted = image + shift * test
+            core = test.T @ shifted
+            factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+            if not info.any():
+                break
+            shift = 10 * shift
+        root = torch.linalg.solve_triangular(factor, shifted.mT, upper=False)  # (G, r, n)
+        squares, vectors = torch.linalg.eigh(root @ root.mT)
+        squares = torch.maximum(squares, shift[:, 0])  # not below in exact arithmetic
+        return squares - shift[:, 0], (root.mT @ vectors) / squares.sqrt().unsqueeze(1)
 
 
 class HeadBlock:
@@ -449,69 +524,39 @@ def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _traces(factor: Tensor) -> Tensor:
-    """Traces (G,) of matrices (G, n, n), or of diagonals (G, n)."""
-    return factor.sum(1) if factor.ndim == 2 else _trace(factor)
-
-
-def _contract(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
-    """Sum over images and positions of x' y for (B, G, T, p) and (B, G, T, q), in float64.
-
-    Shape (G, p, q), or its diagonal (G, p) where ``like`` is one.
-    """
-    if like.ndim == 2:
-        return (x * y).sum((0, 2), dtype=torch.float64)
-    groups, p, q = x.shape[1], x.shape[3], y.shape[3]
-    return (x.transpose(0, 1).reshape(groups, -1, p).mT @ y.transpose(0, 1).reshape(groups, -1, q)).double()
-
-
 def _dense_solve(block: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """(M + ridge I)^-1 as a function of tensors whose elements, in order, are (..., n)."""
     inverse = _inverse(block, block.new_tensor(ridge)).to(dtype)
     return lambda v: (inverse @ v.reshape(*inverse.shape[:-1], 1)).view(v.shape)
 
 
-def _kronecker_solve(left: Tensor, right: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m); factors are (G, n, n) or diagonals (G, n)."""
-    tau = _traces(left)
+def _kronecker_solve(
+    left: _Factor, right: _Factor, tau: Tensor, ridge: float, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m), for tau (G,)."""
+    o, m = left.sum.shape[1], right.sum.shape[1]
     norm = torch.where(tau > 0, tau, 1.0)  # zero where a layer is dead: the inverse is 1 / ridge there
-    left = left / norm.view(-1, *[1] * (left.ndim - 1))
-    o, m = left.shape[1], right.shape[1]
-    if all(x.ndim == 2 or x.shape[1] <= _EIGH_MAX for x in (left, right)):
-        (l_values, l_basis), (r_values, r_basis) = _eigh(left), _eigh(right)
+    if max(o, m) <= _EIGH_MAX:
+        (l_values, l_basis), (r_values, r_basis) = _eigh(left.sum / norm.view(-1, 1, 1)), _eigh(right.sum)
         values = (1 / (l_values.unsqueeze(2) * r_values.unsqueeze(1) + ridge)).to(dtype)  # (G, o, m)
         l_basis, r_basis = l_basis.to(dtype), r_basis.to(dtype)
-        return lambda v: _sandwich(l_basis, values * _sandwich(_transposed(l_basis), v, r_basis), _transposed(r_basis))
+        return lambda v: l_basis @ (values * (l_basis.mT @ v @ r_basis)) @ r_basis.mT
     # Factored Tikhonov damping with the mean eigenvalues balanced: Martens & Grosse 2015, section 6.3.
     pi = torch.where(tau > 0, tau * o / m, 1.0).sqrt()
-    l_inverse = _inverse(left, math.sqrt(ridge) / pi).to(dtype)
-    r_inverse = _inverse(right, math.sqrt(ridge) * pi).to(dtype)
-    return lambda v: _sandwich(l_inverse, v, r_inverse)
-
-
-def _sandwich(left: Tensor, v: Tensor, right: Tensor) -> Tensor:
-    """A v B for v (G, o, m); A and B are (G, n, n), or diagonals (G, n)."""
-    v = left.unsqueeze(2) * v if left.ndim == 2 else left @ v
-    return v * right.unsqueeze(1) if right.ndim == 2 else v @ right
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    """Transposes of matrices (G, n, n); diagonals (G, n) as they are."""
-    return matrix if matrix.ndim == 2 else matrix.mT
+    by_left = left.damped(math.sqrt(ridge) / pi * norm, tau, dtype)  # of L, so tau times that of L / tau
+    by_right = right.damped(math.sqrt(ridge) * pi, tau, dtype)
+    norm = norm.to(dtype).view(-1, 1, 1)
+    return lambda v: by_left(by_right(norm * v).mT).mT
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, clamped at zero, and eigenvectors of symmetric positive (G, n, n), or diagonals (G, n)."""
-    if matrix.ndim == 2:
-        return matrix, torch.ones_like(matrix)
+    """Eigenvalues, clamped at zero, and eigenvectors of symmetric positive (G, n, n)."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values.clamp_min(0), vectors
 
 
 def _inverse(matrix: Tensor, ridge: Tensor) -> Tensor:
-    """(M + ridge I)^-1 of symmetric positive matrices (..., n, n), ridge (...), or of diagonals (G, n)."""
-    if matrix.ndim == 2 and ridge.ndim == 1:
-        return 1 / (matrix + ridge.unsqueeze(1))
+    """(M + ridge I)^-1 of symmetric positive matrices (..., n, n), for ridge (...)."""
     matrix = (matrix + matrix.mT) / 2
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     # A ridge below the rounding errors of the matrix leaves it indefinite: it is raised until it is above.

@@ -121,8 +121,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
 
 
 def close_factors(found: KroneckerBlock, expected: KroneckerBlock) -> None:
-    for name in ("block",) if expected.exact else ("left", "right"):
-        close(getattr(found, name), getattr(expected, name), 1e-12)
+    for a, b in zip(found._sums, expected._sums, strict=True):
+        close(a, b, 1e-12)
 
 
 def applied(block: KroneckerBlock | SmallBlock | HeadBlock | KFAC, size: int) -> Tensor:
@@ -166,8 +166,8 @@ def eye(size: int) -> Tensor:
 def test_factors_are_partial_traces_of_the_jacobians(name):
     block, (left, right, tau) = CASES[name].block(), factors(CASES[name])
     assert not block.exact
-    close(block.left, left)
-    close(block.right, right)
+    close(block.left.sum, left)
+    close(block.right.sum, right)
     assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
 
 
@@ -245,48 +245,64 @@ def test_cholesky_is_factored_tikhonov(name, monkeypatch):
     assert float(torch.linalg.eigvalsh(found).min()) > 0
 
 
-@pytest.mark.parametrize("eigh_max", [0, 100])
-@pytest.mark.parametrize("dense_max", [3, 6, 8])  # both factors, the left one or the right one is a diagonal
+LOW_RANK = {"_WHOLE_MAX": 2, "_RANK": 2, "_EIGH_MAX": 2}
+
+
+def limited(monkeypatch, limits: dict[str, int]) -> None:
+    for constant, value in limits.items():
+        monkeypatch.setattr(kfac, constant, value)
+
+
+def nystrom(matrix: Tensor, test: Tensor) -> Tensor:
+    """The approximation by its definition, and what is left of the trace spread over what it does not span."""
+    found = matrix @ test @ torch.linalg.inv(test.T @ matrix @ test) @ (matrix @ test).T
+    basis = torch.linalg.qr(matrix @ test)[0]
+    rest = (torch.trace(matrix) - torch.trace(found)) / (len(matrix) - test.shape[1])
+    return found + rest * (eye(len(matrix)) - basis @ basis.T)
+
+
+@pytest.mark.parametrize("whole_max", [3, 6, 8])  # both factors, the left one or the right one is approximated
+@pytest.mark.parametrize("by_gram", [True, False])
 @pytest.mark.parametrize("name", ["linear on tokens", "two groups", "linear wide"])
-def test_large_factors_become_diagonals(name, dense_max, eigh_max, monkeypatch):
-    monkeypatch.setattr(kfac, "_DENSE_MAX", dense_max)
-    monkeypatch.setattr(kfac, "_EIGH_MAX", eigh_max)
+def test_large_factors_are_approximated(name, by_gram, whole_max, monkeypatch):
+    limited(monkeypatch, {"_WHOLE_MAX": whole_max, "_RANK": 2, "_EIGH_MAX": 0})
+    monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda self, positions, probes: by_gram)
     case = make(Linear(3, 7), (5, 3)) if name == "linear wide" else CASES[name]
     block, (left, right, tau) = case.block(), factors(case)
-    if block.o > dense_max:
-        left = torch.diag_embed(left.diagonal(dim1=1, dim2=2))
-        close(block.left, left.diagonal(dim1=1, dim2=2))
-    if block.m > dense_max:
-        right = torch.diag_embed(right.diagonal(dim1=1, dim2=2))
-        close(block.right, right.diagonal(dim1=1, dim2=2))
     assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
-    left = left / tau.view(-1, 1, 1)
-    if max([n for n in (block.o, block.m) if n <= dense_max], default=0) > eigh_max:
-        pi = (tau / block.m * block.o).sqrt().view(-1, 1, 1)
-        l_inverse = torch.linalg.inv(left + RIDGE**0.5 / pi * eye(block.o))
-        dense = kronecker(l_inverse, torch.linalg.inv(right + RIDGE**0.5 * pi * eye(block.m)))
-    else:
-        dense = torch.linalg.inv(kronecker(left, right) + RIDGE * eye(block.o * block.m))
+    assert [f.sum.shape[2] for f in (block.left, block.right)] == [
+        2 if n > whole_max else n for n in (block.o, block.m)
+    ]
+    if block.left.test is not None:
+        left = torch.stack([nystrom(x, block.left.test) for x in left])
+    if block.right.test is not None:
+        right = torch.stack([nystrom(x, block.right.test) for x in right])
+    pi = (tau / block.m * block.o).sqrt().view(-1, 1, 1)
+    l_inverse = torch.linalg.inv(left / tau.view(-1, 1, 1) + RIDGE**0.5 / pi * eye(block.o))
+    dense = kronecker(l_inverse, torch.linalg.inv(right + RIDGE**0.5 * pi * eye(block.m)))
     expected = flat(dense, block.o, block.m, block.bias is not None)
     block.factorize(RIDGE, F64)
     close(applied(block, len(expected)), expected)
 
 
-@pytest.mark.parametrize("by_gram", [True, False])
-def test_diagonals_agree_on_both_paths(by_gram, monkeypatch):
-    expected = CASES["two groups"].block()
-    monkeypatch.setattr(kfac, "_DENSE_MAX", 0)
-    monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda self, positions, probes: by_gram)
-    block = CASES["two groups"].block()
-    close(block.left, expected.left.diagonal(dim1=1, dim2=2))
-    close(block.right, expected.right.diagonal(dim1=1, dim2=2))
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_approximation_is_exact_up_to_its_rank(dtype):
+    rows = torch.randn(3, 1, 20, 700, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    factor = kfac._Factor(1, 700, rows)
+    assert factor.test is not None and factor.sum.shape == (1, 700, kfac._RANK)
+    factor.add(rows, rows)
+    exact = torch.einsum("bgti,bgtj->gij", rows.double(), rows.double())  # of rank 60
+    vector = torch.randn(1, 4, 700, generator=torch.Generator().manual_seed(1), dtype=F64)
+    ridge = torch.tensor([10.0], dtype=F64)
+    found = factor.damped(ridge, exact.diagonal(dim1=1, dim2=2).sum(1), F64)(vector)
+    expected = torch.linalg.solve(exact[0] + ridge * eye(700), vector[0].T).T
+    close(found[0], expected, 1e-9 if dtype == F64 else 2e-4)
 
 
-@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, {"_DENSE_MAX": 0}])
+@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, LOW_RANK])
 @pytest.mark.parametrize("name", ["conv", "two groups", "depthwise"])
 def test_dead_layer_is_damped_alone(name, limit, monkeypatch):
-    for constant, value in limit.items():
-        monkeypatch.setattr(kfac, constant, value)
+    limited(monkeypatch, limit)
     case = ALL[name]
     block = replace(case, gradients=[[torch.zeros_like(g) for g in p] for p in case.gradients]).block()
     assert block.trace == 0.0
@@ -295,11 +311,10 @@ def test_dead_layer_is_damped_alone(name, limit, monkeypatch):
     close(applied(block, size), eye(size) / RIDGE)
 
 
-@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}])
+@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, LOW_RANK])
 @pytest.mark.parametrize("name", ["linear", "linear on few tokens", "depthwise"])
 def test_ridge_below_rounding_errors_leaves_inverse_positive(name, limit, monkeypatch):
-    for constant, value in limit.items():
-        monkeypatch.setattr(kfac, constant, value)
+    limited(monkeypatch, limit)
     case = ALL[name].part(0, 1)  # one image: the factors are singular
     block = case.block()
     block.factorize(1e-40, F64)
@@ -316,8 +331,8 @@ def test_float32_factors_are_close_to_float64():
     single = Case(
         layer, [x.float() for x in case.inputs], [[g.float() for g in p] for p in case.gradients], case.weights.float()
     ).block()
-    assert single.left.dtype == torch.float64
-    close(single.right, case.block().right, 1e-6)
+    assert single.left.sum.dtype == torch.float64
+    close(single.right.sum, case.block().right.sum, 1e-6)
     single.factorize(RIDGE, torch.float32)
     out = torch.empty(112)
     single.apply(torch.ones(112), out)
@@ -427,10 +442,9 @@ def preconditioner() -> tuple[KFAC, int]:
     return KFAC([layer, small, head]), 45
 
 
-@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, {"_DENSE_MAX": 4}])
+@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, LOW_RANK])
 def test_preconditioner_is_symmetric_positive_definite_and_owns_every_parameter_once(limit, monkeypatch):
-    for constant, value in limit.items():
-        monkeypatch.setattr(kfac, constant, value)
+    limited(monkeypatch, limit)
     operator, size = preconditioner()
     trace = sum(block.trace for block in operator.blocks)
     assert operator.trace == pytest.approx(trace)
