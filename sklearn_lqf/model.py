@@ -22,7 +22,12 @@ from .graph import Split, remove_head, split_network
 from .linearize import LinearizedNetwork, _full_precision
 from .readout import Standardization, fit_standardization
 
-__all__ = ["LinearModel", "choose_device"]
+__all__ = ["PREPARED_OTHERWISE", "LinearModel", "choose_device"]
+
+PREPARED_OTHERWISE = (
+    "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
+    "code with which it was."
+)
 
 
 def choose_device(device: Any) -> torch.device:
@@ -103,7 +108,10 @@ class LinearModel:
         return self.standardization(features)
 
     def set_head(self, weight: Tensor, bias: Tensor) -> LinearizedNetwork:
-        """Linearize at a head of weight (C, D) and bias (C,) on the standardized features."""
+        """Linearize at a head of weight (C, D) and bias (C,) on the standardized features, as many as the network's."""
+        if weight.shape[1] != self.split.n_features:
+            read, given = weight.shape[1], self.split.n_features
+            raise ValueError(f"The head reads {read} features, and the network gives {given}. {PREPARED_OTHERWISE}")
         weight, bias = (v.to(self.device, self.dtype).contiguous() for v in (weight, bias))
         self.network = LinearizedNetwork(self.split, weight, bias, self.standardization)
         return self.network

@@ -24,7 +24,7 @@ from .archive import digest, read_archive, refusal, write_archive
 from .backbones import Backbone, Preprocessing, VectorNetwork, load_backbone
 from .forgetting import StoredData
 from .header import decode, encode
-from .model import LinearModel, choose_device
+from .model import PREPARED_OTHERWISE, LinearModel, choose_device
 from .readout import Standardization
 from .versions import __version__, installed_versions
 
@@ -133,6 +133,8 @@ class PersistenceMixin:
             )
         defaults = {name: p.default for name, p in _signature(type(self)).items() if p.default is not p.empty}
         super().__setstate__({**defaults, **state})  # type: ignore[misc]
+        if "_model" in state and "coef_" in state:
+            _check_coef(self)
 
 
 def _signature(cls: type) -> dict[str, inspect.Parameter]:
@@ -349,7 +351,7 @@ def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> Li
 def _check_coef(estimator: Any) -> None:
     shape = (estimator._model.network.n_parameters,)
     if estimator.coef_.shape != shape:
-        raise ValueError(f"coef_ has the shape {estimator.coef_.shape}, and the network {shape}")
+        raise ValueError(f"coef_ has the shape {estimator.coef_.shape}, and the network {shape}. {PREPARED_OTHERWISE}")
 
 
 def _stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone) -> StoredData | None:

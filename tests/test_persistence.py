@@ -21,7 +21,7 @@ from sklearn.model_selection import KFold
 from torch import nn
 
 import sklearn_lqf
-from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor, persistence
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor, graph, persistence
 from sklearn_lqf.archive import digest
 
 X, Y = make_images()
@@ -454,3 +454,17 @@ def test_parameters_that_a_pickle_lacks_have_their_defaults(of_vectors):
     older = LQFClassifier.__new__(LQFClassifier)
     older.__setstate__(state)
     assert older.get_params() == of_vectors.get_params()
+
+
+@pytest.mark.parametrize(
+    ("readout", "message"), [("stages", r"head reads \d+ features"), ("last", r"coef_ has the shape")]
+)
+def test_pickle_is_refused_where_the_network_is_prepared_otherwise(readout, message, monkeypatch):
+    content = pickle.dumps(classifier(readout=readout).fit(X, Y))
+
+    def refuse(*_):
+        raise RuntimeError("another version of torch does not trace it")
+
+    monkeypatch.setattr(graph, "_trace", refuse)
+    with pytest.raises(ValueError, match=f"{message}.*prepared otherwise"):
+        pickle.loads(content)
