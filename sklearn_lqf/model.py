@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backbones import Backbone, Preprocessing
+from .backbones import Backbone
 from .cache import SharedActivations
 from .cut import NoTrunk
 from .graph import Split, remove_head, split_network
 from .linearize import LinearizedNetwork, _full_precision
+from .preprocessing import Preprocessing
 from .readout import Standardization, fit_standardization
 
 __all__ = ["PREPARED_OTHERWISE", "LinearModel", "choose_device"]

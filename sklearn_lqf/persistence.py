@@ -21,10 +21,11 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from .archive import digest, read_archive, refusal, write_archive
-from .backbones import Backbone, Preprocessing, VectorNetwork, load_backbone
+from .backbones import Backbone, VectorNetwork, load_backbone
 from .forgetting import StoredData
 from .header import decode, encode
 from .model import PREPARED_OTHERWISE, LinearModel, choose_device
+from .preprocessing import Preprocessing
 from .readout import Standardization
 from .versions import __version__, installed_versions
 

@@ -13,8 +13,8 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, fx, nn
 
-from .backbones import Preprocessing
 from .linearize import LinearizedNetwork
+from .preprocessing import Preprocessing
 from .tangents import GeneralTail, TracedTail
 
 __all__ = ["LinearizedModule", "ServingMixin"]

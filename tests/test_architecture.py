@@ -13,9 +13,10 @@ PACKAGE = ROOT / "sklearn_lqf"
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
     {"threads"},
-    {"images", "offline", "progress", "activations", "surgery", "cut", "cache", "distributed", "header"},
-    {"backbones", "versions", "stages", "reader"},
-    {"readout", "archive"},
+    {"images", "offline", "progress", "preprocessing"},
+    {"activations", "surgery", "cut", "cache", "distributed", "header"},
+    {"weights", "versions", "stages", "reader"},
+    {"backbones", "readout", "archive"},
     {"tangents"},
     {"graph"},
     {"linearize"},

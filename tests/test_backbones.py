@@ -6,7 +6,6 @@ Nothing is downloaded: where a test needs the answer of a server, it is replaced
 import copy
 import re
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from networks import IMAGENET, SMALL, Net, assert_same_state, built, saved, uniform
 from torch import nn
 
-from sklearn_lqf.backbones import Preprocessing, VectorNetwork, load_backbone
+from sklearn_lqf.backbones import VectorNetwork, load_backbone
+from sklearn_lqf.preprocessing import Preprocessing
 
-SMALL = "squeezenet1_1"  # the smallest of torchvision; its head is a 1x1 convolution
-IMAGENET = Preprocessing((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
 REMEDIES = [
     'weights="path"',
     'pip install "sklearn-lqf[offline]"',
@@ -29,19 +28,6 @@ REMEDIES = [
 ]
 
 
-class Net(nn.Module):
-    """Convolution, normalization and a head, with something of each kind that a copy may lose."""
-
-    def __init__(self, classes: int = 5, channels: int = 2):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, classes)
-
-    def forward(self, x):
-        return self.fc(self.norm(self.conv(x)).mean((2, 3)))
-
-
 @pytest.fixture(autouse=True)
 def global_generators_unchanged():
     """No test here may move a global generator, whatever it loads; those that build networks fork first."""
@@ -49,29 +35,6 @@ def global_generators_unchanged():
     yield
     assert torch.equal(torch.get_rng_state(), torch_before)
     np.testing.assert_equal(np.random.get_state(), numpy_before)  # noqa: NPY002
-
-
-def built(make, seed=1):
-    """A network made without moving the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return make()
-
-
-def uniform(*shape):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def assert_same_state(module, other):
-    a, b = module.state_dict(), other.state_dict()
-    assert list(a) == list(b)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
-
-
-def saved(state, path):
-    torch.save(state, path)
-    return path
 
 
 def served_by(make, monkeypatch):
@@ -84,61 +47,6 @@ def served_by(make, monkeypatch):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", answer)
     return asked
-
-
-# --------------------------------------------------------------------------------------- preprocessing
-
-
-def test_normalize_standardizes_each_channel_and_keeps_the_images():
-    preprocessing = Preprocessing(None, (0.1, 0.2), (0.5, 0.25))
-    images = uniform(3, 2, 4, 5).double()
-    before = images.clone()
-    found = preprocessing.normalize(images)
-    expected = np.stack([(before[:, 0] - 0.1) / 0.5, (before[:, 1] - 0.2) / 0.25], axis=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-15)
-    assert torch.equal(images, before)
-    assert preprocessing.normalize(images.half()).dtype == torch.float16
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (None, IMAGENET),
-        ({}, IMAGENET),
-        ({"size": 64}, Preprocessing((64, 64), IMAGENET.mean, IMAGENET.std, "bilinear")),
-        ({"size": [48, np.int64(64)]}, Preprocessing((48, 64), IMAGENET.mean, IMAGENET.std, "bilinear")),
-        ({"size": None}, Preprocessing(None, IMAGENET.mean, IMAGENET.std, "bilinear")),
-        ({"mean": 0, "std": np.ones(3)}, Preprocessing((224, 224), (0.0,) * 3, (1.0,) * 3, "bilinear")),
-        ({"interpolation": "nearest"}, Preprocessing((224, 224), IMAGENET.mean, IMAGENET.std, "nearest")),
-    ],
-)
-def test_override_replaces_what_is_given(overrides, expected):
-    assert IMAGENET.override(overrides) == expected
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"means": 0.5}, r"unknown keys \['means'\]; allowed are \['size', 'mean', 'std', 'interpolation'\]"),
-        ({"mean": (0.5, 0.5)}, r"\['mean'\] must be one number or 3.* got \(0.5, 0.5\)"),
-        ({"mean": "dark"}, r"\['mean'\] .* got 'dark'"),
-        ({"mean": (0.0, 0.0, np.nan)}, r"\['mean'\] .* finite"),
-        ({"std": (1.0, 1.0, 0.0)}, r"\['std'\] .* finite and positive; got \(1.0, 1.0, 0.0\)"),
-        ({"std": -1}, r"\['std'\] .* positive"),
-        ({"size": 0}, r"\['size'\] must be a positive int, a pair .* got 0"),
-        ({"size": (3, 64, 64)}, r"\['size'\] .* got \(3, 64, 64\)"),
-        ({"size": 64.5}, r"\['size'\] .* got 64.5"),
-        ({"interpolation": "lanczos"}, r"one of \['nearest', 'bilinear', 'bicubic'\], got 'lanczos'"),
-    ],
-)
-def test_override_refuses_unusable_values(overrides, message):
-    with pytest.raises(ValueError, match=message):
-        IMAGENET.override(overrides)
-
-
-def test_override_refuses_other_types():
-    with pytest.raises(TypeError, match=r"None or a dict with any of the keys .* got str"):
-        IMAGENET.override("bilinear")
 
 
 # ----------------------------------------------------------------------------------------- torchvision
@@ -539,193 +447,3 @@ def test_vector_network_takes_a_file(tmp_path):
     module = load_backbone("vector", vector_features=3, random_state=7).module
     path = saved(module.state_dict(), tmp_path / "vector.pth")
     assert_same_state(load_backbone("vector", path, vector_features=3).module, module)
-
-
-# --------------------------------------------------------------------------------------- weights files
-
-
-@pytest.mark.parametrize("as_text", [True, False])
-def test_file_of_a_torchvision_model(as_text, tmp_path):
-    module = built(torchvision.models.squeezenet1_1)
-    path = saved(module.state_dict(), tmp_path / "weights.pth")
-    loaded = load_backbone(SMALL, str(path) if as_text else path)
-    assert_same_state(loaded.module, module)
-    assert loaded.preprocessing == IMAGENET
-
-
-@pytest.mark.parametrize("name", [SMALL, "mnasnet0_5"])  # MNASNet insists on a version, which this format drops
-def test_safetensors_file(name, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    module = built(lambda: torchvision.models.get_model(name, weights=None))
-    safetensors.save_file(module.state_dict(), tmp_path / "weights.safetensors")
-    assert_same_state(load_backbone(name, tmp_path / "weights.safetensors").module, module)
-
-
-def test_file_for_timm(tmp_path):
-    timm = pytest.importorskip("timm")
-    module = built(lambda: timm.create_model("mobilenetv3_small_050", num_classes=7))
-    path = saved(module.state_dict(), tmp_path / "weights.pth")
-    loaded = load_backbone("timm:mobilenetv3_small_050", path).module.state_dict()
-    different = [key for key, value in module.state_dict().items() if not torch.equal(loaded[key], value)]
-    assert different == ["classifier.weight", "classifier.bias"]
-
-
-@pytest.mark.parametrize("suffix", ["", ".weights"])
-def test_file_is_found_whatever_its_name(suffix, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    saved(built(Net, seed=2).state_dict(), Path(f"mine{suffix}"))
-    assert_same_state(load_backbone(built(Net), f"mine{suffix}").module, built(Net, seed=2))
-
-
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_wrappers_and_prefixes_are_stripped(wrapper, prefix, tmp_path):
-    trained = built(Net, seed=2)
-    state = OrderedDict((f"{prefix}{key}", value) for key, value in trained.state_dict().items())
-    path = saved({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "weights.pth")
-    module = built(Net)
-    before = copy.deepcopy(module.state_dict())
-    assert_same_state(load_backbone(module, path).module, trained)
-    for key, value in module.state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-def test_prefix_that_the_module_has_itself_is_kept(tmp_path):
-    wrapped = built(lambda: nn.Sequential(OrderedDict(module=Net())), seed=2)
-    path = saved(wrapped.state_dict(), tmp_path / "weights.pth")
-    found = load_backbone(built(lambda: nn.Sequential(OrderedDict(module=Net()))), path)
-    assert_same_state(found.module, wrapped)
-
-
-@pytest.mark.parametrize("classes", [3, None])
-def test_head_of_other_classes_or_none_is_skipped(classes, tmp_path):
-    trained = built(lambda: Net(classes=classes or 5), seed=2).state_dict()
-    if classes is None:
-        del trained["fc.weight"], trained["fc.bias"]
-    module = built(Net)
-    loaded = load_backbone(module, saved(trained, tmp_path / "weights.pth")).module.state_dict()
-    for key, value in loaded.items():
-        assert torch.equal(value, (module.state_dict() if key.startswith("fc") else trained)[key]), key
-
-
-def test_convolutional_head_of_other_classes_is_skipped(tmp_path):
-    trained = built(lambda: torchvision.models.squeezenet1_1(num_classes=3)).state_dict()
-    loaded = load_backbone(SMALL, saved(trained, tmp_path / "weights.pth")).module.state_dict()
-    assert {key for key in loaded if not torch.equal(loaded[key], trained[key])} == {
-        "classifier.1.weight",
-        "classifier.1.bias",
-    }
-
-
-def test_counts_of_batches_may_be_missing(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    trained = built(Net, seed=2).state_dict()
-    del trained["norm.num_batches_tracked"]
-    safetensors.save_file(trained, tmp_path / "weights.safetensors")
-    loaded = load_backbone(built(Net), tmp_path / "weights.safetensors").module
-    assert torch.equal(loaded.conv.weight, trained["conv.weight"])
-
-
-def test_old_names_of_densenet_are_understood(tmp_path):
-    module = built(torchvision.models.densenet121)
-    state = OrderedDict(
-        (re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key), value)
-        for key, value in module.state_dict().items()
-    )
-    assert "features.denseblock1.denselayer1.norm.1.weight" in state
-    path = saved(state, tmp_path / "weights.pth")
-    assert_same_state(load_backbone("densenet121", path).module, module)
-
-
-def test_file_of_googlenet_is_taken_as_torchvisions(tmp_path):
-    options = {"init_weights": False, "aux_logits": True}
-    state = built(lambda: torchvision.models.googlenet(**options)).state_dict()
-    loaded = load_backbone("googlenet", saved(state, tmp_path / "weights.pth")).module
-    assert loaded.transform_input
-    assert torch.equal(loaded.fc.weight, state["fc.weight"])
-
-
-def test_vision_transformer_from_a_file_keeps_the_size_of_its_position_embeddings(tmp_path, monkeypatch):
-    def tiny(*args, **kwargs):
-        return torchvision.models.VisionTransformer(64, 16, 1, 2, 8, 16)
-
-    monkeypatch.setattr("torchvision.models.get_model", tiny)
-    path = saved(built(tiny).state_dict(), tmp_path / "weights.pth")
-    assert load_backbone("vit_b_16", path).preprocessing.size == (64, 64)
-
-
-def test_misfits_are_named(tmp_path):
-    state = built(Net).state_dict()
-    state["extra.weight"] = torch.ones(1)
-    state["norm.bias"] = torch.ones(9)
-    state["fc.weight"] = torch.ones(5, 8)  # not only another number of classes
-    del state["conv.bias"], state["norm.weight"]
-    path = saved(state, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth' does not fit 'Net'") as caught:
-        load_backbone(Net, path)
-    assert "2 missing (conv.bias, norm.weight); 1 unexpected (extra.weight)" in str(caught.value)
-    assert "norm.bias (9,) instead of (4,), fc.weight (5, 8) instead of (5, 4)" in str(caught.value)
-
-
-def test_only_the_first_misfits_are_named(tmp_path):
-    path = saved({f"key{i}": torch.ones(1) for i in range(9)}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"9 unexpected \(key0, key1, key2, \.\.\.\)"):
-        load_backbone(Net, path)
-
-
-@pytest.mark.parametrize("weights", ["absent.pth", "folder/absent", Path("absent"), "."])
-def test_missing_file(weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if weights == ".":
-        weights = tmp_path  # a folder is no file
-    with pytest.raises(FileNotFoundError, match=f"weights={re.escape(repr(str(weights)))}: there is no such file"):
-        load_backbone(SMALL, weights)
-
-
-class Payload:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_pickled_objects_are_refused_and_not_run(tmp_path):
-    path = saved({"weight": Payload(tmp_path / "run")}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth' cannot be read .*Save module\.state_dict\(\): other objects"):
-        load_backbone(Net, path)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_file_that_is_something_else(suffix, tmp_path):
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
-    path = tmp_path / f"weights{suffix}"
-    path.write_text("not weights")
-    with pytest.raises(ValueError, match=re.escape(f"{str(path)!r} cannot be read as a state dict")):
-        load_backbone(Net, path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (torch.ones(2), "holds no state dict, but Tensor"),
-        ({}, "holds no state dict, but dict"),
-        ({"weight": torch.ones(1), "epoch": 3}, r"these entries are no tensors: \['epoch'\]"),
-    ],
-)
-def test_file_without_state_dict(content, message, tmp_path):
-    path = saved(content, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=message):
-        load_backbone(Net, path)
-
-
-def test_missing_safetensors_names_what_to_install(tmp_path, monkeypatch):
-    path = tmp_path / "weights.safetensors"
-    path.touch()
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"'weights\.safetensors' needs .*pip install safetensors"):
-        load_backbone(Net, path)
