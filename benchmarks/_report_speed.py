@@ -133,6 +133,16 @@ def distributed_table(rows: Rows) -> str:
     return table(["stages", "parameters, million", "one process, s", "two processes, s", "times faster"], found)
 
 
+def newcomer_table(report: dict[str, Any]) -> str:
+    commands = {
+        "install": "installation, by the first of these commands", "demo": "`make demo`",
+        "first fit": "the program above, its imports and the score included", "tests": "`make test`",
+    }  # fmt: skip
+    steps = report.get("steps", {})
+    rows = [[commands[k], f"{v['seconds']:.0f}", v["last_line"].strip("= ")] for k, v in steps.items()]
+    return table(["step", "seconds", "what it says last"], rows)
+
+
 def tables() -> dict[str, str]:
     """All tables by the names of their places."""
     speed, shared = read("speed-cpu"), read("distributed")
@@ -145,5 +155,6 @@ def tables() -> dict[str, str]:
         "growth": growth_table(speed.get("growth", [])),
         "search": search_table(speed.get("search", [])),
         "many": many_table(speed.get("many", [])),
+        "newcomer": newcomer_table(read("newcomer")),
         "distributed": distributed_table(shared.get("rows", [])),
     }
