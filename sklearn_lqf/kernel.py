@@ -65,18 +65,23 @@ def tangent_kernel(
 
 
 class _Side:
-    """What a batch brings to the product: features, and for each layer patches and output gradients."""
+    """What a batch brings to the product: features, and for each layer patches and output gradients, or Jacobians."""
 
     def __init__(self, network: LinearizedNetwork, batch: Batch, blocks: dict[str, KroneckerBlock], rest: list[str]):
         n_outputs = len(network.weight)
         point = network.at(batch, gradients=bool(blocks))
         self.features, self.n_outputs = point.features.double(), n_outputs
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
+        self.jacobians: list[Tensor] = []  # of layers in groups, where they are small: many products need them
         if blocks:
             rows = len(self.features)
             eye = torch.eye(n_outputs, dtype=network.weight.dtype, device=network.weight.device)
             for name, inputs, gradients in layer_gradients(point, blocks, eye.unsqueeze(1).expand(-1, rows, -1)):
-                self.layers[name] = blocks[name].positions(inputs, gradients, rows)
+                a, g = blocks[name].positions(inputs, gradients, rows)
+                if a.shape[1] > 1 and g[..., 0, :].numel() * a.shape[3] <= min(_PRODUCTS, 2 * (a.numel() + g.numel())):
+                    self.jacobians.append(_jacobians(a, g))
+                else:
+                    self.layers[name] = a, g
         self.rest: Tensor | None = None
         if rest:
             parts = zip(*(z.split(_JACOBIANS) for z in batch), strict=True)
@@ -86,8 +91,8 @@ class _Side:
     @property
     def nbytes(self) -> int:
         """Bytes of what it keeps."""
-        tensors = [x for pair in self.layers.values() for x in pair] + ([] if self.rest is None else [self.rest])
-        return sum(x.untyped_storage().nbytes() for x in tensors)
+        tensors = [*self.jacobians, *(x for pair in self.layers.values() for x in pair)]
+        return sum(x.untyped_storage().nbytes() for x in [*tensors, *([] if self.rest is None else [self.rest])])
 
 
 class _Sides:
@@ -123,6 +128,8 @@ def _product(first: _Side, second: _Side, tail_scale: float) -> Tensor:
     )
     for name in first.layers:
         tail += _layer_product(*first.layers[name], *second.layers[name])
+    for j, q in zip(first.jacobians, second.jacobians, strict=True):
+        tail += (j @ q.T).view_as(tail)
     if first.rest is not None and second.rest is not None:
         tail += torch.einsum("icp,jdp->icjd", first.rest.double(), second.rest.double())
     head = (first.features @ second.features.T + 1).view(len(tail), 1, -1, 1)
