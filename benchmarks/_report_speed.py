@@ -52,6 +52,7 @@ def iteration_table(rows: Rows) -> str:
     names = {
         "kfac": "K-FAC, from the head's solution",
         "kfac_whole": "the same, no factor approximated",
+        "kfac_undamped": "the same, no damping",
         "kfac_from_zero": "K-FAC, from zero",
         "identity": "without K-FAC",
     }

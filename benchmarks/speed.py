@@ -281,8 +281,8 @@ def measure_kfac(report: Report, args: argparse.Namespace, device: torch.device)
                 built[:] = [build_kfac(part.network, part.batches, part.weights, probes)]
 
             def factorize(part: Part = part, built: list[KFAC] = built, n_outputs: int = n_outputs) -> None:
-                unit = built[0].trace / (len(part.weights) * n_outputs)
-                built[0].factorize(0.1 * unit, torch.float32, 0.1 * unit)
+                unit = built[0].trace / n_outputs
+                built[0].factorize(0.1 * unit / len(part.weights), torch.float32, 0.1 * unit)
 
             contenders = {
                 "forward_backward": part.forward_backward,
@@ -324,8 +324,7 @@ class Posed(LQFClassifier):
         q = self.quadratic_
         targets, weights = torch.cat(q.targets), torch.cat(q.weights)
         kfac = build_kfac(q.network, q.batches, weights, probe_outputs(*targets.shape).to(targets))
-        unit = kfac.trace / (targets.shape[1] * float(weights.sum()))
-        return kfac.factorize(q.alpha, targets.dtype, unit * self.damping)
+        return kfac.factorize(q.alpha, targets.dtype, self.damping * kfac.trace / targets.shape[1])
 
 
 class Curve:
@@ -359,11 +358,14 @@ def iterations(posed: Posed) -> dict[str, Any]:
     quadratic, kfac = posed.quadratic_, posed.kfac_
     with mock.patch("sklearn_lqf.kfac._WHOLE_MAX", sys.maxsize):
         whole = posed.preconditioner()
+    with mock.patch.object(posed, "damping", 0.0):
+        undamped = posed.preconditioner()
     b = quadratic.rhs()
     found: dict[str, Any] = {}
     for name, precondition, start in (
         ("kfac", kfac, kfac.head_solution(b)),
         ("kfac_whole", whole, whole.head_solution(b)),  # no factor approximated
+        ("kfac_undamped", undamped, undamped.head_solution(b)),
         ("kfac_from_zero", kfac, None),
         ("identity", lambda v: v, None),
     ):

@@ -72,8 +72,8 @@ center : bool or "auto", default="auto"
     target takes its place. ``"auto"``: for heads that see no target, whose output is noise, but not for a ridge
     head.
 damping : float, default=0.1
-    Added to the penalty in the preconditioner, in the units of a numeric ``alpha``, against the error of its
-    approximation. It changes the path of the solver, not the solution.
+    Added to the penalty in the preconditioner, against the error of its approximation; in units of the trace of the
+    curvature for one output. It changes the path of the solver, not the solution.
 solver : {"pcg", "sgd"}, default="pcg"
     ``"pcg"``: K-FAC preconditioned conjugate gradients over all images. ``"sgd"``: the paper's K-FAC
     preconditioned stochastic gradient descent with momentum; both go to the same optimum.

@@ -136,7 +136,7 @@ class Problem:
     """
 
     def __init__(self, model: LinearModel, rows: TrainingRows, recipe: Recipe, group: Group = ALONE):
-        self.rows, self._damping, self._group, self._centered = rows, recipe.damping, group, recipe.centered
+        self.rows, self._group, self._centered = rows, group, recipe.centered
         t, s, views = rows.targets, rows.weights, rows.views
         features = self._gather(torch.cat([model.features(z) for z in rows.cache]))
         if not bool(torch.isfinite(features).all()):
@@ -170,6 +170,7 @@ class Problem:
         self.kfac = build_kfac(network, rows.cache, self._weights, probes, group, self._own)
         weigh_tail(network, self.kfac, recipe.tail_weight)
         self.unit = self.kfac.trace / (t.shape[1] * float(s.sum()))
+        self._damping = recipe.damping * self.kfac.trace / t.shape[1]
 
     def alpha(self, relative: float | str) -> float:
         """The absolute penalty lambda of a relative one, or of ``"auto"``."""
@@ -180,7 +181,7 @@ class Problem:
 
     def at(self, alpha: float) -> tuple[Quadratic, KFAC]:
         """The quadratic with an absolute penalty, and its preconditioner; once."""
-        self.kfac.factorize(alpha, self._residual.dtype, self.unit * self._damping)
+        self.kfac.factorize(alpha, self._residual.dtype, self._damping)
         rows = self.rows.cache
         return Quadratic(self.network, rows, self._residual, self._weights, alpha, self._group, self._own), self.kfac
 
