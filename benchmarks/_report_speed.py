@@ -101,7 +101,8 @@ def growth_table(rows: Rows) -> str:
     for r in rows:
         cells = [str(r[k]) for k in ("n", "classes", "layers", "size")]
         amounts = [f"{r['seconds']:.1f}", f"{1000 * r['seconds'] / r['n']:.0f}", f"{r['host_bytes'] / 2**20:.0f}"]
-        found.append([r["varied"], *cells, f"{r['parameters'] / 1e6:.1f}", str(r["n_iter"]), *amounts])
+        varied = f'`cache="{r["cache"]}"`' if "cache" in r else r["varied"]
+        found.append([varied, *cells, f"{r['parameters'] / 1e6:.1f}", str(r["n_iter"]), *amounts])
     header = ["varied", "images", "classes", "stages", "pixels", "parameters, million", "iterations", "seconds"]
     return table([*header, "ms an image", "memory, MiB"], found)
 

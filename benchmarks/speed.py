@@ -67,6 +67,7 @@ GROWTH = [  # each varies one thing
     *({"varied": "classes", "n": 1000, "classes": c} for c in (2, 10, 100, 1000)),
     *({"varied": "layers", "n": 200, "layers": k} for k in ("head", 1, 2, 4, "all")),
     *({"varied": "pixels", "n": 200, "size": s} for s in (64, 96, 128, 224)),
+    *({"varied": "cache", "n": 1000, "size": 128, "layers": "all", "cache": c} for c in ("memory", "disk", "none")),
 ]
 _NOISE = 8  # gray levels, of repeated images
 _SEARCH_ALPHAS, _SEARCH_FOLDS, _SEARCH_PER_CLASS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), 3, 20
@@ -555,8 +556,9 @@ def grow(case: dict[str, Any], threads: int, device_name: str) -> dict[str, Any]
     if case["varied"] == "classes":
         y = np.random.default_rng(0).permutation(case["n"]) % case["classes"]
     estimator = LQFClassifier(
-        BACKBONE, image_shape=(8, 8), image_size=case["size"], tangent_layers=case["layers"], device=device
-    )
+        BACKBONE, image_shape=(8, 8), image_size=case["size"], tangent_layers=case["layers"],
+        cache=case.get("cache", "auto"), device=device,
+    )  # fmt: skip
     before, start = peak_memory(), now(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the number of iterations is reported
