@@ -67,7 +67,7 @@ GROWTH = [  # each varies one thing
     *({"varied": "classes", "n": 1000, "classes": c} for c in (2, 10, 100, 1000)),
     *({"varied": "layers", "n": 200, "layers": k} for k in ("head", 1, 2, 4, "all")),
     *({"varied": "pixels", "n": 200, "size": s} for s in (64, 96, 128, 224)),
-    *({"varied": "cache", "n": 1000, "size": 128, "layers": "all", "cache": c} for c in ("memory", "disk", "none")),
+    *({"varied": "cache", "n": 1000, "size": 128, "layers": "all", "cache": c} for c in ("memory", "disk")),
 ]
 _NOISE = 8  # gray levels, of repeated images
 _SEARCH_ALPHAS, _SEARCH_FOLDS, _SEARCH_PER_CLASS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), 3, 20

@@ -271,7 +271,7 @@ def test_two_processes_find_the_model_of_one(ranks, case):
     if case.startswith("float32"):
         tolerances = dict.fromkeys(alone, 1e-6)
         # Rounding magnified by the condition of the quadratic: on one process another batch_size changes as much.
-        tolerances |= {"preconditioner": 1e-5, "coef_": 1e-3, "decision": 1e-4}
+        tolerances |= {"preconditioner": 1e-5, "coef_": 1e-2, "decision": 3e-3}
     for name in set(alone) - {"n_iter_", "residual_norms_"}:
         np.testing.assert_allclose(
             first[name], alone[name], rtol=0, atol=tolerances[name] * np.abs(alone[name]).max(), err_msg=name
