@@ -123,7 +123,7 @@ def many_table(rows: Rows) -> str:
     for r in rows:
         steps = "; ".join(f"{t:.0f} s: {100 * e:.1f} %" for t, e in r["curve"][:6])
         found.append([r["what"], str(r["n"]), str(r["size"]), steps])
-    return table(["solver", "images", "pixels", "seconds, and excess of the objective over its minimum"], found)
+    return table(["solver", "images", "pixels", "seconds, and excess of the objective over the lowest seen"], found)
 
 
 def distributed_table(rows: Rows) -> str:
