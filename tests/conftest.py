@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,12 @@ def torch_flags_unchanged():
             changed[name] = f"{before[name]} became {after}"
             write(before[name])
     assert not changed, f"the test left torch's global flags changed: {changed}"
+
+
+@pytest.fixture
+def global_generators_unchanged():
+    """No test may move a global generator, whatever it loads; those that build networks fork first."""
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    yield
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    np.testing.assert_equal(np.random.get_state(), numpy_before)  # noqa: NPY002

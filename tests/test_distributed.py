@@ -66,9 +66,9 @@ CASES = {
     "norms": ({"backbone": normed(), "tangent_layers": "all", "views": BOTH}, len(X), True),
     "two images": ({}, 2, False),
     "vectors": ({"backbone": "auto"}, len(X), True),
-    "float32": ({"dtype": "float32", "tol": 1e-2}, len(X), False),
-    "float32, views and weights": ({"dtype": "float32", "tol": 1e-2, "views": BOTH}, len(X), True),
-    "float32, all layers, few": ({"dtype": "float32", "tol": 1e-2, "tangent_layers": "all"}, FEW, False),
+    "float32": ({"dtype": "float32", "tol": 1e-3}, len(X), False),
+    "float32, views and weights": ({"dtype": "float32", "tol": 1e-3, "views": BOTH}, len(X), True),
+    "float32, all layers, few": ({"dtype": "float32", "tol": 1e-3, "tangent_layers": "all"}, FEW, False),
 }
 
 
@@ -271,7 +271,7 @@ def test_two_processes_find_the_model_of_one(ranks, case):
     if case.startswith("float32"):
         tolerances = dict.fromkeys(alone, 1e-6)
         # Rounding magnified by the condition of the quadratic: on one process another batch_size changes as much.
-        tolerances |= {"preconditioner": 1e-5, "coef_": 1e-2, "decision": 3e-3}
+        tolerances |= {"preconditioner": 1e-5, "coef_": 1e-3, "decision": 1e-4}
     for name in set(alone) - {"n_iter_", "residual_norms_"}:
         np.testing.assert_allclose(
             first[name], alone[name], rtol=0, atol=tolerances[name] * np.abs(alone[name]).max(), err_msg=name

@@ -7,6 +7,8 @@ from networks import IMAGENET, uniform
 
 from sklearn_lqf.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("global_generators_unchanged")
+
 
 def test_normalize_standardizes_each_channel_and_keeps_the_images():
     preprocessing = Preprocessing(None, (0.1, 0.2), (0.5, 0.25))

@@ -14,6 +14,8 @@ from torch import nn
 
 from sklearn_lqf.backbones import load_backbone
 
+pytestmark = pytest.mark.usefixtures("global_generators_unchanged")
+
 
 @pytest.mark.parametrize("as_text", [True, False])
 def test_file_of_a_torchvision_model(as_text, tmp_path):
