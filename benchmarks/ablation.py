@@ -62,7 +62,7 @@ class Problem:
         self.network = model.set_head(head, torch.zeros(n_classes))
         self.kfac = build_kfac(self.network, self.batches, ones.float(), probe_outputs(*targets.shape).float())
         weigh_tail(self.network, self.kfac, TAIL_WEIGHT)
-        unit = self.kfac.trace / (len(train) * n_classes)
+        unit = self.kfac.output_trace / len(train)  # of alpha, in which damping was when this was measured
         self.alpha, self.mean = ridge.alpha, targets.mean(0).float()
         self.targets = targets.float()
         self.kfac.factorize(self.alpha, torch.float32, DAMPING * unit)

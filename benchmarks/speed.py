@@ -281,8 +281,8 @@ def measure_kfac(report: Report, args: argparse.Namespace, device: torch.device)
             def build(part: Part = part, probes: Tensor = probes, built: list[KFAC] = built) -> None:
                 built[:] = [build_kfac(part.network, part.batches, part.weights, probes)]
 
-            def factorize(part: Part = part, built: list[KFAC] = built, n_outputs: int = n_outputs) -> None:
-                unit = built[0].trace / n_outputs
+            def factorize(part: Part = part, built: list[KFAC] = built) -> None:
+                unit = built[0].output_trace
                 built[0].factorize(0.1 * unit / len(part.weights), torch.float32, 0.1 * unit)
 
             contenders = {
@@ -325,7 +325,7 @@ class Posed(LQFClassifier):
         q = self.quadratic_
         targets, weights = torch.cat(q.targets), torch.cat(q.weights)
         kfac = build_kfac(q.network, q.batches, weights, probe_outputs(*targets.shape).to(targets))
-        return kfac.factorize(q.alpha, targets.dtype, self.damping * kfac.trace / targets.shape[1])
+        return kfac.factorize(q.alpha, targets.dtype, self.damping * kfac.output_trace)
 
 
 class Curve:

@@ -308,8 +308,7 @@ class InfluenceMixin:
         weights = (data.weights / views).repeat(views).to(network.weight)
         targets = weights.new_zeros(len(weights), len(network.weight))
         kfac = build_kfac(network, cache, weights, probe_outputs(*targets.shape).to(weights))
-        damping = self.damping * kfac.trace / len(network.weight)
-        kfac.factorize(self.alpha_, weights.dtype, damping if solve else 0.0)
+        kfac.factorize(self.alpha_, weights.dtype, self.damping * kfac.output_trace if solve else 0.0)
         if not solve:
             return network, kfac
         quadratic = Quadratic(network, cache, targets, weights, self.alpha_)

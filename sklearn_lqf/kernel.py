@@ -65,34 +65,38 @@ def tangent_kernel(
 
 
 class _Side:
-    """What a batch brings to the product: features, and for each layer patches and output gradients, or Jacobians."""
+    """What a batch brings to the product: features, and for each layer patches and output gradients, or Jacobians.
+
+    Jacobians (B C, parameters) are those of layers in groups, where they are small, and of parameters outside layers.
+    """
 
     def __init__(self, network: LinearizedNetwork, batch: Batch, blocks: dict[str, KroneckerBlock], rest: list[str]):
         n_outputs = len(network.weight)
         point = network.at(batch, gradients=bool(blocks))
         self.features, self.n_outputs = point.features.double(), n_outputs
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
-        self.jacobians: list[Tensor] = []  # of layers in groups, where they are small: many products need them
+        self.jacobians: list[Tensor] = []
         if blocks:
             rows = len(self.features)
             eye = torch.eye(n_outputs, dtype=network.weight.dtype, device=network.weight.device)
             for name, inputs, gradients in layer_gradients(point, blocks, eye.unsqueeze(1).expand(-1, rows, -1)):
                 a, g = blocks[name].positions(inputs, gradients, rows)
-                if a.shape[1] > 1 and g[..., 0, :].numel() * a.shape[3] <= min(_PRODUCTS, 2 * (a.numel() + g.numel())):
+                elements = g[..., 0, :].numel() * a.shape[3]  # of its Jacobians
+                if a.shape[1] > 1 and elements <= min(_PRODUCTS, 2 * (a.numel() + g.numel())):
                     self.jacobians.append(_jacobians(a, g))
                 else:
                     self.layers[name] = a, g
-        self.rest: Tensor | None = None
         if rest:
             parts = zip(*(z.split(_JACOBIANS) for z in batch), strict=True)
             found = [network.sample_jacobians(part, rest) for part in parts]
-            self.rest = torch.cat([torch.cat([j[n].reshape(*j[n].shape[:2], -1) for n in rest], 2) for j in found])
+            pieces = [torch.cat([j[n].reshape(*j[n].shape[:2], -1) for n in rest], 2) for j in found]
+            self.jacobians.append(torch.cat(pieces).double().flatten(0, 1))
 
     @property
     def nbytes(self) -> int:
         """Bytes of what it keeps."""
         tensors = [*self.jacobians, *(x for pair in self.layers.values() for x in pair)]
-        return sum(x.untyped_storage().nbytes() for x in [*tensors, *([] if self.rest is None else [self.rest])])
+        return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 class _Sides:
@@ -130,8 +134,6 @@ def _product(first: _Side, second: _Side, tail_scale: float) -> Tensor:
         tail += _layer_product(*first.layers[name], *second.layers[name])
     for j, q in zip(first.jacobians, second.jacobians, strict=True):
         tail += (j @ q.T).view_as(tail)
-    if first.rest is not None and second.rest is not None:
-        tail += torch.einsum("icp,jdp->icjd", first.rest.double(), second.rest.double())
     head = (first.features @ second.features.T + 1).view(len(tail), 1, -1, 1)
     return (head * torch.eye(c).to(tail).view(1, c, 1, c) + tail_scale**2 * tail).cpu()
 

@@ -437,6 +437,11 @@ class KFAC:
         """The head's part of the trace."""
         return sum(b.trace for b in self.blocks if isinstance(b, HeadBlock))
 
+    @property
+    def output_trace(self) -> float:
+        """Trace for one output, the mean over outputs: the unit of ``damping`` of the estimators."""
+        return self.trace / next(b.n_outputs for b in self.blocks if isinstance(b, HeadBlock))
+
     def scale_tail(self, factor: float) -> None:
         """Multiply the curvature of everything but the head."""
         for block in self.blocks:

@@ -169,8 +169,8 @@ class Problem:
         probes = probe_outputs(*self._residual.shape).to(self._residual)
         self.kfac = build_kfac(network, rows.cache, self._weights, probes, group, self._own)
         weigh_tail(network, self.kfac, recipe.tail_weight)
-        self.unit = self.kfac.trace / (t.shape[1] * float(s.sum()))
-        self._damping = recipe.damping * self.kfac.trace / t.shape[1]
+        self.unit = self.kfac.output_trace / float(s.sum())
+        self._damping = recipe.damping * self.kfac.output_trace
 
     def alpha(self, relative: float | str) -> float:
         """The absolute penalty lambda of a relative one, or of ``"auto"``."""
