@@ -224,7 +224,7 @@ class LQFBase(
             if progress is not None:
                 progress.rows(count, n_rows)
 
-        return TrunkCache(evaluate, n_rows, self.batch_size, kind, report)
+        return TrunkCache(evaluate, n_rows, model.rows_at_once(self.batch_size), kind, report)
 
     def _solve(
         self, quadratic: Quadratic, preconditioner: KFAC, progress: Progress | None, near: np.ndarray | None = None

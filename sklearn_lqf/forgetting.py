@@ -192,7 +192,7 @@ class UpdateMixin:
 
     def _stored_batches(self: Any, stored: StoredData, model: Any) -> TrunkCache:
         if stored.vectors is None:
-            return stored.batches(self.batch_size, model.device)
+            return stored.batches(model.rows_at_once(self.batch_size), model.device)
         n = len(stored)
         return self._trunk_activations(model, stored.vectors, np.arange(n), Fingerprint(n), "memory")
 

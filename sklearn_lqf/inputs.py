@@ -96,8 +96,8 @@ class Inputs(Parameters):
 
     def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:
         """What is made of the trunk activations of rows, batch by batch."""
-        activations = self._model.evaluator(self._memory())
-        return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), self.batch_size)
+        activations, size = self._model.evaluator(self._memory()), self._model.rows_at_once(self.batch_size)
+        return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), size)
 
     def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
         """Weights of n rows, not all zero."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backbones import Backbone
-from .cache import SharedActivations
+from .cache import SharedActivations, with_smaller_batches
 from .cut import NoTrunk
 from .graph import Split, remove_head, split_network
 from .linearize import LinearizedNetwork, _full_precision
@@ -24,6 +24,8 @@ from .preprocessing import Preprocessing
 from .readout import Standardization, fit_standardization
 
 __all__ = ["PREPARED_OTHERWISE", "LinearModel", "choose_device"]
+
+_BATCH_BYTES = 1 << 28  # of activations of the tail in one batch on a CPU, which larger ones slow down
 
 PREPARED_OTHERWISE = (
     "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
@@ -102,6 +104,7 @@ class LinearModel:
             part.to(self.device)
             if len(self._shape) == 3:
                 part.to(memory_format=torch.channels_last)
+        self._row_bytes: int | None = None
 
     def standardize(self, features: Tensor, weights: Tensor) -> Tensor:
         """Fix the standardization of the features by those of the training images, which it returns standardized."""
@@ -138,6 +141,22 @@ class LinearModel:
         with torch.no_grad(), _full_precision():
             return tuple(self.split.trunk(x))
 
+    def rows_at_once(self, most: int) -> int:
+        """Rows of a batch: at most so many, and on a CPU, which swaps or ends before it says so, what is still fast."""
+        if self.device.type != "cpu":
+            return most
+        if self._row_bytes is None:
+            self._row_bytes = with_smaller_batches(self._bytes_of, 1)
+        return max(1, min(most, _BATCH_BYTES // self._row_bytes))
+
+    def _bytes_of(self, n_rows: int) -> int:
+        """Bytes of the activations that the linearized layers keep of so many rows."""
+        head = torch.zeros(1, self.split.n_features, dtype=self.dtype)
+        network = LinearizedNetwork(self.split, head, head[:, 0])
+        with torch.no_grad():
+            rows = self.split.trunk(self._example(self._shape, self.dtype)[:n_rows])
+        return network.at(rows, gradients=False).nbytes
+
     def evaluator(self, memory: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """`activations`, by way of a joblib.Memory that keeps them; None: of nothing."""
         trunk = self.split.trunk
@@ -166,7 +185,8 @@ class LinearModel:
         return np.concatenate(found)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "network", "standardization")}
+        built = ("split", "network", "standardization", "_row_bytes")
+        state = {k: v for k, v in self.__dict__.items() if k not in built}
         state["device"] = str(self.device)
         if self.network is not None:
             state["head"] = (self.network.weight.cpu().numpy(), self.network.bias.cpu().numpy())

@@ -94,7 +94,8 @@ channel_axis : int, default=-1
 preprocessing : dict or None, default=None
     Overrides of the backbone's ``mean``, ``std`` (for pixels in [0, 1]) and ``interpolation``.
 batch_size : int, default=64
-    Images evaluated at once; halved as often as memory requires. The solution does not depend on it but for
+    Images evaluated at once, at most: on a CPU fewer where the activations of the linearized layers would take more
+    than 256 MiB, on a GPU half as many as often as memory requires. The solution does not depend on it but for
     rounding.
 cache : {"auto", "memory", "disk", "none"}, default="auto"
     Where the activations of the frozen trunk are kept during a fit: in memory, in a temporary file that is gone

@@ -150,6 +150,10 @@ class TracedTail:
             for name, m in self.modules.items()
         }
         self.rules = {name: rule for name, m in self.modules.items() if (rule := _rule(m)) is not None}
+        last = {used: node for node in self.nodes for used in node.all_input_nodes if used is not self.output}
+        self.done: dict[fx.Node, list[fx.Node]] = {}  # what no node after a node looks at
+        for used, node in last.items():
+            self.done.setdefault(node, []).append(used)
         called = [n for n in self.nodes if n.op == "call_module" and self.own[str(n.target)]]
         # Parameters are swapped while tangents are computed: no other thread may evaluate these modules then.
         self._turn: Any = nullcontext() if all(map(self._has_rule, called)) else DUAL_NUMBERS
@@ -197,6 +201,8 @@ class TracedTail:
                 dots[node] = self._module_tangent(node, values, dots, direction)
             else:
                 dots[node] = self._function_tangent(node, values, dots)
+            for used in self.done.get(node, ()):
+                del dots[used]
         return dots[self.output]
 
     def _depends(self, node: fx.Node, dots: dict[fx.Node, Any]) -> bool:

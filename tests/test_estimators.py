@@ -24,7 +24,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_lqf import LQFClassifier
+from sklearn_lqf import LQFClassifier, model
 from sklearn_lqf.linearize import LinearizedNetwork, Point
 from sklearn_lqf.model import LinearModel
 from sklearn_lqf.objective import Quadratic
@@ -280,6 +280,19 @@ def test_less_memory_gives_the_same_result(fitted, monkeypatch):
     clf = classifier(batch_size=24).fit(X, Y)
     assert max(tried) == 24
     assert_equal_models(clf, fitted)
+
+
+def test_batches_of_a_cpu_are_bounded_by_their_activations(fitted, monkeypatch):
+    row = fitted._model._bytes_of(1)
+    for room, most in ((0, 2), (5 * row, 5), (100 * row, 24)):  # K-FAC looks at two rows at least
+        monkeypatch.setattr(model, "_BATCH_BYTES", room)
+        tried = small_device(monkeypatch, 24)
+        clf = classifier(batch_size=24).fit(X, Y)
+        assert max(tried) == most
+        assert_equal_models(clf, fitted)
+        np.testing.assert_allclose(clf.decision_function(X), fitted.decision_function(X), rtol=1e-7, atol=1e-9)
+        assert max(tried) == most
+    assert pickle.loads(pickle.dumps(clf))._model.rows_at_once(64) == 64
 
 
 def test_not_enough_memory_says_what_to_do(monkeypatch):
