@@ -106,12 +106,10 @@ class Point:
             raise RuntimeError("the network was evaluated with gradients=False, for jvp alone")
         body, weight, bias = net.views(total)
         if self._graph.requires_grad:
-            grads = torch.autograd.grad(
-                self._graph, net.parameters, cotangent @ net.feature_gradient, retain_graph=True, allow_unused=True
-            )
-            for name, grad in zip(net.names, grads, strict=True):
-                if grad is not None:
-                    body[name].add_(grad)
+            parameters = dict(zip(net.names, net.parameters, strict=True))
+            found = net.tail.gradients(self._graph, self._values, cotangent @ net.feature_gradient, parameters)
+            for name, gradient in found:
+                body[name].add_(gradient)
         weight.addmm_(cotangent.T, self.features)
         bias.add_(cotangent.sum(0))
         return total

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .activations import LeakyClamp
+from .depthwise import is_wide_depthwise, weight_gradient
 from .readout import Statistics
 from .surgery import CONVS, StaticPad, is_plain, plain_attention
 from .threads import DUAL_NUMBERS
@@ -150,6 +151,15 @@ class TracedTail:
             for name, m in self.modules.items()
         }
         self.rules = {name: rule for name, m in self.modules.items() if (rule := _rule(m)) is not None}
+        read = {str(n.target) for n in self.nodes if n.op == "get_attr"}
+        self.wide = {  # layers whose gradients are made of those of their outputs
+            name: cast(nn.Conv2d, m)
+            for name, m in self.modules.items()
+            if self.own[name]
+            and is_plain(m, (nn.Conv2d,))
+            and is_wide_depthwise(cast(nn.Conv2d, m))
+            and read.isdisjoint(f"{name}.{p}" for p in self.own[name])
+        }
         last = {used: node for node in self.nodes for used in node.all_input_nodes if used is not self.output}
         self.done: dict[fx.Node, list[fx.Node]] = {}  # what no node after a node looks at
         for used, node in last.items():
@@ -258,6 +268,22 @@ class TracedTail:
             _flat_tangents((node.args, node.kwargs), (args, kwargs), dots),
         )
 
+    def gradients(
+        self, features: Tensor, values: dict[fx.Node, Any], cotangent: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of <u, features> by parameters, with their names; a name may come several times, in parts."""
+        calls = [(name, *pair) for name in self.wide for pair in self.calls(values, name)]
+        apart = {f"{name}.{p}" for name in self.wide for p in self.own[name]}
+        direct = {n: p for n, p in parameters.items() if n not in apart}
+        wanted = [*direct.values(), *(out for _, _, out in calls)]
+        found = torch.autograd.grad(features, wanted, cotangent, retain_graph=True, allow_unused=True)
+        yield from _present(direct, found[: len(direct)])
+        for (name, x, _), gradient in zip(calls, found[len(direct) :], strict=True):
+            if gradient is not None and "weight" in self.own[name]:
+                yield f"{name}.weight", weight_gradient(self.wide[name], x.detach(), gradient)
+            if gradient is not None and "bias" in self.own[name]:
+                yield f"{name}.bias", gradient.sum((0, 2, 3))
+
     def layers(self) -> dict[str, nn.Module]:
         """The modules that are evaluated, by name."""
         return self.modules
@@ -270,6 +296,11 @@ class TracedTail:
                 source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
                 found.append((values[source], values[node]))
         return found
+
+
+def _present(names: Iterable[str], gradients: Iterable[Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    """The gradients that there are, of parameters that had a part in the output."""
+    return ((name, g) for name, g in zip(names, gradients, strict=True) if g is not None)
 
 
 def _evaluated(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -368,6 +399,14 @@ class GeneralTail:
                 ({n: parameters[n] for n in self.tangent}, _copies(inputs)),
                 [*(direction[n] for n in self.tangent), *(None for _ in inputs)],
             )
+
+    def gradients(
+        self, features: Tensor, values: dict[str, Any], cotangent: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of <u, features> by parameters, with their names."""
+        wanted = list(parameters.values())
+        found = torch.autograd.grad(features, wanted, cotangent, retain_graph=True, allow_unused=True)
+        return _present(parameters, found)
 
     def layers(self) -> dict[str, nn.Module]:
         """The modules that may be evaluated, by name."""

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sklearn_lqf"
 
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
-    {"threads"},
+    {"threads", "depthwise"},
     {"images", "offline", "progress", "preprocessing"},
     {"activations", "surgery", "cut", "cache", "distributed", "header"},
     {"weights", "versions", "stages", "reader"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 # Linear algebra: these import no module of the package and no library of images, networks or estimators.
-PURE = {"kfac", "solvers", "head"}
+PURE = {"depthwise", "kfac", "solvers", "head"}
 PURE_LIBRARIES = {"numpy", "scipy", "torch"}
 
 MODULES = sorted(path.stem for path in PACKAGE.rglob("*.py"))

@@ -156,6 +156,50 @@ def test_convolutions(options):
     check(pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES)
 
 
+WIDE = {
+    "same size": {"padding": 2},
+    "few columns": {"kernel_size": (3, 4), "padding": 1},
+    "more rows than the image": {"kernel_size": (9, 5), "padding": (4, 0)},
+    "stride": {"kernel_size": 7, "stride": 2, "padding": 3},
+    "dilation": {"dilation": 2, "padding": 2},
+    "reflect": {"padding": 2, "padding_mode": "reflect"},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("options", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("tangent_layers", ["all", ["2"]], ids=["all", "one"])
+def test_wide_depthwise_convolutions(options, tangent_layers):
+    conv = nn.Conv2d(4, 4, **{"kernel_size": 5, "groups": 4, **options})
+    check(
+        pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES, tangent_layers=tangent_layers,
+        rename={"weight": "2.weight", "bias": "2.bias"},
+    )  # fmt: skip
+
+
+class Reused(nn.Module):
+    """Wide depthwise layers in all ways in which a parameter may have a part in the output several times."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 5, groups=3, padding=2) for _ in range(2))
+        self.how = how
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        if self.how == "one layer twice":
+            x = self.first(input=x).tanh()
+        x = self.second(x)
+        if self.how == "read by a function":
+            x = x + F.conv2d(x, self.second.weight, None, 1, 2, 1, 3)
+        return x.tanh().mean((2, 3))
+
+
+@pytest.mark.parametrize("how", ["one layer twice", "read by a function"])
+def test_wide_depthwise_convolutions_with_several_parts(how):
+    check(randomized(Reused(how)), IMAGES)
+
+
 @pytest.mark.parametrize("dimensions", [1, 3])
 def test_convolutions_of_other_dimensions(dimensions):
     conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dimensions == 1 else (nn.Conv3d, nn.BatchNorm3d)

@@ -1,0 +1,75 @@
+"""Weight gradients of depthwise convolutions on a CPU.
+
+oneDNN has fast code for kernels of up to three columns; for wider ones, as in EfficientNet and ConvNeXt, its reference
+code takes ten times as long as the whole forward pass of the layer.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["is_wide_depthwise", "weight_gradient"]
+
+_COLUMNS = 3  # of a kernel, for which there is fast code
+_PAIRS = 1024  # of positions of input and output, up to which all their products are the fastest way
+
+
+def is_wide_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether `weight_gradient` serves a layer, and is faster than torch."""
+    return (
+        conv.in_channels == conv.out_channels == conv.groups
+        and conv.kernel_size[1] > _COLUMNS
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.weight.device.type == "cpu"
+    )
+
+
+def weight_gradient(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of <u, conv(x)> by the weight.
+
+    Parameters
+    ----------
+    conv : Conv2d
+        One that is `is_wide_depthwise`.
+    x : Tensor of shape (B, C, H, W)
+    gradient : Tensor of shape (B, C, h, w)
+        u.
+
+    Returns
+    -------
+    Tensor in the shape of the weight
+    """
+    pairs = x.shape[2:].numel() * gradient.shape[2:].numel()
+    return (_by_positions if pairs <= _PAIRS else _by_columns)(conv, x, gradient)
+
+
+def _by_positions(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
+    """Sums over images of the products of each position of the input with each of the output, then over positions."""
+    n, c, height, width = x.shape
+    inputs, outputs = (z.permute(0, 2, 3, 1).reshape(-1, c).T.contiguous().view(c, n, -1) for z in (x, gradient))
+    products = inputs.mT @ outputs  # (C, H W, h w)
+    places = torch.eye(height * width, dtype=x.dtype).view(-1, 1, height, width)
+    met = nn.functional.unfold(places, conv.kernel_size, conv.dilation, cast(tuple, conv.padding), conv.stride)
+    return torch.einsum("cio,iko->ck", products, met).view_as(conv.weight)
+
+
+def _by_columns(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
+    """Of a few columns of the kernel at a time, which meet a few columns less of the padded input."""
+    (rows, columns), (top, left), (down, across) = conv.kernel_size, cast(tuple, conv.padding), conv.stride
+    if x.shape[2] < rows:  # for which there is no fast code either
+        x, top = nn.functional.pad(x, (0, 0, top, top)), 0
+    x = nn.functional.pad(x, (left, left))
+    reach = (gradient.shape[3] - 1) * across
+    parts = [
+        torch.ops.aten.convolution_backward(
+            gradient, x[..., a : a + reach + part.shape[3]], part, None, [down, across], [top, 0], [1, 1], False,
+            [0, 0], conv.groups, [False, True, False],
+        )[1]
+        for a, part in zip(range(0, columns, _COLUMNS), conv.weight.detach().split(_COLUMNS, 3), strict=True)
+    ]  # fmt: skip
+    return torch.cat(parts, 3)
