@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_wide_depthwise", "weight_gradient"]
+__all__ = ["are_few", "image_gradients", "is_wide_depthwise", "weight_gradient"]
 
 _COLUMNS = 3  # of a kernel, for which there is fast code
 _PAIRS = 1024  # of positions of input and output, up to which all their products are the fastest way
+_CHUNK = 1 << 19  # elements of such products held at once, in the caches
 
 
 def is_wide_depthwise(conv: nn.Conv2d) -> bool:
@@ -44,18 +45,38 @@ def weight_gradient(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
     -------
     Tensor in the shape of the weight
     """
-    pairs = x.shape[2:].numel() * gradient.shape[2:].numel()
-    return (_by_positions if pairs <= _PAIRS else _by_columns)(conv, x, gradient)
+    return (_by_positions if are_few(x, gradient) else _by_columns)(conv, x, gradient)
+
+
+def are_few(x: Tensor, gradient: Tensor) -> bool:
+    """Whether `image_gradients` is faster than torch for so many positions, too."""
+    return x.shape[2:].numel() * gradient.shape[2:].numel() <= _PAIRS
+
+
+def image_gradients(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
+    """`weight_gradient` of each image by itself, (B, C, k) with the k elements of a kernel."""
+    n, c = x.shape[:2]
+    inputs, outputs = (z.permute(0, 2, 3, 1).reshape(n, -1, c) for z in (x, gradient))
+    met = _meetings(conv, x).transpose(0, 1).flatten(1)
+    out = x.new_empty(n, len(met), c)
+    rows = max(1, _CHUNK // (met.shape[1] * c))
+    for i, o, part in zip(inputs.split(rows), outputs.split(rows), out.split(rows), strict=True):
+        torch.matmul(met, (i.unsqueeze(2) * o.unsqueeze(1)).flatten(1, 2), out=part)
+    return out.mT
+
+
+def _meetings(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Whether an element of the kernel takes a position of the input to one of the output, (H W, k, h w)."""
+    height, width = x.shape[2:]
+    places = torch.eye(height * width, dtype=x.dtype).view(-1, 1, height, width)
+    return nn.functional.unfold(places, conv.kernel_size, conv.dilation, cast(tuple, conv.padding), conv.stride)
 
 
 def _by_positions(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
     """Sums over images of the products of each position of the input with each of the output, then over positions."""
-    n, c, height, width = x.shape
+    n, c = x.shape[:2]
     inputs, outputs = (z.permute(0, 2, 3, 1).reshape(-1, c).T.contiguous().view(c, n, -1) for z in (x, gradient))
-    products = inputs.mT @ outputs  # (C, H W, h w)
-    places = torch.eye(height * width, dtype=x.dtype).view(-1, 1, height, width)
-    met = nn.functional.unfold(places, conv.kernel_size, conv.dilation, cast(tuple, conv.padding), conv.stride)
-    return torch.einsum("cio,iko->ck", products, met).view_as(conv.weight)
+    return torch.einsum("cio,iko->ck", inputs.mT @ outputs, _meetings(conv, x)).view_as(conv.weight)
 
 
 def _by_columns(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:

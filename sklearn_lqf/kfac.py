@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from .depthwise import are_few, image_gradients, is_wide_depthwise
+
 __all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "SmallBlock"]
 
 Sum = Callable[[Tensor], Tensor]
@@ -128,25 +130,31 @@ class KroneckerBlock:
                 self.right.add(j, j)
 
     def _accumulate_exact(self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], root: Tensor) -> None:
-        """Add outer products of each image's gradient of a group; images are groups of one convolution."""
-        layer = cast(nn.Conv2d, self.layer)
-        batch, parts = inputs[0].shape[:2]
-        groups = batch * parts * self.groups
-        shape = torch.Size((groups * self.o, *layer.weight.shape[1:]))
-        padded = [self._padded(x.flatten(0, 1)) for x in inputs]
+        """Add outer products of each image's gradient of a group."""
+        batch, kernel = len(root), self.layer.weight[0].numel()
         for probe in gradients:
             j = root.new_zeros(batch, self.groups, self.o, self.m)
-            for x, g in zip(padded, probe, strict=True):
-                grad = conv2d_weight(
-                    x.reshape(1, -1, *x.shape[2:]), shape, g.reshape(1, -1, *g.shape[3:]),
-                    layer.stride, 0, layer.dilation, groups,
-                )  # fmt: skip
-                kernel = layer.weight[0].numel()
-                j[..., :kernel] += grad.view(batch, parts, self.groups, self.o, kernel).sum(1)
+            for x, g in zip(inputs, probe, strict=True):
+                found = self._image_gradients(x.flatten(0, 1), g.flatten(0, 1))
+                for part in found.view(batch, -1, self.groups, self.o, kernel).unbind(1):
+                    j[..., :kernel] += part
                 if self.bias is not None:
                     j[..., -1] += g.sum((1, 3, 4)).view(batch, self.groups, self.o)
             j = (j * root.view(-1, 1, 1, 1)).transpose(0, 1).reshape(self.groups, batch, -1)
             self.block += j.mT @ j
+
+    def _image_gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Gradient of the weight of a convolution for each image; by torch, images are groups of one convolution."""
+        layer = cast(nn.Conv2d, self.layer)
+        if is_wide_depthwise(layer) and are_few(x, g):
+            return image_gradients(layer, x, g)
+        groups = len(x) * self.groups
+        shape = torch.Size((groups * self.o, *layer.weight.shape[1:]))
+        x = self._padded(x)
+        return conv2d_weight(
+            x.reshape(1, -1, *x.shape[2:]), shape, g.reshape(1, -1, *g.shape[2:]),
+            layer.stride, 0, layer.dilation, groups,
+        )  # fmt: skip
 
     def _padded(self, x: Tensor) -> Tensor:
         """Images with the convolution's own padding, which may be asymmetric or not zero."""

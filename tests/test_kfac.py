@@ -106,10 +106,13 @@ EXACT = {
     "depthwise dilated": make(Conv2d(5, 5, 3, 1, 2, 2, groups=5), (5, 7, 6)),
     "depthwise same": make(Conv2d(5, 5, 3, padding="same", groups=5), (5, 6, 6)),
     "depthwise same, even kernel": make(Conv2d(5, 5, 2, padding="same", groups=5), (5, 6, 6)),
+    "depthwise wide": make(Conv2d(5, 5, (2, 5), 2, 2, groups=5), (5, 6, 7)),
+    "depthwise wide, many positions": make(Conv2d(3, 3, (2, 5), 1, 2, groups=3, bias=False), (3, 6, 7)),
     "depthwise reflect": make(Conv2d(5, 5, 3, padding=1, padding_mode="reflect", groups=5), (5, 6, 6)),
     "depth multiplier": make(Conv2d(5, 10, 3, (2, 1), (1, 2), groups=5), (5, 6, 6)),
     "depthwise twice": make(Conv2d(5, 5, 3, padding=1, groups=5), (5, 4, 4), calls=2),
     "depthwise on windows": make(Conv2d(5, 10, 3, padding=1, groups=5), (5, 4, 4), windows=3),
+    "depthwise wide on windows": make(Conv2d(5, 5, (2, 5), padding=2, groups=5), (5, 4, 4), windows=3),
 }
 ALL = CASES | EXACT
 FEW = ["linear on tokens", "conv without bias", "two groups", "large depthwise"]
