@@ -79,9 +79,9 @@ def summary_table(cells: Cells) -> str:
     }  # the search for NFT's learning rate is not counted
     ratios = np.divide(seconds["lqf"], seconds["nft"])
     rows = [
-        [f"LQF less fine-tuning, cells up to {FEW} images a class ({len(few)})", f"{gain(few, 'nft'):+.1f}", "+1.0"],
-        [f"LQF less fine-tuning, all cells measured ({len(means)})", f"{gain(means, 'nft'):+.1f}", "-0.5"],
-        ["LQF less ridge probe, all cells", f"{gain(means, 'ridge'):+.1f}", "+1.5"],
+        [f"LQF minus fine-tuning, points, up to {FEW} images a class ({len(few)})", f"{gain(few, 'nft'):+.1f}", "+1.0"],
+        [f"LQF minus fine-tuning, points, all cells ({len(means)})", f"{gain(means, 'nft'):+.1f}", "-0.5"],
+        ["LQF minus ridge probe, points, all cells", f"{gain(means, 'ridge'):+.1f}", "+1.5"],
         [f"worst cell against fine-tuning ({DATASETS[where[0]]}, {where[1]})", f"{worst:+.1f}", "-2.5"],
         ["time to fit over that of one fine-tuning, median", f"{np.median(ratios):.2f}", "0.33"],
         ["time to fit over that of one fine-tuning, largest", f"{ratios.max():.2f}", "0.33"],

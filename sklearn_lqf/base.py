@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -35,6 +36,14 @@ __all__ = ["LQFBase"]
 _STATE = ("_model", "_stored", "_fingerprint")  # beside the attributes that end in an underscore
 
 Estimator = TypeVar("Estimator", bound="LQFBase")
+
+
+def _levels_to_the_caller() -> int:
+    """Levels of the stack between a warning and the code that called the package."""
+    levels, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].startswith(("sklearn_lqf.", "sklearn.callback.")):
+        levels, frame = levels + 1, frame.f_back
+    return levels
 
 
 class LQFBase(
@@ -260,9 +269,11 @@ class LQFBase(
         self.tail_scale_ = quadratic.network.tail_scale
         self._n_tail = quadratic.network.slices["head.weight"].start
         self.intercept_ = problem.mean.cpu().numpy() * self._unit if self._centered() else None
+        self.relative_alpha_ = quadratic.alpha / problem.unit
         held_out = problem.held_out.mean(0).cpu().numpy() * self._unit
         data = problem.rows
-        self._learn_from_held_out(held_out, data.targets.cpu().numpy() * self._unit, data.weights.cpu().numpy())
+        targets, weights = data.targets.cpu().numpy() * self._unit, data.weights.cpu().numpy()
+        self._learn_from_held_out(held_out, targets, weights, float(data.multiplicity.sum()))
 
     def _set_solution(self, result: SolverResult) -> None:
         assert self._model.network is not None
@@ -279,7 +290,7 @@ class LQFBase(
                 f"The solver stopped after {result.n_iter} iterations at a relative gradient of "
                 f"{result.residual_norms[-1]:.1e}, above tol={self.tol:g}. {result.status.value}",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=_levels_to_the_caller(),
             )
 
     def _change_of_weights(self, x: Tensor) -> np.ndarray:
@@ -320,8 +331,11 @@ class LQFBase(
         """Raise unless the targets (n, C) of the rows that would remain are enough for a fit."""
         raise NotImplementedError
 
-    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray) -> None:
-        """Set what is fitted on leave-one-out outputs (n, C) of the ridge regression on the features."""
+    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float) -> None:
+        """Set what is fitted on leave-one-out outputs (n, C) of the ridge regression on the features.
+
+        ``count`` is how many images the n rows stand for.
+        """
         raise NotImplementedError
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:

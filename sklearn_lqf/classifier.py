@@ -57,7 +57,8 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         Mean of the indicators, when centered; else None.
     temperature_ : float
         Divides the decision values before the softmax (logistic function, for several labels) of
-        ``predict_proba``; fitted on leave-one-out outputs of the ridge regression on the features.
+        ``predict_proba``; fitted on leave-one-out outputs of the ridge regression on the features, as if there were two
+        images more and one of them had another label. From 0.05 to 10.
     <attributes>
 
     See Also
@@ -339,8 +340,8 @@ class LQFClassifier(ClassifierMixin, LQFBase):
                 f"No training image of class(es) {gone[:5]} would remain: fit a new model without these classes."
             )
 
-    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray) -> None:
-        self.temperature_ = _fit_temperature(outputs, values, weights, self._multilabel)
+    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float) -> None:
+        self.temperature_ = _fit_temperature(outputs, values, weights, count, self._multilabel)
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:
         if self._multilabel:
@@ -358,8 +359,16 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         return tags
 
 
-def _fit_temperature(outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, multilabel: bool = False) -> float:
-    """The temperature with the smallest log-loss of held-out outputs (n, C), for indicators (n, C)."""
+def _fit_temperature(
+    outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float, multilabel: bool = False
+) -> float:
+    """The temperature with the smallest log-loss of held-out outputs (n, C), for indicators (n, C) of ``count`` images.
+
+    As if one of two images more had another label (Platt, "Probabilistic outputs for support vector machines", 1999,
+    section 2.2): few held-out images that are all right do not make probabilities of 0 and 1.
+    """
+    doubt = 1 / (count + 2)
+    values = (1 - doubt) * values + doubt * (1 - values) / (1 if multilabel else values.shape[1] - 1)
 
     def loss(log_temperature: float) -> float:
         if multilabel:

@@ -1,7 +1,7 @@
 """Weight gradients of depthwise convolutions on a CPU.
 
-oneDNN has fast code for kernels of up to three columns; for wider ones, as in EfficientNet and ConvNeXt, its reference
-code takes ten times as long as the whole forward pass of the layer.
+oneDNN has fast code for kernels of up to three columns; for wider ones, as in EfficientNet and ConvNeXt, it has
+reference code, which takes longer than all else of the layer.
 """
 
 from __future__ import annotations

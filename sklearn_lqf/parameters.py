@@ -46,8 +46,8 @@ download : bool, default=True
     ``python -m sklearn_lqf`` lists what is there.
 tangent_layers : {"head", "all"}, int or list of str, default=1
     What is linearized and trained: the head only, everything, this many last stages (runs of blocks at one
-    spatial resolution; a stage is one block for transformers), or modules by name. The rest is a frozen
-    trunk, evaluated once for each image. The head is always trained.
+    spatial resolution; a stage is one block for transformers; more than there are: all), or modules by name.
+    The rest is a frozen trunk, evaluated once for each image. The head is always trained.
 readout : {"stages", "last"}, default="stages"
     What the head reads: ``"stages"`` appends to the network's own features the mean and standard deviation
     over all positions of the activations behind each stage; ``"last"`` is the network's own features alone.
@@ -65,8 +65,8 @@ tail_weight : float or None, default=0.03
     penalty weighs their weights accordingly. None: all weights have one prior, as in the paper.
 negative_slope : float, default=0.0
     Slope of the leak put into ReLU, ReLU6, Hardtanh, Hardswish and Hardsigmoid, in [0, 1). The paper uses
-    weights pre-trained with Leaky-ReLU; for weights trained without, any leak costs accuracy, so the
-    default leaves the activations as they are.
+    weights pre-trained with Leaky-ReLU; to weights trained without, a leak of 0.1 does more harm than good,
+    so the default leaves the activations as they are.
 center : bool or "auto", default="auto"
     Whether the network's own output at the pre-trained weights is removed from the model, and the mean
     target takes its place. ``"auto"``: for heads that see no target, whose output is noise, but not for a ridge
@@ -108,7 +108,7 @@ memory : str, path, joblib.Memory or None, default=None
 store_data : bool, default=False
     Whether the estimator keeps the trunk activations of the training images (vectors: the rows themselves), their
     targets and weights, for `partial_fit`, `forget` and predictions with uncertainty. They are part of what is
-    pickled.
+    pickled, until it is fitted again.
 device : str or torch.device, default="auto"
     ``"auto"``: CUDA where present, else the CPU.
 distributed : bool, default=False
@@ -135,6 +135,8 @@ coef_ : ndarray of shape (n_parameters_,)
     Change d of the weights: linearized parameters of the network, then head weight (C, D), then head bias.
 alpha_ : float
     Absolute L2 penalty lambda.
+relative_alpha_ : float
+    The same in the units of a numeric ``alpha``: what ``"auto"`` chose, around which to search.
 tail_scale_ : float
     Prior scale of the weights before the head, relative to the head's: the square root of their variance.
 n_iter_ : int
@@ -319,7 +321,7 @@ def check_number(name: str, value: Any, low: float, strict: bool, special: Seque
     if any(value is s or (isinstance(value, str) and value == s) for s in special):
         return
     number = isinstance(value, Real) and not isinstance(value, bool)
-    finite = number and abs(value) <= sys.float_info.max
+    finite = number and abs(value if isinstance(value, int) else float(value)) <= sys.float_info.max
     if not finite or value < low or (strict and value == low):
         others = "".join(f"{s!r} or " for s in special)
         raise ValueError(f"{name} must be {others}a number {'>' if strict else '>='} {low}, got {value!r}.")

@@ -205,7 +205,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         if len(values) < 2:
             raise ValueError(f"{len(values)} training image(s) would remain: at least 2 are needed.")
 
-    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray) -> None:
+    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float) -> None:
         """Nothing is."""
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:

@@ -87,9 +87,10 @@ class LQFClassifierCV(LQFClassifier):
     Notes
     -----
     Folds are fitted as `LQFClassifier` would fit them, to the same tolerance: `GridSearchCV` over ``alpha`` makes the
-    same choice. Leave-one-out is exact for the quadratic of all images, see `leave_one_out`. Among equal scores the
-    first penalty wins. Sample weights count in fits and, where the scorer takes them, in scores. Vectors are
-    standardized for the built-in network once, by all of them.
+    same choice, but for images that ``tol`` decides. Groups are given as folds:
+    ``cv=list(GroupKFold().split(X, y, groups))``. Leave-one-out is exact for the quadratic of all images, see
+    `leave_one_out`. Among equal scores the first penalty wins. Sample weights count in fits and, where the scorer takes
+    them, in scores. Vectors are standardized for the built-in network once, by all of them.
 
     References
     ----------
@@ -271,7 +272,7 @@ class LQFClassifierCV(LQFClassifier):
         judge, rows = _OfOutputs(target_scale=self.target_scale), problem.rows
         judge.classes_, judge._multilabel = self.classes_, self._multilabel
         held_out, values = (v.cpu().numpy() * self._unit for v in (problem.held_out.mean(0), rows.targets))
-        judge._learn_from_held_out(held_out, values, rows.weights.cpu().numpy())
+        judge._learn_from_held_out(held_out, values, rows.weights.cpu().numpy(), float(rows.multiplicity.sum()))
         return judge
 
     def _score(self, judge: _OfOutputs, outputs: np.ndarray, values: np.ndarray, given: np.ndarray) -> float:

@@ -519,9 +519,32 @@ def test_an_untraceable_module_warns_and_works():
 
 
 def test_a_missed_tolerance_is_said():
-    with pytest.warns(ConvergenceWarning, match="max_iter"):
-        clf = classifier(max_iter=1).fit(X, Y)
-    assert not clf.converged_
+    with pytest.warns(ConvergenceWarning, match="max_iter") as found:
+        clf = classifier(max_iter=1, store_data=True).fit(X, Y)
+        assert not clf.converged_
+        clf.forget(0)
+        clf.partial_fit(X[:1], Y[:1])
+    assert [w.filename for w in found] == [__file__] * 3
+
+
+def test_the_penalty_in_the_units_of_the_parameter(fitted):
+    assert classifier(alpha=np.float32(0.25)).fit(X, Y).relative_alpha_ == pytest.approx(0.25)
+    again = classifier(alpha=fitted.relative_alpha_).fit(X, Y)
+    assert again.alpha_ == pytest.approx(fitted.alpha_)
+    assert_equal_models(again, fitted)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_few_images_that_are_all_right_leave_a_doubt(multilabel):
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 20, 235, 255)])
+    labels = np.eye(2, dtype=int)[[0, 0, 1, 1]] if multilabel else np.array([0, 0, 1, 1])
+    few = classifier().fit(images, labels)
+    many = classifier().fit(np.repeat(images, 25, 0), np.repeat(labels, 25, 0))
+    for clf, n in ((few, 4), (many, 100)):
+        wrong = 1 - clf.predict_proba(images)[np.arange(4), [0, 0, 1, 1]]
+        assert 0.1 < wrong.mean() * (n + 2) < 10
+    weighted = classifier().fit(images, labels, sample_weight=np.full(4, 25))
+    assert weighted.temperature_ == pytest.approx(many.temperature_, rel=1e-4)
 
 
 def test_images_of_a_fixed_size_network():
