@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -359,7 +360,13 @@ class SharedActivations:
         digest = hashlib.blake2b(digest_size=_DIGEST)
         code = trunk.code if isinstance(trunk, torch.fx.GraphModule) else repr(trunk)
         digest.update(repr((torch.__version__, code, options)).encode())
-        for name, value in trunk.state_dict().items():
+        for name, module in trunk.named_modules():
+            digest.update(repr((name, type(module).__module__, type(module).__qualname__)).encode())
+            own = sorted(vars(module).keys() - vars(torch.nn.Module()).keys()) if name else []
+            for key in own:  # such as the stride of a convolution
+                value = vars(module)[key]
+                digest.update(key.encode() + (_bytes(value) if isinstance(value, Tensor) else _text(value)))
+        for name, value in [*trunk.named_parameters(), *trunk.named_buffers()]:
             digest.update(name.encode() + _bytes(value))
         self._trunk = digest.hexdigest()
 
@@ -409,6 +416,11 @@ class Fingerprint:
 def _recall(image: str, trunk: str, value: Any) -> Any:
     """The value, which joblib keeps under the two digests."""
     return value
+
+
+def _text(value: object) -> bytes:
+    """The representation without addresses, which change from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
 
 
 def _image_digest(image: Tensor) -> bytes:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from .influence import one_by_one
 from .linearize import _full_precision
 from .surgery import plain_attention
+from .threads import DUAL_NUMBERS
 
 __all__ = ["CertificateMixin"]
 
@@ -59,7 +60,8 @@ class CertificateMixin:
         change, weight, bias = network.views(d)
         moved = {n: p.detach() + change[n] for n, p in zip(network.names, network.parameters, strict=True)}
         found = []
-        module = copy.deepcopy(network.module)  # whose parameters no other thread uses
+        with DUAL_NUMBERS:
+            module = copy.deepcopy(network.module)  # whose parameters no other thread uses
         with torch.no_grad(), _full_precision(), plain_attention():
             for z in self._in_batches(list, self._read_new_data(X)):
                 features = network.standardized(functional_call(module, moved, tuple(z)))

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 import torch
@@ -128,7 +129,7 @@ def split_network(
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
         return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [reference.shape[1]], False, 0, swapped)
     modularize_activations(graph)
-    folded = _fold_batch_norms(graph, example)
+    folded = _fold_batch_norms(graph, example, [] if isinstance(tangent_layers, Integral) else prefixes or [])
     swapped = swap_activations(graph, negative_slope)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
@@ -261,7 +262,7 @@ def _trace(module: nn.Module, example: Tensor, stages: list[list[str]]) -> tuple
         graph = fx.GraphModule(module, tracer.trace(module))
     ends = [tracer.outputs.get(stage[-1]) for stage in stages]
     blocks = [out.node for out in ends if isinstance(out, fx.Proxy)]
-    parts = add_readout(graph, blocks, node_values(graph, example))
+    parts = add_readout(graph, blocks, node_values(graph, example), example)
     _make_functional(graph)
     _simplify(graph)
     graph.graph.eliminate_dead_code()
@@ -331,8 +332,11 @@ def _simplify(graph: fx.GraphModule) -> None:
 # ------------------------------------------------------------------------------------------------------- fold
 
 
-def _fold_batch_norms(graph: fx.GraphModule, example: Tensor) -> int:
-    """Fold each BatchNorm that is the only use of a convolution or Linear; how many were folded."""
+def _fold_batch_norms(graph: fx.GraphModule, example: Tensor, named: list[str]) -> int:
+    """Fold each BatchNorm that is the only use of a convolution or Linear; how many were folded.
+
+    One that was named for linearization, by itself or with its block, stays unless its convolution was, too.
+    """
     targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     folded = 0
     for node in list(graph.graph.nodes):
@@ -341,6 +345,8 @@ def _fold_batch_norms(graph: fx.GraphModule, example: Tensor) -> int:
         source = node.args[0]
         once = targets.count(source.target) == targets.count(node.target) == 1 and len(source.users) == 1
         if source.op != "call_module" or not once:
+            continue
+        if _chosen(f"{node.target}.", named) and not _chosen(f"{source.target}.", named):
             continue
         layer = graph.get_submodule(source.target)
         norm = cast(nn.modules.batchnorm._BatchNorm, graph.get_submodule(node.target))

@@ -166,9 +166,10 @@ class LinearizedNetwork:
         self.weight, self.bias = weight, bias
         self.standardization = standardization
         self.tail_scale = 1.0
-        owned = dict(split.tail.named_parameters())
         self.names = list(split.tangent)
-        self.parameters = [owned[n].requires_grad_(True) for n in self.names]
+        with DUAL_NUMBERS:  # other threads may use the same tail
+            owned = dict(split.tail.named_parameters())
+            self.parameters = [owned[n].requires_grad_(True) for n in self.names]
         self.module = split.tail
         self._default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and _may_norm_groups(split)
         if self._default_layout:
@@ -220,7 +221,9 @@ class LinearizedNetwork:
         return {
             name: cast("nn.Linear | nn.Conv2d", m)
             for name, m in self.tail.layers().items()
-            if f"{name}.weight" in self.slices and is_plain(m, (nn.Linear, nn.Conv2d))
+            if f"{name}.weight" in self.slices
+            and is_plain(m, (nn.Linear, nn.Conv2d))
+            and self.tail.read.isdisjoint({f"{name}.weight", f"{name}.bias"})
         }
 
     def sample_jacobians(self, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbones import Backbone
 from .cache import SharedActivations, with_smaller_batches
@@ -22,6 +22,8 @@ from .graph import Split, remove_head, split_network
 from .linearize import LinearizedNetwork, _full_precision
 from .preprocessing import Preprocessing
 from .readout import Standardization, fit_standardization
+from .surgery import evaluate
+from .threads import DUAL_NUMBERS
 
 __all__ = ["PREPARED_OTHERWISE", "LinearModel", "choose_device"]
 
@@ -47,6 +49,16 @@ def choose_device(device: Any) -> torch.device:
     if str(found) not in present:
         raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
     return found
+
+
+def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
+    """Raise when the features of an image depend on the others of its batch."""
+    alone, beside = evaluate(module, example), evaluate(module, torch.cat([example, 1 - example]))[: len(example)]
+    if not torch.allclose(alone, beside, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True):
+        raise ValueError(
+            "The backbone's features of an image change with the other images of a batch, as by a BatchNorm without "
+            "running statistics (track_running_stats=False): each image must be evaluated by itself."
+        )
 
 
 class LinearModel:
@@ -78,7 +90,9 @@ class LinearModel:
     ):
         source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         dtypes = [p.dtype for p in source.parameters()]  # none of a module without layers, which has no head
-        remove_head(source, self._example(shape, dtypes[0] if dtypes else torch.float32))
+        example = self._example(shape, dtypes[0] if dtypes else torch.float32)
+        remove_head(source, example)
+        _refuse_mixing(source, example)
         self._source, self._shape = source, tuple(shape)
         self._options = {
             "tangent_layers": tangent_layers,
@@ -146,16 +160,16 @@ class LinearModel:
         if self.device.type != "cpu":
             return most
         if self._row_bytes is None:
-            self._row_bytes = with_smaller_batches(self._bytes_of, 1)
+            self._row_bytes = with_smaller_batches(lambda _: self._bytes_of_a_row(), 1)
         return max(1, min(most, _BATCH_BYTES // self._row_bytes))
 
-    def _bytes_of(self, n_rows: int) -> int:
-        """Bytes of the activations that the linearized layers keep of so many rows."""
+    def _bytes_of_a_row(self) -> int:
+        """Bytes of the activations that the linearized layers keep of one row."""
         head = torch.zeros(1, self.split.n_features, dtype=self.dtype)
         network = LinearizedNetwork(self.split, head, head[:, 0])
         with torch.no_grad():
-            rows = self.split.trunk(self._example(self._shape, self.dtype)[:n_rows])
-        return network.at(rows, gradients=False).nbytes
+            rows = self.split.trunk(self._example(self._shape, self.dtype))
+        return network.at(rows, gradients=False).nbytes // len(rows[0])
 
     def evaluator(self, memory: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """`activations`, by way of a joblib.Memory that keeps them; None: of nothing."""
@@ -167,7 +181,7 @@ class LinearModel:
 
     def features(self, activations: Sequence[Tensor]) -> Tensor:
         """Input of the head at the pre-trained weights, before it is standardized, (B, D)."""
-        with torch.no_grad(), _full_precision():
+        with DUAL_NUMBERS, torch.no_grad(), _full_precision():
             return self.split.tail(*activations)
 
     def outputs(

@@ -86,7 +86,9 @@ def fit_standardization(features: Tensor, weights: Tensor, sizes: Sequence[int])
     return Standardization(mean.to(features), scale.to(features))
 
 
-def add_readout(graph: fx.GraphModule, blocks: Sequence[fx.Node], values: dict[fx.Node, Any]) -> list[int]:
+def add_readout(
+    graph: fx.GraphModule, blocks: Sequence[fx.Node], values: dict[fx.Node, Any], example: Tensor
+) -> list[int]:
     """Append the statistics of the outputs of blocks to the features that a graph returns, in place.
 
     Parameters
@@ -97,7 +99,8 @@ def add_readout(graph: fx.GraphModule, blocks: Sequence[fx.Node], values: dict[f
         The outputs of the stages, first stage first. Those without positions are passed over, and some of the
         others where their statistics would be too many, evenly.
     values : dict of fx.Node to value
-        The value of every node for an example.
+        The value of every node for the example.
+    example : Tensor of shape (B, ...)
 
     Returns
     -------
@@ -107,7 +110,7 @@ def add_readout(graph: fx.GraphModule, blocks: Sequence[fx.Node], values: dict[f
     *_, output = graph.graph.nodes
     source = cast(fx.Node, output.args[0])
     features = values[source]
-    found = [(n, m) for n in blocks if (m := _statistics(values[n], features)) is not None]
+    found = [(n, m) for n in blocks if (m := _statistics(values[n], features, example)) is not None]
     sizes = [m(values[n]).shape[1] for n, m in found]
     count = len(found)
     kept: list[int] = []
@@ -128,13 +131,13 @@ def add_readout(graph: fx.GraphModule, blocks: Sequence[fx.Node], values: dict[f
     return [features.shape[1], *(sizes[i] for i in kept[:count])]
 
 
-def _statistics(activation: Tensor, features: Tensor) -> Statistics | None:
+def _statistics(activation: Tensor, features: Tensor, example: Tensor) -> Statistics | None:
     """The statistics of an activation (B, ...); None when it has no positions."""
     if not isinstance(activation, Tensor) or activation.ndim not in (3, 4):
         return None
     axes: tuple[int, ...] = (1,)  # tokens (B, T, channels)
     if activation.ndim == 4:
-        axes = (1, 2) if channels_last(activation.shape) else (2, 3)
+        axes = (1, 2) if channels_last(activation.shape, example) else (2, 3)
     if all(activation.shape[a] == 1 for a in axes):
         return None
     mean = activation.mean(axes)

@@ -16,6 +16,7 @@ from sklearn.model_selection import check_cv
 
 from .cache import TrunkCache
 from .classifier import LQFClassifier
+from .forgetting import StoredData
 from .influence import DUAL_MAX, Dual, TrainingSet
 from .kernel import tangent_kernel
 from .model import LinearModel
@@ -215,6 +216,10 @@ class LQFClassifierCV(LQFClassifier):
                 scores.append(self._score(judge, outputs, values, given.numpy()))
         return {"mean_test_score": np.array(scores)}
 
+    def _has_given_folds(self) -> bool:
+        """Whether cv is an iterable, of rows of X."""
+        return not (self.cv is None or isinstance(self.cv, Integral) or hasattr(self.cv, "split"))
+
     def _splits(self, rows: TrainingRows, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Which of the rows each fold is fitted to, and which it predicts."""
         y = values if self._multilabel else values.argmax(1)
@@ -223,12 +228,25 @@ class LQFClassifierCV(LQFClassifier):
         if not splits:
             raise ValueError(f"cv={self.cv!r} yields no folds; an iterator yields them once: make it a list.")
         place = np.arange(len(y))
-        if rows.kept is not None and not (
-            self.cv is None or isinstance(self.cv, Integral) or hasattr(self.cv, "split")
-        ):
+        if rows.kept is not None and self._has_given_folds():
             place = np.where(rows.kept, np.cumsum(rows.kept) - 1, -1)  # what is given counts rows without a weight
         parts = ((place[train], place[test]) for train, test in splits)  # of indices, or masks
-        return [(train[train >= 0], test[test >= 0]) for train, test in parts]
+        found = [(train[train >= 0], test[test >= 0]) for train, test in parts]
+        for k, (train, test) in enumerate(found):
+            if not len(train) or not len(test):
+                raise ValueError(
+                    f"Fold {k} of cv has {len(train)} images to fit to and {len(test)} to predict that have a positive "
+                    "weight: each needs some."
+                )
+        return found
+
+    def _update(self, stored: StoredData, warm_start: bool) -> Any:
+        if self._has_given_folds():
+            raise ValueError(
+                "cv holds folds of the rows of fit, which are not those of the changed set: set it to an int or a "
+                "splitter."
+            )
+        return super()._update(stored, warm_start)
 
     def _score_folds(
         self,

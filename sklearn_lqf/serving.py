@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from .linearize import LinearizedNetwork
 from .preprocessing import Preprocessing
 from .tangents import GeneralTail, TracedTail
+from .threads import DUAL_NUMBERS
 
 __all__ = ["LinearizedModule", "ServingMixin"]
 
@@ -52,7 +53,8 @@ class LinearizedModule(nn.Module):
         unit: Tensor,
     ):
         super().__init__()
-        self.trunk, self.tail = copy.deepcopy((network.trunk, network.module))
+        with DUAL_NUMBERS:
+            self.trunk, self.tail = copy.deepcopy((network.trunk, network.module))
         for module in (self.trunk, self.tail):
             module.eval().requires_grad_(False)
             module.to(memory_format=torch.contiguous_format)  # the one that exported programs keep

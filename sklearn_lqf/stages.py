@@ -198,7 +198,7 @@ def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> l
     last: tuple[int, ...] | None = None
     for name, shape in shapes.items():
         weighted = any(p.ndim > 1 for p in module.get_submodule(name).parameters())
-        size = _resolution(shape)
+        size = _resolution(shape, example)
         pooled = spatial and (len(shape) == 2 or size == (1, 1))
         kind = shape[1:] if by_width and size is not None else size
         if stages and (not weighted or pooled or (size is not None and kind == last)):
@@ -209,16 +209,22 @@ def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> l
     return stages
 
 
-def _resolution(shape: torch.Size) -> tuple[int, ...] | None:
+def _resolution(shape: torch.Size, example: Tensor) -> tuple[int, ...] | None:
     """Height and width of an activation, channels first or last; None for tokens and vectors."""
     if len(shape) != 4:
         return None
-    return tuple(shape[1:3]) if channels_last(shape) else tuple(shape[2:])
+    return tuple(shape[1:3]) if channels_last(shape, example) else tuple(shape[2:])
 
 
-def channels_last(shape: torch.Size) -> bool:
-    """Whether the channels of an activation (B, ?, ?, ?) seem to come last: two equal sizes, then another."""
-    return shape[1] == shape[2] != shape[3]
+def channels_last(shape: torch.Size, example: Tensor) -> bool:
+    """Whether the channels of an activation (B, ?, ?, ?) seem to come last.
+
+    That is where its first two sizes, and not its last two, have the proportion of those of the images (B, C, H, W),
+    but for a rounded pixel.
+    """
+    proportion = example.shape[2] / example.shape[3] if example.ndim == 4 else 1.0
+    first, last = abs(shape[2] - shape[3] * proportion), abs(shape[1] - shape[2] * proportion)
+    return last < min(first, 1)
 
 
 def tangent_prefixes(module: nn.Module, example: Tensor, layers: Any) -> list[str] | None:

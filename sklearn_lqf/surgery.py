@@ -33,12 +33,21 @@ _STOCHASTIC_DEPTHS = ("StochasticDepth", "DropPath")
 def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
     """Whether a module computes what one of these layers computes, from its own weight and bias alone.
 
-    False for subclasses with another forward, parametrized or pruned weights, and layers with hooks.
+    False for subclasses with another forward, layers whose methods are replaced, parametrized or pruned weights, and
+    layers with hooks.
     """
     return (
-        any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
+        any(isinstance(module, k) and _computes_as(module, k) for k in kinds)
         and all(name in ("weight", "bias") for name, _ in module.named_parameters())
         and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module has the methods of a class by which it is evaluated."""
+    return all(
+        name not in vars(module) and getattr(type(module), name, None) is getattr(kind, name, None)
+        for name in ("forward", "_conv_forward")
     )
 
 

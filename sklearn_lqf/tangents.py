@@ -151,14 +151,14 @@ class TracedTail:
             for name, m in self.modules.items()
         }
         self.rules = {name: rule for name, m in self.modules.items() if (rule := _rule(m)) is not None}
-        read = {str(n.target) for n in self.nodes if n.op == "get_attr"}
+        self.read = {str(n.target) for n in self.nodes if n.op == "get_attr"}  # parameters used outside modules
         self.wide = {  # layers whose gradients are made of those of their outputs
             name: cast(nn.Conv2d, m)
             for name, m in self.modules.items()
             if self.own[name]
             and is_plain(m, (nn.Conv2d,))
             and is_wide_depthwise(cast(nn.Conv2d, m))
-            and read.isdisjoint(f"{name}.{p}" for p in self.own[name])
+            and self.read.isdisjoint(f"{name}.{p}" for p in self.own[name])
         }
         last = {used: node for node in self.nodes for used in node.all_input_nodes if used is not self.output}
         self.done: dict[fx.Node, list[fx.Node]] = {}  # what no node after a node looks at
@@ -226,7 +226,8 @@ class TracedTail:
             source = cast(fx.Node, node.args[0])
             weight, bias = (direction.get(f"{name}.{p}") for p in ("weight", "bias")) if own else (None, None)
             return self.rules[name](module, values[source], values[node], dots[source], weight, bias)
-        parameters = dict(module.named_parameters())
+        with DUAL_NUMBERS:
+            parameters = dict(module.named_parameters())
 
         def call(local: dict[str, Tensor], args: tuple, kwargs: dict) -> Any:
             return functional_call(module, local, args, kwargs)
@@ -365,6 +366,7 @@ class GeneralTail:
     def __init__(self, module: nn.Module, tangent: Sequence[str]):
         self.module = module
         self.tangent = list(tangent)
+        self.read: set[str] = set()  # of a network that does not trace nothing is seen
 
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Features (B, D); the inputs and the evaluations of every layer are kept."""
@@ -391,7 +393,8 @@ class GeneralTail:
 
     def tangents(self, values: dict[str, Any], direction: dict[str, Tensor]) -> Tensor | None:
         """Tangent of the features along a direction of the parameters."""
-        parameters = dict(self.module.named_parameters())
+        with DUAL_NUMBERS:
+            parameters = dict(self.module.named_parameters())
         inputs = values["inputs"]
         with plain_attention():
             return _dual_call(

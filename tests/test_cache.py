@@ -1,9 +1,11 @@
 """Trunk activations in every place, when memory or disk end, and shared between fits."""
 
+import copy
 import errno
 import gc
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import joblib
@@ -216,14 +218,31 @@ def test_what_cannot_be_mended():
 # ------------------------------------------------------------------------------------------ shared between fits
 
 
+class Hidden(nn.Module):
+    """A constant that is not part of the state."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value), persistent=False)
+
+    def forward(self, x):
+        return self.value * x
+
+
+SEEN: Counter[int] = Counter()  # rows by trunk
+
+
 class Trunk(nn.Module):
     def __init__(self, value: float = 2.0):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(value))
-        self.rows = 0
+
+    @property
+    def rows(self):
+        return SEEN[id(self)]
 
     def forward(self, x):
-        self.rows += len(x)
+        SEEN[id(self)] += len(x)
         return (self.weight * x).contiguous(memory_format=torch.channels_last), x.sum((1, 2, 3), keepdim=True)[:, 0, 0]
 
 
@@ -251,9 +270,21 @@ def test_what_is_another_trunk(tmp_path):
     assert evaluated(memory, ROWS, Trunk(3.0)) == N
     assert evaluated(memory, ROWS, Trunk(), "other preprocessing") == N
     assert evaluated(memory, ROWS.double(), Trunk()) == N
-    traced = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
-    other = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.ReLU()))
-    assert SharedActivations(memory, traced, ())._trunk != SharedActivations(memory, other, ())._trunk
+    state = nn.Conv2d(4, 4, 3).state_dict()
+    networks = [
+        [nn.ReLU()], [nn.ReLU(), nn.ReLU()], [nn.GELU()], [nn.LeakyReLU(0.1)], [nn.LeakyReLU(0.2)], [nn.MaxPool2d(2)],
+        [nn.AvgPool2d(2)], [nn.Conv2d(4, 4, 3)], [nn.Conv2d(4, 4, 3, 2)], [nn.Conv2d(4, 4, 3, dilation=2)],
+        [nn.Conv2d(4, 4, 3, padding=1)], [Hidden(1.0)], [Hidden(2.0)],
+    ]  # fmt: skip
+    keys = set()
+    for layers in networks:
+        if isinstance(layers[0], nn.Conv2d):
+            layers[0].load_state_dict(state)
+        graphs = (torch.fx.symbolic_trace(nn.Sequential(*copy.deepcopy(layers))) for _ in range(2))
+        one, same = (SharedActivations(memory, graph, ())._trunk for graph in graphs)
+        assert one == same
+        keys.add(one)
+    assert len(keys) == len(networks)
 
 
 def test_an_entry_that_was_lost_is_evaluated_again(tmp_path):

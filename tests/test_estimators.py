@@ -283,7 +283,7 @@ def test_less_memory_gives_the_same_result(fitted, monkeypatch):
 
 
 def test_batches_of_a_cpu_are_bounded_by_their_activations(fitted, monkeypatch):
-    row = fitted._model._bytes_of(1)
+    row = fitted._model._bytes_of_a_row()
     for room, most in ((0, 2), (5 * row, 5), (100 * row, 24)):  # K-FAC looks at two rows at least
         monkeypatch.setattr(model, "_BATCH_BYTES", room)
         tried = small_device(monkeypatch, 24)
@@ -545,6 +545,22 @@ def test_few_images_that_are_all_right_leave_a_doubt(multilabel):
         assert 0.1 < wrong.mean() * (n + 2) < 10
     weighted = classifier().fit(images, labels, sample_weight=np.full(4, 25))
     assert weighted.temperature_ == pytest.approx(many.temperature_, rel=1e-4)
+
+
+def test_a_network_that_mixes_the_images_of_a_batch_is_refused():
+    net = tiny_net()
+    net.block2[1] = nn.BatchNorm2d(16, track_running_stats=False)
+    with pytest.raises(ValueError, match="other images of a batch"):
+        classifier(backbone=net).fit(X, Y)
+
+
+def test_a_network_that_needs_two_rows_can_be_fitted():
+    class Squeezed(TinyNet):
+        def forward(self, x):
+            x = self.block2(self.stem(x))
+            return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).squeeze())
+
+    assert classifier(backbone=Squeezed().eval(), readout="last").fit(X, Y).converged_
 
 
 def test_images_of_a_fixed_size_network():

@@ -144,6 +144,14 @@ def test_other_batch_norms_are_not_folded():
     assert split_network(randomized(net), EXAMPLE, "all").folded == 0
 
 
+def test_a_batch_norm_that_is_named_stays():
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten()))
+    split = split_checked(net, ["1"])
+    assert (split.folded, split.tangent) == (0, ["1.weight", "1.bias"])
+    split = split_checked(net, ["0", "1"])
+    assert (split.folded, split.tangent) == (1, ["0.weight", "0.bias"])
+
+
 def test_batch_norm_over_tokens_is_not_folded():
     # It normalizes the tokens, not the features that the Linear makes: here there are four of both.
     net = randomized(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Flatten()))

@@ -36,6 +36,12 @@ def test_pieces_do_not_matter(problem, monkeypatch):
     close(tangent_kernel(problem.network, problem.batches()), expected(problem))
 
 
+def test_which_way_does_not_depend_on_the_rows_of_a_batch(monkeypatch):
+    problem = make("outside")
+    monkeypatch.setattr(kernel, "_PRODUCTS", 300)  # elements, of the Jacobians of more than one image
+    close(tangent_kernel(problem.network, problem.batches([8, 1, 2])), expected(problem))
+
+
 def layer(seed: int, positions: int, groups: int, m: int = 5, o: int = 3):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((4 + seed, groups, positions, m), (4 + seed, groups, C, positions, o))

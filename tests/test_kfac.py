@@ -525,3 +525,14 @@ def test_curvature_that_is_not_finite_is_refused():
     operator.blocks[2].update(torch.full((1, 4), torch.inf, dtype=F64), torch.ones(1, dtype=F64))
     with pytest.raises(ValueError, match="finite"):
         operator.factorize(RIDGE, F64)
+
+
+@pytest.mark.parametrize("features", [20, 600])  # whole factors, and approximated ones
+def test_curvature_that_overflows_ends_in_an_error(features):
+    layer = Linear(features, 3).double()
+    block = KroneckerBlock(layer, slice(0, 3 * features), None)
+    block.update(
+        [torch.full((2, features), 1e200, dtype=F64)], [[torch.ones(2, 3, dtype=F64)]], torch.ones(2, dtype=F64)
+    )
+    with pytest.raises(ValueError, match="derivatives overflow"):
+        block.factorize(1.0, F64)

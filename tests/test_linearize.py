@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import threading
+import types
 import warnings
 
 import pytest
@@ -12,9 +14,10 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sklearn_lqf.graph import split_network
+from sklearn_lqf.graph import Split, split_network
 from sklearn_lqf.linearize import LinearizedNetwork, _full_precision
 from sklearn_lqf.tangents import _dual_call
+from sklearn_lqf.threads import DUAL_NUMBERS
 
 SLOPE = 0.1
 OUTPUTS = 3
@@ -175,6 +178,32 @@ def test_wide_depthwise_convolutions(options, tangent_layers):
         pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES, tangent_layers=tangent_layers,
         rename={"weight": "2.weight", "bias": "2.bias"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["_conv_forward", "forward"])
+@pytest.mark.parametrize("how", ["instance", "subclass"])
+def test_convolutions_with_a_method_of_their_own(method, how):
+    def circular(self, x, *_):
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="circular"), self.weight, self.bias, groups=4)
+
+    if how == "subclass":
+        conv = type("Own", (nn.Conv2d,), {method: circular})(4, 4, 5, padding=2, groups=4)
+    else:
+        conv = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        setattr(conv, method, types.MethodType(circular, conv))
+    check(pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES)
+
+
+def test_parameters_are_not_read_while_another_thread_has_swapped_them():
+    network, activations = linearized(pooled(nn.Conv2d(3, 4, 3), nn.Tanh()), IMAGES)
+    split = Split(network.trunk, network.module, network.names, [4], True, 0, 0)
+    made = threading.Thread(target=lambda: LinearizedNetwork(split, network.weight, network.bias))
+    with DUAL_NUMBERS:
+        made.start()
+        made.join(0.1)
+        assert made.is_alive()
+    made.join()
+    assert network.at(activations).vjp(rand(3, OUTPUTS)).count_nonzero() == network.n_parameters
 
 
 class Reused(nn.Module):

@@ -81,7 +81,21 @@ class Twice(nn.Module):
         return self.shared(torch.tanh(self.shared(torch.tanh(self.stem(x))))).mean((2, 3))
 
 
-NETWORKS = {"convolutional": convolutional, "tokens": Tokens, "uncommon": Uncommon, "twice": Twice}
+class ReadOutside(nn.Module):
+    """A layer whose weight has a second part in the output, and a depthwise one."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.linear, self.last = nn.Conv2d(2, 2, 3, groups=2), nn.Linear(2, 4), nn.Linear(2, 2)
+
+    def forward(self, x):
+        hidden = self.linear(self.depthwise(x).tanh().mean((2, 3))).tanh()
+        return self.last(hidden @ self.linear.weight)
+
+
+NETWORKS = {
+    "convolutional": convolutional, "tokens": Tokens, "uncommon": Uncommon, "twice": Twice, "outside": ReadOutside,
+}  # fmt: skip
 
 
 @dataclass

@@ -118,7 +118,7 @@ def test_vectors_have_no_positions():
     graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
     *_, relu, output = graph.graph.nodes
     value = rand(2, 4)
-    assert add_readout(graph, [relu], {relu: value, output: value}) == [4]
+    assert add_readout(graph, [relu], {relu: value, output: value}, value) == [4]
 
 
 def test_standardization_is_weighted_and_scales_parts():

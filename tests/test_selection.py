@@ -153,6 +153,18 @@ def test_folds_that_are_given_count_rows_without_a_weight(masks):
         np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
     with pytest.raises(IndexError):
         search(cv=[(np.arange(N), [N])]).fit(X, Y, weights)
+    gone = np.flatnonzero(weights == 0)
+    with pytest.raises(ValueError, match="Fold 0 of cv has"):
+        search(cv=[(np.setdiff1d(np.arange(N), gone), gone)]).fit(X, Y, weights)
+
+
+def test_given_folds_do_not_outlive_their_rows():
+    model = search(cv=list(StratifiedKFold(2).split(X, Y)), tol=1e-2, store_data=True).fit(X, Y)
+    for change in (lambda: model.forget([0]), lambda: model.partial_fit(X[:1], Y[:1])):
+        with pytest.raises(ValueError, match="cv holds folds of the rows of fit"):
+            change()
+    model.set_params(cv=2).forget([0])
+    assert model.n_splits_ == 2
 
 
 # ------------------------------------------------------------------------------------------------ leave-one-out

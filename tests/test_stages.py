@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sklearn_lqf.stages import Head, find_head, find_stages, remove_head, tangent_prefixes
+from sklearn_lqf.stages import Head, channels_last, find_head, find_stages, remove_head, tangent_prefixes
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
@@ -15,6 +15,16 @@ VECTORS = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
 
 def example(size):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_channels_are_told_from_rows_by_the_proportion_of_the_images():
+    square, wide = torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 256, 320)
+    for shape, example, expected in (
+        ((2, 8, 8, 96), square, True), ((2, 8, 8, 8), square, False), ((2, 96, 8, 8), square, False),
+        ((2, 8, 7, 9), square, False), ((2, 64, 64, 80), wide, False), ((2, 64, 80, 64), wide, True),
+        ((2, 7, 9, 96), wide, True), ((2, 512, 8, 10), wide, False), ((2, 5, 5, 7), torch.zeros(2, 6), True),
+    ):  # fmt: skip
+        assert channels_last(torch.Size(shape), example) is expected, shape
 
 
 # ---------------------------------------------------------------------------------------------------- heads
