@@ -22,7 +22,7 @@ from .influence import InfluenceMixin, TrainingSet
 from .inputs import Inputs, flipped, select_rows, standardize_vectors
 from .kfac import KFAC
 from .linearize import _full_precision
-from .model import LinearModel, choose_device
+from .model import LinearModel, choose_device, ordinary_arithmetic
 from .objective import Quadratic
 from .persistence import PersistenceMixin
 from .problem import Problem, TrainingRows
@@ -94,7 +94,8 @@ class LQFBase(
     def _fit(self: Estimator, X: Any, y: Any, sample_weight: Any, classes: Any = None) -> Estimator:
         """`fit`, also with classes of which there is no image yet; a fit that raises leaves nothing fitted."""
         try:
-            result = self._fit_all(X, y, sample_weight, classes)
+            with ordinary_arithmetic(choose_device(self.device)):
+                result = self._fit_all(X, y, sample_weight, classes)
         except BaseException:
             for name in [n for n in vars(self) if n in _STATE or (n.endswith("_") and not n.startswith("_"))]:
                 delattr(self, name)

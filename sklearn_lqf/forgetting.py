@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .backbones import Backbone
 from .cache import Fingerprint, TrunkCache
+from .model import ordinary_arithmetic
 
 __all__ = ["StoredData", "UpdateMixin", "stores_data"]
 
@@ -163,15 +164,18 @@ class UpdateMixin:
         """Fit again on stored data; the estimator is as it was when this raises."""
         twin = copy.copy(self)
         weights = self._weigh_classes(stored.targets, stored.weights)
-        if stored.vectors is None:
-            model = self._model.again()
-        else:
-            stored = replace(stored, backbone=copy.deepcopy(stored.backbone))  # which is standardized in place
-            model = self._prepare(stored.backbone, stored.vectors, np.arange(len(stored)), weights, self._model.device)
-        cache = self._stored_batches(stored, model)
-        data = twin._training_rows(cache, stored.targets, weights, stored.weights)
-        start = (lambda model: self._carried_over(model, twin)) if warm_start else None
-        result = twin._solve_for(model, data, start=start)
+        with ordinary_arithmetic(self._model.device):
+            if stored.vectors is None:
+                model = self._model.again()
+            else:
+                stored = replace(stored, backbone=copy.deepcopy(stored.backbone))  # which is standardized in place
+                model = self._prepare(
+                    stored.backbone, stored.vectors, np.arange(len(stored)), weights, self._model.device
+                )
+            cache = self._stored_batches(stored, model)
+            data = twin._training_rows(cache, stored.targets, weights, stored.weights)
+            start = (lambda model: self._carried_over(model, twin)) if warm_start else None
+            result = twin._solve_for(model, data, start=start)
         twin._fingerprint = Fingerprint.of(stored.images, stored.targets, weights)
         twin._stored = stored
         self.__dict__.update(vars(twin))

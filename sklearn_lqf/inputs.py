@@ -15,7 +15,7 @@ from torch import Tensor
 from .backbones import Backbone, VectorNetwork, load_backbone
 from .cache import with_smaller_batches
 from .images import ImageInputs, is_image_input
-from .model import LinearModel
+from .model import LinearModel, ordinary_arithmetic
 from .parameters import Parameters
 
 __all__ = ["Inputs", "flipped", "select_rows", "standardize_vectors"]
@@ -96,8 +96,9 @@ class Inputs(Parameters):
 
     def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:
         """What is made of the trunk activations of rows, batch by batch."""
-        activations, size = self._model.evaluator(self._memory()), self._model.rows_at_once(self.batch_size)
-        return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), size)
+        with ordinary_arithmetic(self._model.device):
+            activations, size = self._model.evaluator(self._memory()), self._model.rows_at_once(self.batch_size)
+            return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), size)
 
     def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
         """Weights of n rows, not all zero."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from .readout import Standardization, fit_standardization
 from .surgery import evaluate
 from .threads import DUAL_NUMBERS
 
-__all__ = ["PREPARED_OTHERWISE", "LinearModel", "choose_device"]
+__all__ = ["PREPARED_OTHERWISE", "LinearModel", "choose_device", "ordinary_arithmetic"]
 
 _BATCH_BYTES = 1 << 28  # of activations of the tail in one batch on a CPU, which larger ones slow down
 
@@ -49,6 +50,13 @@ def choose_device(device: Any) -> torch.device:
     if str(found) not in present:
         raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
     return found
+
+
+@contextmanager
+def ordinary_arithmetic(device: torch.device) -> Iterator[None]:
+    """Tensors that may have gradients, in their own precision, whatever modes of torch the caller is in."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _refuse_mixing(module: nn.Module, example: Tensor) -> None:

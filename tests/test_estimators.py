@@ -547,6 +547,18 @@ def test_few_images_that_are_all_right_leave_a_doubt(multilabel):
     assert weighted.temperature_ == pytest.approx(many.temperature_, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference", "no grad", "autocast"],
+)
+def test_modes_of_torch_do_not_matter(mode):
+    inside, outside = (classifier(dtype="float32", tol=1e-3, store_data=True) for _ in range(2))
+    with mode():
+        outputs = inside.fit(X, Y).forget(0).decision_function(X)
+    np.testing.assert_array_equal(outputs, outside.fit(X, Y).forget(0).decision_function(X))
+
+
 def test_a_network_that_mixes_the_images_of_a_batch_is_refused():
     net = tiny_net()
     net.block2[1] = nn.BatchNorm2d(16, track_running_stats=False)
