@@ -56,7 +56,7 @@ class Problem:
         targets = torch.eye(n_classes, dtype=torch.float64)[self.codes]
         ridge = fit_ridge_head(features.unsqueeze(0), targets, ones, ones, _RIDGE_ALPHAS)
         held_out = ridge.held_out[0]
-        self.temperature = _fit_temperature(held_out.numpy(), targets.numpy(), ones.numpy())
+        self.temperature = _fit_temperature(held_out.numpy(), targets.numpy(), ones.numpy(), len(train))
         self.noise = float((targets - held_out).square().mean())
         head = orthogonal_head(n_classes, features.shape[1], torch.Generator().manual_seed(0))
         self.network = model.set_head(head, torch.zeros(n_classes))
