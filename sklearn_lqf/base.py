@@ -94,8 +94,9 @@ class LQFBase(
     def _fit(self: Estimator, X: Any, y: Any, sample_weight: Any, classes: Any = None) -> Estimator:
         """`fit`, also with classes of which there is no image yet; a fit that raises leaves nothing fitted."""
         try:
-            with ordinary_arithmetic(choose_device(self.device)):
-                result = self._fit_all(X, y, sample_weight, classes)
+            device = choose_device(self.device)
+            with ordinary_arithmetic(device):
+                result = self._fit_all(X, y, sample_weight, classes, device)
         except BaseException:
             for name in [n for n in vars(self) if n in _STATE or (n.endswith("_") and not n.startswith("_"))]:
                 delattr(self, name)
@@ -103,8 +104,7 @@ class LQFBase(
         self._warn_unless_converged(result)
         return self
 
-    def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> SolverResult:
-        device = choose_device(self.device)
+    def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any, device: torch.device) -> SolverResult:
         shared = isinstance(self.distributed, bool | np.bool_) and self.distributed
         group = default_group(device) if shared else ALONE
         group.together(self._check_parameters, group.size)
@@ -271,10 +271,7 @@ class LQFBase(
         self._n_tail = quadratic.network.slices["head.weight"].start
         self.intercept_ = problem.mean.cpu().numpy() * self._unit if self._centered() else None
         self.relative_alpha_ = quadratic.alpha / problem.unit
-        held_out = problem.held_out.mean(0).cpu().numpy() * self._unit
-        data = problem.rows
-        targets, weights = data.targets.cpu().numpy() * self._unit, data.weights.cpu().numpy()
-        self._learn_from_held_out(held_out, targets, weights, float(data.multiplicity.sum()))
+        self._learn_from_held_out(problem, self._unit)
 
     def _set_solution(self, result: SolverResult) -> None:
         assert self._model.network is not None
@@ -332,11 +329,8 @@ class LQFBase(
         """Raise unless the targets (n, C) of the rows that would remain are enough for a fit."""
         raise NotImplementedError
 
-    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float) -> None:
-        """Set what is fitted on leave-one-out outputs (n, C) of the ridge regression on the features.
-
-        ``count`` is how many images the n rows stand for.
-        """
+    def _learn_from_held_out(self, problem: Problem, unit: np.ndarray) -> None:
+        """Set what is fitted on the leave-one-out outputs of the ridge regression, in the units (C,) of its targets."""
         raise NotImplementedError
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:

@@ -360,10 +360,10 @@ class SharedActivations:
         digest = hashlib.blake2b(digest_size=_DIGEST)
         code = trunk.code if isinstance(trunk, torch.fx.GraphModule) else repr(trunk)
         digest.update(repr((torch.__version__, code, options)).encode())
+        common = vars(torch.nn.Module()).keys()
         for name, module in trunk.named_modules():
             digest.update(repr((name, type(module).__module__, type(module).__qualname__)).encode())
-            own = sorted(vars(module).keys() - vars(torch.nn.Module()).keys()) if name else []
-            for key in own:  # such as the stride of a convolution
+            for key in sorted(vars(module).keys() - common) if name else ():  # such as the stride of a convolution
                 value = vars(module)[key]
                 digest.update(key.encode() + (_bytes(value) if isinstance(value, Tensor) else _text(value)))
         for name, value in [*trunk.named_parameters(), *trunk.named_buffers()]:

@@ -18,6 +18,7 @@ from sklearn.utils.validation import _check_y
 from .base import LQFBase
 from .forgetting import stores_data
 from .parameters import check_number, with_shared_parameters
+from .problem import Problem
 from .uncertainty import diagonal_roots
 
 __all__ = ["LQFClassifier"]
@@ -340,8 +341,11 @@ class LQFClassifier(ClassifierMixin, LQFBase):
                 f"No training image of class(es) {gone[:5]} would remain: fit a new model without these classes."
             )
 
-    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float) -> None:
-        self.temperature_ = _fit_temperature(outputs, values, weights, count, self._multilabel)
+    def _learn_from_held_out(self, problem: Problem, unit: np.ndarray) -> None:
+        rows = problem.rows
+        outputs, values = (v.cpu().numpy() * unit for v in (problem.held_out.mean(0), rows.targets))
+        count = float(rows.multiplicity.sum())
+        self.temperature_ = _fit_temperature(outputs, values, rows.weights.cpu().numpy(), count, self._multilabel)
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:
         if self._multilabel:

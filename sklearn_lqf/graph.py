@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, TypeVar, cast
 
 import torch
@@ -129,7 +128,7 @@ def split_network(
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
         return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [reference.shape[1]], False, 0, swapped)
     modularize_activations(graph)
-    folded = _fold_batch_norms(graph, example, [] if isinstance(tangent_layers, Integral) else prefixes or [])
+    folded = _fold_batch_norms(graph, example, prefixes)
     swapped = swap_activations(graph, negative_slope)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
@@ -332,10 +331,10 @@ def _simplify(graph: fx.GraphModule) -> None:
 # ------------------------------------------------------------------------------------------------------- fold
 
 
-def _fold_batch_norms(graph: fx.GraphModule, example: Tensor, named: list[str]) -> int:
+def _fold_batch_norms(graph: fx.GraphModule, example: Tensor, prefixes: list[str] | None) -> int:
     """Fold each BatchNorm that is the only use of a convolution or Linear; how many were folded.
 
-    One that was named for linearization, by itself or with its block, stays unless its convolution was, too.
+    One that is to be linearized stays unless its convolution is, too.
     """
     targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     folded = 0
@@ -346,7 +345,7 @@ def _fold_batch_norms(graph: fx.GraphModule, example: Tensor, named: list[str]) 
         once = targets.count(source.target) == targets.count(node.target) == 1 and len(source.users) == 1
         if source.op != "call_module" or not once:
             continue
-        if _chosen(f"{node.target}.", named) and not _chosen(f"{source.target}.", named):
+        if _chosen(f"{node.target}.", prefixes) and not _chosen(f"{source.target}.", prefixes):
             continue
         layer = graph.get_submodule(source.target)
         norm = cast(nn.modules.batchnorm._BatchNorm, graph.get_submodule(node.target))

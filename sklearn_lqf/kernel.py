@@ -21,7 +21,7 @@ __all__ = ["tangent_kernel"]
 Batch = Sequence[Tensor]
 _PRODUCTS = 1 << 26  # elements of the largest intermediate result
 _SIDES_BYTES = 1 << 30  # of patches and output gradients kept between products
-_JACOBIAN = 1 << 20  # elements of the Jacobians of one image by one layer that are kept
+_IMAGE_JACOBIANS = 1 << 20  # elements of the Jacobians of one image by one layer that are kept
 _JACOBIANS = 16  # images whose Jacobians by other parameters are evaluated at once
 
 
@@ -84,7 +84,7 @@ class _Side:
                 a, g = blocks[name].positions(inputs, gradients, rows)
                 # Judged by one image, for batches of all sizes alike.
                 elements = g[0, ..., 0, :].numel() * a.shape[3]  # of its Jacobians
-                if a.shape[1] > 1 and elements <= min(_JACOBIAN, 2 * (a[0].numel() + g[0].numel())):
+                if a.shape[1] > 1 and elements <= min(_IMAGE_JACOBIANS, 2 * (a[0].numel() + g[0].numel())):
                     self.jacobians.append(_jacobians(a, g))
                 else:
                     self.layers[name] = a, g

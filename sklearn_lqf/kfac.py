@@ -36,9 +36,6 @@ _EIGH_MAX = 256  # rows up to which a factor is diagonalized; above, the inverse
 _WHOLE_MAX = 512  # rows up to which a factor is kept whole; above, its Nyström approximation
 _RANK = 128  # of the approximation: solvers take as many iterations with it as with whole factors
 _EXACT_MAX = 64  # parameters of one group of a convolution up to which its block is exact (depthwise)
-_OVERFLOW = (
-    "The curvature is not finite: the network's derivatives overflow. Use dtype='float64', or check its weights."
-)
 _CHUNK = 1 << 25  # elements of the largest intermediate result of an update
 
 
@@ -212,7 +209,10 @@ class KroneckerBlock:
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
         if not all(bool(torch.isfinite(part).all()) for part in self._sums):
-            raise ValueError(_OVERFLOW)
+            raise ValueError(
+                "The curvature is not finite: the network's derivatives overflow. Use dtype='float64', or check its "
+                "weights."
+            )
         if self.exact:
             self.solve = _dense_solve(self.block, ridge, dtype)
             del self.block

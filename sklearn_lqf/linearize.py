@@ -221,9 +221,7 @@ class LinearizedNetwork:
         return {
             name: cast("nn.Linear | nn.Conv2d", m)
             for name, m in self.tail.layers().items()
-            if f"{name}.weight" in self.slices
-            and is_plain(m, (nn.Linear, nn.Conv2d))
-            and self.tail.read.isdisjoint({f"{name}.weight", f"{name}.bias"})
+            if f"{name}.weight" in self.slices and is_plain(m, (nn.Linear, nn.Conv2d))
         }
 
     def sample_jacobians(self, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:

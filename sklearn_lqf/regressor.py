@@ -15,6 +15,7 @@ from sklearn.utils.validation import _check_y
 from .base import LQFBase
 from .forgetting import stores_data
 from .parameters import check_number, with_shared_parameters
+from .problem import Problem
 from .uncertainty import diagonal_roots
 
 __all__ = ["LQFRegressor"]
@@ -205,7 +206,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         if len(values) < 2:
             raise ValueError(f"{len(values)} training image(s) would remain: at least 2 are needed.")
 
-    def _learn_from_held_out(self, outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float) -> None:
+    def _learn_from_held_out(self, problem: Problem, unit: np.ndarray) -> None:
         """Nothing is."""
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:

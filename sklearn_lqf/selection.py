@@ -287,10 +287,9 @@ class LQFClassifierCV(LQFClassifier):
 
     def _judge(self, problem: Problem) -> _OfOutputs:
         """What a scorer sees of the model of a problem: the classes, and the temperature."""
-        judge, rows = _OfOutputs(target_scale=self.target_scale), problem.rows
+        judge = _OfOutputs(target_scale=self.target_scale)
         judge.classes_, judge._multilabel = self.classes_, self._multilabel
-        held_out, values = (v.cpu().numpy() * self._unit for v in (problem.held_out.mean(0), rows.targets))
-        judge._learn_from_held_out(held_out, values, rows.weights.cpu().numpy(), float(rows.multiplicity.sum()))
+        judge._learn_from_held_out(problem, self._unit)
         return judge
 
     def _score(self, judge: _OfOutputs, outputs: np.ndarray, values: np.ndarray, given: np.ndarray) -> float:

@@ -151,14 +151,10 @@ class TracedTail:
             for name, m in self.modules.items()
         }
         self.rules = {name: rule for name, m in self.modules.items() if (rule := _rule(m)) is not None}
-        self.read = {str(n.target) for n in self.nodes if n.op == "get_attr"}  # parameters used outside modules
         self.wide = {  # layers whose gradients are made of those of their outputs
             name: cast(nn.Conv2d, m)
-            for name, m in self.modules.items()
-            if self.own[name]
-            and is_plain(m, (nn.Conv2d,))
-            and is_wide_depthwise(cast(nn.Conv2d, m))
-            and self.read.isdisjoint(f"{name}.{p}" for p in self.own[name])
+            for name, m in self.layers().items()
+            if self.own[name] and is_plain(m, (nn.Conv2d,)) and is_wide_depthwise(cast(nn.Conv2d, m))
         }
         last = {used: node for node in self.nodes for used in node.all_input_nodes if used is not self.output}
         self.done: dict[fx.Node, list[fx.Node]] = {}  # what no node after a node looks at
@@ -286,8 +282,9 @@ class TracedTail:
                 yield f"{name}.bias", gradient.sum((0, 2, 3))
 
     def layers(self) -> dict[str, nn.Module]:
-        """The modules that are evaluated, by name."""
-        return self.modules
+        """The modules that are evaluated, by name, and whose parameters have no other part in the output."""
+        read = {str(n.target).rpartition(".")[0] for n in self.nodes if n.op == "get_attr"}
+        return {name: m for name, m in self.modules.items() if name not in read}
 
     def calls(self, values: dict[fx.Node, Any], name: str) -> list[tuple[Tensor, Tensor]]:
         """(input, output) of each evaluation of a layer."""
@@ -366,7 +363,6 @@ class GeneralTail:
     def __init__(self, module: nn.Module, tangent: Sequence[str]):
         self.module = module
         self.tangent = list(tangent)
-        self.read: set[str] = set()  # of a network that does not trace nothing is seen
 
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Features (B, D); the inputs and the evaluations of every layer are kept."""
