@@ -1,12 +1,14 @@
-"""Accuracy against images a class: linear probes, non-linear fine-tuning (NFT), LQF at its defaults.
+"""Accuracy against images a class: linear probes, non-linear fine-tuning (NFT), LQF at its defaults and without parts.
 
 Every method gets the same pixels and the same splits; all other images are the test set, which chooses
 nothing. Hyper-parameters of the probes come from cross-validation on the training images, those of NFT from a
-held-out part of them (see _nft.py), and LQF has one setting for all: its defaults. One thread; seconds are of
-the processor, so that other work on the machine does not count. Results are kept after each measurement, and a
-run that was stopped goes on where it was.
+held-out part of them (see _nft.py), and LQF has one setting for all: its defaults. A data set "name:a+b" is the task
+of the classes number a and b of a folder. One thread; seconds are of the processor, so that other work on the machine
+does not count. Results are kept after each measurement, and a run that was stopped goes on where it was. The method
+"version1" is the default of sklearn_lqf 0.1: its rows were measured with that version and cannot be measured with
+this one.
 
-    python benchmarks/accuracy.py --data-dir FOLDER [--methods lqf nft] [--datasets digits]
+    python benchmarks/accuracy.py --data-dir FOLDER [--methods lqf nft] [--datasets digits] [--backbone NAME]
 """
 
 import argparse
@@ -30,17 +32,25 @@ from sklearn_lqf import LQFClassifier
 from sklearn_lqf.backbones import load_backbone
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
-PER_CLASS = (5, 10, 20, 50, 100)
+PER_CLASS = (5, 10, 30, 80)
 BACKBONE = "efficientnet_lite0"
-_INHERIT = 50  # images a class above which NFT takes the schedule found for this many
-_POOLED = 100  # training images below which NFT's search averages over all splits: one has too few to validate
+NEAR = ("monkeys", "caltech101", "grocery", "intelscenes")
+FAR = ("seedlings", "rsscn7", "neusteel", "trashnet", "dtd10", "digits")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lqf": {},
+    "lqf-no-tangents": {"tangents": None},
+    "lqf-network-tangents": {"tangents": "both"},
+    "lqf-evidence": {"prior": "evidence"},
+    "lqf-mirrored": {"views": ("identity", "flip")},
+}
+_INHERIT = 30  # images a class above which NFT takes the schedule found for this many
 
 Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
 
-def features(X: np.ndarray) -> np.ndarray:
+def features(X: np.ndarray, name: str = BACKBONE) -> np.ndarray:
     """Features of the backbone as it comes, for the probes."""
-    backbone = load_backbone(BACKBONE)
+    backbone = load_backbone(name)
     module = backbone.module.to(memory_format=torch.channels_last)
     module.reset_classifier(0)
     with torch.inference_mode():
@@ -63,6 +73,17 @@ def fit_logistic(X: np.ndarray, codes: np.ndarray) -> Any:
     return GridSearchCV(model, grid, cv=StratifiedKFold(folds, shuffle=True, random_state=0)).fit(X, codes)
 
 
+def read_task(task: str, data_dir: Path | None, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A data set, or with "name:a+b" its classes number a and b."""
+    dataset, _, pair = task.partition(":")
+    X, codes = read_images(dataset, data_dir, size)
+    if pair:
+        chosen = [int(c) for c in pair.split("+")]
+        rows = np.isin(codes, chosen)
+        X, codes = X[rows], np.searchsorted(chosen, codes[rows])
+    return X, codes
+
+
 class Cell:
     """One data set at one number of images a class, with its splits."""
 
@@ -79,13 +100,14 @@ class Cell:
         source = cells[min(self.per_class, _INHERIT)]
         key = str(source.per_class)
         if key not in report["schedules"]:
-            count = len(source.splits) if len(source.splits[0][0]) < _POOLED else 1
-            chosen, tried = _nft.search([source.training(i) for i in range(count)], flips=self.dataset != "digits")
+            chosen, tried = _nft.search([source.training(0)], flips=self.dataset != "digits")
             report["schedules"][key] = {"chosen": asdict(chosen), "tried": tried}
         return _nft.Schedule(**report["schedules"][key]["chosen"])
 
 
-def measure(method: str, cell: Cell, number: int, report: dict[str, Any], cells: dict[int, Cell]) -> dict[str, Any]:
+def measure(
+    method: str, cell: Cell, number: int, report: dict[str, Any], cells: dict[int, Cell], backbone: str
+) -> dict[str, Any]:
     """One fit and its scores on the test images."""
     X, codes = cell.training(number)
     _, test = cell.splits[number]
@@ -96,20 +118,20 @@ def measure(method: str, cell: Cell, number: int, report: dict[str, Any], cells:
     start = time.process_time()
     if method == "nft":
         log_p_of = _nft.train(X, codes, schedule, number)
-    elif method == "lqf":
-        clf = LQFClassifier(BACKBONE).fit(X, codes)
+    elif method in VARIANTS:
+        clf = LQFClassifier(backbone, **VARIANTS[method]).fit(X, codes)
         log_p_of = clf.predict_log_proba
     else:
-        F = features(X)
+        F = features(X, backbone)
         model = (fit_ridge if method == "ridge" else fit_logistic)(F, codes)
         log_p_of = model.decision_function if method == "ridge" else model.predict_log_proba
     extra["fit_cpu_seconds"] = time.process_time() - start
     start = time.process_time()
-    inputs = cell.X[test] if method in ("nft", "lqf") else features(cell.X[test])
+    inputs = cell.X[test] if method == "nft" or method in VARIANTS else features(cell.X[test], backbone)
     found = scores(log_p_of(inputs), cell.codes[test])
     extra["predict_cpu_seconds"] = time.process_time() - start
-    if method == "lqf":
-        extra |= {"n_iter": clf.n_iter_, "relative_gradient": float(clf.residual_norms_[-1])}
+    if method in VARIANTS:
+        extra |= {"alpha": clf.alpha_, "prior": clf.prior_}
     if method == "ridge":  # its outputs are no log-probabilities
         found = {"accuracy": found["accuracy"]}
     return {"per_class": cell.per_class, "split": number, "n_train": len(X), "n_test": len(test), **found, **extra}
@@ -124,23 +146,25 @@ def missing(report: dict[str, Any], per_class: list[int], n_splits: int) -> Iter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--datasets", nargs="+", default=["trashnet", "digits", "dtd10"])
-    parser.add_argument("--methods", nargs="+", default=["ridge", "logistic", "lqf", "nft"])
+    parser.add_argument("--datasets", nargs="+", default=[*NEAR, *FAR])
+    parser.add_argument("--methods", nargs="+", default=["ridge", "logistic", "lqf", "lqf-no-tangents", "nft"])
+    parser.add_argument("--backbone", default=BACKBONE)
     parser.add_argument("--per-class", nargs="+", type=int, default=list(PER_CLASS))
-    parser.add_argument("--splits", type=int, default=3)
+    parser.add_argument("--splits", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for dataset in args.datasets:
         size = SIZES.get(dataset, DEFAULT_SIZE)
-        X, codes = read_images(dataset, args.data_dir, size)
+        X, codes = read_task(dataset, args.data_dir, size)
         possible = [k for k in PER_CLASS if k < np.bincount(codes).min()]
         cells = {k: Cell(dataset, X, codes, k, args.splits) for k in possible}
         for method in args.methods:
-            path = RESULTS / f"{dataset}-{method}.json"
+            folder = RESULTS if args.backbone == BACKBONE else RESULTS.with_name(f"accuracy-{args.backbone}")
+            path = folder / f"{dataset}-{method}.json"
             report = json.loads(path.read_text()) if path.exists() else {"rows": [], "schedules": {}}
             report |= {"benchmark": "accuracy", "dataset": dataset, "method": method, "image_size": size}
             for k, number in missing(report, [k for k in args.per_class if k in cells], args.splits):
-                row = measure(method, cells[k], number, report, cells)
+                row = measure(method, cells[k], number, report, cells, args.backbone)
                 report["rows"].append(row)
                 write_report(path, report, "cpu")
                 print(dataset, method, json.dumps(row), flush=True)

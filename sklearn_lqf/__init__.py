@@ -1,7 +1,7 @@
 """Linear Quadratic Fine-tuning of pre-trained image networks, as scikit-learn estimators."""
 
 from .classifier import LQFClassifier
-from .plotting import ConvergenceDisplay, InfluenceDisplay, RegularizationPathDisplay
+from .plotting import ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay
 from .reader import ImageReader
 from .regressor import LQFRegressor
 from .selection import LQFClassifierCV
@@ -14,6 +14,7 @@ __all__ = [
     "LQFClassifier",
     "LQFClassifierCV",
     "LQFRegressor",
+    "PriorDisplay",
     "RegularizationPathDisplay",
     "__version__",
     "show_versions",

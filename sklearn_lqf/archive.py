@@ -21,7 +21,7 @@ from .versions import __version__
 
 __all__ = ["FORMAT", "digest", "read_archive", "refusal", "write_archive"]
 
-FORMAT = 1  # of the header; files of a higher one are refused
+FORMAT = 2  # of the header; 1 was that of version 0.1, whose model was another
 _HEADER, _DIGEST = "sklearn_lqf", "digest"  # keys of the metadata of safetensors
 
 
@@ -113,10 +113,13 @@ def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with refusal(path, "its header is broken"):
         header = json.loads(text)
         number, version = int(header["format"]), header["version"]
-    if number > FORMAT:
+    if number != FORMAT:
+        remedy = "install a newer version of sklearn_lqf"
+        if number < FORMAT:
+            remedy = "the model has changed since; fit it again, or load it with the version that wrote it"
         raise ValueError(
-            f"{refused}sklearn_lqf {version} wrote it in format {number}; this is {__version__}, which reads formats "
-            f"up to {FORMAT}: install a newer version of sklearn_lqf."
+            f"{refused}sklearn_lqf {version} wrote it in format {number}; this is {__version__}, which reads format "
+            f"{FORMAT}: {remedy}."
         )
     if digest(tensors, text) != metadata[_DIGEST]:
         raise ValueError(f"{refused}its content does not have the digest that it states; it was changed or damaged.")

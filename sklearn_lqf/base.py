@@ -1,41 +1,48 @@
-"""What all estimators share: `fit` as a recipe, and the linear model that it leaves. numpy in, numpy out."""
+"""What all estimators share: `fit` as a recipe, and what a fitted model answers. numpy in, numpy out."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
+from torch import Tensor, nn
 
+from .answers import influence, posterior_variance
 from .backbones import Backbone
-from .cache import Fingerprint, TrunkCache, with_smaller_batches
-from .certificate import CertificateMixin
+from .cache import Fingerprint, TrunkCache, memory_budget
 from .distributed import ALONE, Group, default_group
-from .forgetting import StoredData, UpdateMixin
-from .influence import InfluenceMixin, TrainingSet
-from .inputs import Inputs, flipped, select_rows, standardize_vectors
-from .kfac import KFAC
-from .linearize import _full_precision
-from .model import LinearModel, choose_device, ordinary_arithmetic
-from .objective import Quadratic
+from .inputs import Inputs, evaluate_rows, select_rows, standardize_vectors
+from .model import FeatureReader, GroupedModel
+from .paper import fit_paper
 from .persistence import PersistenceMixin
-from .problem import Problem, TrainingRows
+from .prepared import PreparedNetwork, choose_device, ordinary_arithmetic
+from .problem import Problem, Recipe, StoredData, TrainingRows
 from .progress import CallbackSupportMixin, Progress, with_callbacks
-from .serving import ServingMixin
-from .solvers import SolverResult, Status, pcg, sgd
-from .uncertainty import UncertaintyMixin
+from .serving import to_module
 
-__all__ = ["LQFBase"]
+__all__ = ["LQFBase", "stores_data"]
 
-_STATE = ("_model", "_stored", "_fingerprint")  # beside the attributes that end in an underscore
+_STATE = ("_model", "_stored", "_fingerprint", "_recipe", "_fitted_class_weight")  # beside attributes that end in "_"
 
 Estimator = TypeVar("Estimator", bound="LQFBase")
+
+
+def stores_data(estimator: Any) -> bool:
+    """Whether an estimator may be updated; else an AttributeError that says how it may."""
+    if not estimator.store_data:
+        raise AttributeError(
+            f"This {type(estimator).__name__} keeps nothing of its training data: set store_data=True before fit."
+        )
+    return True
 
 
 def _levels_to_the_caller() -> int:
@@ -46,20 +53,11 @@ def _levels_to_the_caller() -> int:
     return levels
 
 
-class LQFBase(
-    CallbackSupportMixin,
-    CertificateMixin,
-    InfluenceMixin,
-    PersistenceMixin,
-    ServingMixin,
-    UncertaintyMixin,
-    UpdateMixin,
-    Inputs,
-):
+class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
     """The estimator without what its targets are; documented with those that are public."""
 
-    alpha: float | str
-    _unit: np.ndarray  # (C,), of the targets that the model is fitted to, in those of y
+    _stored: StoredData | None
+    _recipe: Recipe
 
     # ------------------------------------------------------------------------------------------------- fit
 
@@ -96,98 +94,139 @@ class LQFBase(
         try:
             device = choose_device(self.device)
             with ordinary_arithmetic(device):
-                result = self._fit_all(X, y, sample_weight, classes, device)
+                self._fit_all(X, y, sample_weight, classes, device)
         except BaseException:
             for name in [n for n in vars(self) if n in _STATE or (n.endswith("_") and not n.startswith("_"))]:
                 delattr(self, name)
             raise
-        self._warn_unless_converged(result)
+        self._warn_unless_converged()
         return self
 
-    def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any, device: torch.device) -> SolverResult:
+    def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any, device: torch.device) -> None:
         shared = isinstance(self.distributed, bool | np.bool_) and self.distributed
         group = default_group(device) if shared else ALONE
+        # Read.
         group.together(self._check_parameters, group.size)
-        rows, backbone = group.together(self._read_training_rows, X, y)
-        y = group.together(self._read_targets, y, len(rows))
+        inputs, backbone = group.together(self._read_training_rows, X, y)
+        y = group.together(self._read_targets, y, len(inputs))
         if group.size > 1:
-            self._check_agreement(group, rows, y, sample_weight, backbone)
-        values = self._learn_targets(y, classes)
-        given = self._given_weights(sample_weight, len(rows))
-        weights = self._weigh_classes(values, given)
+            self._check_agreement(group, inputs, y, sample_weight, backbone)
+        targets = self._learn_targets(y, classes)
+        given = self._given_weights(sample_weight, len(inputs))
+        self._fitted_class_weight = copy.deepcopy(getattr(self, "class_weight", None))
+        weights = self._weigh_classes(targets, given)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
         if len(keep) < group.size:
             raise ValueError(f"{group.size} processes cannot share {len(keep)} image(s): start fewer processes.")
         if np.maximum(given[keep], 1).sum() < 2:  # a weight of 2 is a row given twice
-            raise ValueError(f"One row with a positive weight is not enough (n_samples={len(rows)}): give at least 2.")
-        self._seed = self._draw_seed()
-        model = self._prepare(backbone, rows, keep, weights, device)
-        with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
-            own = keep[group.share(len(keep))]
-            seen = Fingerprint(len(own))
-            cache = group.together(self._trunk_activations, model, rows, own, seen, self.cache, progress)
-            data = self._training_rows(cache, values[keep], weights[keep], given[keep], weights > 0)
-            result = self._solve_for(model, data, group, progress)
-            images = group.all_gather_rows(seen.images)
-            self._fingerprint = Fingerprint.of(images, values[keep], weights[keep])
-            self._stored: StoredData | None = None
-            if self.store_data:
-                self._stored = self._store(rows, backbone, images, cache, values[keep], given[keep], keep)
-        return result
-
-    def _training_rows(
-        self,
-        cache: TrunkCache,
-        values: np.ndarray,
-        weights: np.ndarray,
-        given: np.ndarray,
-        kept: np.ndarray | None = None,
-    ) -> TrainingRows:
-        """What is fitted, from the targets (n, C) in the units of y; fixes the units of the model's."""
-        self._unit = self._target_unit(values, weights)
-        t, s, g = (torch.tensor(v, device=cache.device) for v in (values / self._unit, weights, given))
-        return TrainingRows(cache, t, s, g, len(self._view_names()), kept)
-
-    def _solve_for(
-        self,
-        model: LinearModel,
-        data: TrainingRows,
-        group: Group = ALONE,
-        progress: Progress | None = None,
-        start: Callable[[LinearModel], np.ndarray] | None = None,
-    ) -> SolverResult:
-        """Everything that follows from the trunk activations; sets the fitted attributes.
-
-        ``start`` gives a solution that is near, for the model when it is standardized.
-        """
-
-        def minimize(size: int) -> SolverResult:
-            problem = Problem(model, data.rebatched(size), self._recipe(), group)
-            alpha = self._penalty(problem, model)
-            quadratic, preconditioner = problem.at(alpha)
-            self._set_problem(model, problem, quadratic)
-            near = None if start is None else start(model)
-            return self._solve(quadratic, preconditioner, progress, near)
-
-        size = data.cache.batch_size
-        # Processes that wait for each other cannot begin again one by one.
-        result = with_smaller_batches(minimize, size) if group.size == 1 else minimize(size)
-        if result.status is Status.NOT_FINITE:
             raise ValueError(
-                f"The solver met values that are not finite after {result.n_iter} iterations: the derivatives of the "
-                f"backbone overflow {self._model.dtype}. Use dtype='float64', check its weights and preprocessing, or "
-                "increase alpha."
+                f"One row with a positive weight is not enough (n_samples={len(inputs)}): give at least 2."
             )
-        self._set_solution(result)
-        return result
+        # Prepare.
+        seed = self._draw_seed()
+        network = self._prepare(backbone, inputs, keep, weights, device)
+        self._recipe, self._stored = self._new_recipe(targets.shape[1]), None
+        self.device_ = str(device)
+        with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
+            if self.model == "paper":
+                self._fit_paper(network, inputs, keep, targets[keep], weights[keep], given[keep], seed, progress)
+                return
+            # Evaluate.
+            count = int(self.n_directions) if self._reads("directions") else 0
+            reader = FeatureReader.draw(network, count, self.sketch_size, seed, self._view_names())
+            own = keep[group.share(len(keep))]
+            features, digests = group.together(self._evaluate, reader, inputs, own, progress)
+            features, digests = (group.all_gather_rows(v).numpy() for v in (features, digests))
+            rows = TrainingRows(features, targets[keep], given[keep], digests)
+            # Pose and solve.
+            self._solve(reader, rows, group, keep, len(inputs))
+            if self.store_data:
+                vectors = isinstance(inputs, np.ndarray)
+                self._stored = StoredData(rows, inputs[keep], backbone) if vectors else StoredData(rows)
 
-    def _penalty(self, problem: Problem, model: LinearModel) -> float:
-        """The absolute penalty."""
-        return problem.alpha(self.alpha)
+    def _reads(self, kind: str) -> bool:
+        """Whether a kind of tangents may have a variance."""
+        if self.model == "paper" or (isinstance(self.prior, str) and self.prior in ("equal", "last")):
+            return False
+        if isinstance(self.prior, Mapping) and not any(str(name).endswith(f" {kind}") for name in self.prior):
+            return False
+        return self.tangents in (("local", "both") if kind == "tangents" else ("network", "both"))
+
+    def _new_recipe(self, n_outputs: int) -> Recipe:
+        indicators = self._targets_are_indicators()
+        return Recipe(
+            copy.deepcopy(self.prior), self.solver, float(self.tol), int(self.max_iter),
+            n_outputs - 1 if indicators else n_outputs, indicators, memory_budget(),
+        )  # fmt: skip
+
+    def _evaluate(
+        self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Raw features (n, D) and digests (n, 16) of some rows."""
+        seen = Fingerprint(len(chosen))
+
+        def see(start: int, images: Tensor) -> None:
+            seen.see(np.arange(start, start + len(images)), images)
+            if progress is not None:
+                progress.rows(len(images), len(chosen))
+
+        size = reader.network.rows_at_once(self.batch_size)
+        features = evaluate_rows(reader.reading(self._memory()), inputs, chosen, size, see)
+        return torch.from_numpy(features), seen.images
+
+    def _solve(
+        self,
+        reader: FeatureReader,
+        rows: TrainingRows,
+        group: Group = ALONE,
+        keep: np.ndarray | None = None,
+        n: int = 0,
+    ) -> None:
+        """Everything that follows from the features; sets the fitted attributes.
+
+        ``keep`` are the places of these rows among the n rows of X.
+        """
+        weights = self._weigh_classes(rows.targets, rows.given)
+        unit = self._target_unit(rows.targets, weights)
+        problem = Problem(rows, reader.groups, weights, unit, self._recipe)
+        alpha = self._choose_alpha(
+            problem, rows, reader, np.arange(len(rows)) if keep is None else keep, n or len(rows)
+        )
+        solution = group.of_the_first(problem.solve(alpha))
+        if not np.isfinite(solution.weight).all():
+            raise ValueError(
+                f"The solution is not finite ({solution.status}): use dtype='float64', check the backbone's weights "
+                "and preprocessing, or increase alpha."
+            )
+        self._learn_from_held_out(solution.held_out * unit, rows, weights)
+        self._model = GroupedModel(reader, replace(solution, held_out=np.empty((0, len(unit))), status=None), unit)
+        self._fingerprint = Fingerprint.of(torch.from_numpy(rows.digests), rows.targets, weights)
+        total = solution.variances.sum()
+        shares = {group.name: float(v / total) for group, v in zip(reader.groups, solution.variances, strict=True)}
+        self.prior_ = {name: shares[name] for name in reader.names_by_depth()}
+        self.alpha_ = float(1 / total)
+        self.coef_ = solution.weight.T * unit[:, None]
+        self.intercept_ = solution.intercept * unit
+        self.noise_variance_ = solution.noise
+        self.solver_ = solution.method
+        self.tangent_layers_ = reader.tangent_layers
+        self._set_course(solution.n_iter, solution.residual_norms, solution.status)
+
+    def _set_course(self, n_iter: int, residual_norms: Any, status: Any) -> None:
+        self.n_iter_ = n_iter
+        self.residual_norms_ = np.array(residual_norms, dtype=np.float64)
+        self.converged_ = status is None or status.name == "CONVERGED"
+        self._advice = None if self.converged_ else str(status.value)
+
+    def _choose_alpha(
+        self, problem: Problem, rows: TrainingRows, reader: FeatureReader, keep: np.ndarray, n: int
+    ) -> float | str:
+        """The penalty."""
+        return self.alpha
 
     def _prepare(
         self, backbone: Backbone, rows: Any, keep: np.ndarray, weights: np.ndarray, device: torch.device
-    ) -> LinearModel:
+    ) -> PreparedNetwork:
         """The backbone made ready for the size of the images, or for the scale of the vectors."""
         vectors = isinstance(rows, np.ndarray)
         dtype = torch.float64 if self.dtype == "float64" or (vectors and self.dtype == "auto") else torch.float32
@@ -198,110 +237,58 @@ class LQFBase(
         else:
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             shape = (backbone.in_channels, *rows.size)
-        return LinearModel(
-            backbone,
-            shape,
-            self.tangent_layers,
-            float(self.negative_slope),
-            self.readout == "stages",
-            preprocessing,
-            dtype,
-            device,
-        )
+        layers = self.tangent_layers if self.model == "paper" or self._reads("directions") else "head"
+        return PreparedNetwork(
+            backbone, shape, layers, float(self.negative_slope), self.model == "groups", self._reads("tangents"),
+            preprocessing, dtype, device,
+        )  # fmt: skip
 
-    def _trunk_activations(
-        self,
-        model: LinearModel,
-        rows: Any,
-        keep: np.ndarray,
-        seen: Fingerprint,
-        kind: str,
-        progress: Progress | None = None,
-    ) -> TrunkCache:
-        """Activations of every view of every kept row: all rows of the first view, then the next."""
-        views, activations = self._view_names(), model.evaluator(self._memory())
-        n_rows = len(views) * len(keep)
+    def _fit_paper(
+        self, network: PreparedNetwork, inputs: Any, keep: np.ndarray, targets: np.ndarray, weights: np.ndarray,
+        given: np.ndarray, seed: int, progress: Progress,
+    ) -> None:  # fmt: skip
+        """The paper's model: one change of all weights for all outputs."""
+        activations = network.evaluator(self._memory())
 
         def evaluate(start: int, stop: int) -> tuple[Tensor, ...]:
-            wanted = np.arange(start, stop)
-            images = select_rows(rows, keep[wanted % len(keep)])
-            count = max(0, len(keep) - start)  # rows of the first view
-            seen.see(wanted[:count], images[:count])
-            flip = torch.tensor([views[v] == "flip" for v in wanted // len(keep)])
-            return activations(flipped(images, flip) if flip.any() else images)
-
-        def report(count: int) -> None:
-            if progress is not None:
-                progress.rows(count, n_rows)
-
-        return TrunkCache(evaluate, n_rows, model.rows_at_once(self.batch_size), kind, report)
-
-    def _solve(
-        self, quadratic: Quadratic, preconditioner: KFAC, progress: Progress | None, near: np.ndarray | None = None
-    ) -> SolverResult:
-        """The minimum; from a solution that is near, if one is known, without an iteration where it suffices."""
+            return activations(select_rows(inputs, keep[start:stop]))
 
         def report(number: int, residual: float, x: Tensor) -> bool:
-            stop = progress is not None and progress.iteration(
-                number, residual, lambda: {"coef_": self._change_of_weights(x)}
-            )
-            return quadratic.group.any(stop)
+            return progress.iteration(number, residual, lambda: {"coef_": x.cpu().numpy()})
 
-        b = quadratic.rhs()
-        first = preconditioner.head_solution(b) if near is None else self._in_units_of_the_solver(near).to(b)
-        if self.solver == "pcg":
-            residual = None if near is None else b - quadratic.matvec(first)
-            result = pcg(quadratic.matvec, b, preconditioner, self.tol, self.max_iter, report, first, residual)
-        else:
-            n_batches, generator = len(quadratic.batches), torch.Generator().manual_seed(self._draw_seed())
-            result = sgd(
-                quadratic.matvec, quadratic.batch_matvec, n_batches, b, preconditioner, self.tol, self.max_iter,
-                generator, report, first,
-            )  # fmt: skip
-        self._noise = quadratic.noise_variance(result.x)
-        return result
+        # Its outputs for the training images know their labels; those of the ridge regression without the image do not.
+        reader = FeatureReader.draw(network, 0, None, seed, ("identity",))
+        features, digests = self._evaluate(reader, inputs, keep)
+        rows = TrainingRows(features.numpy(), targets, given, digests.numpy())
+        unit = self._target_unit(targets, weights)
+        probe = Problem(rows, reader.groups, weights, unit, replace(self._recipe, prior="last", solver="auto"))
+        self._learn_from_held_out(probe.held_out("auto") * unit, rows, weights)
 
-    def _set_problem(self, model: LinearModel, problem: Problem, quadratic: Quadratic) -> None:
-        """Fitted attributes that do not wait for the solution."""
-        self._model = model
-        self.alpha_ = quadratic.alpha
-        self.device_ = str(model.device)
-        self.n_parameters_ = quadratic.network.n_parameters
-        self.tail_scale_ = quadratic.network.tail_scale
-        self._n_tail = quadratic.network.slices["head.weight"].start
-        self.intercept_ = problem.mean.cpu().numpy() * self._unit if self._centered() else None
-        self.relative_alpha_ = quadratic.alpha / problem.unit
-        self._learn_from_held_out(problem, self._unit)
+        cache = TrunkCache(
+            evaluate, len(keep), network.rows_at_once(self.batch_size), "auto", lambda n: progress.rows(n, len(keep))
+        )
+        solver = "pcg" if self.solver == "auto" else self.solver
+        fitted = fit_paper(
+            network, cache, targets, weights, self._paper_unit(unit), multiplicity=rows.multiplicity, alpha=self.alpha,
+            solver=solver, tol=float(self.tol), max_iter=int(self.max_iter), seed=seed, report=report,
+        )  # fmt: skip
+        self._model = fitted.model
+        self._fingerprint = Fingerprint.of(digests, targets, weights)
+        self.alpha_, self.coef_ = fitted.relative_alpha, fitted.model.coef
+        self.intercept_, self.solver_ = np.zeros(targets.shape[1]), solver
+        self.prior_, self.noise_variance_ = {}, float("nan")
+        self.tangent_layers_ = sorted({name.rpartition(".")[0] for name in network.split.tangent})
+        result = fitted.result
+        self._set_course(result.n_iter, result.residual_norms, result.status)
 
-    def _set_solution(self, result: SolverResult) -> None:
-        assert self._model.network is not None
-        self._model.network.tail_scale = 1.0  # from here on directions are in the units of the weights
-        self.coef_ = self._change_of_weights(result.x)
-        self.n_iter_ = result.n_iter
-        self.residual_norms_ = np.array(result.residual_norms)
-        self.distance_bound_ = result.residual_norms[-1] * result.scale / self.alpha_
-        self.converged_ = result.converged
-
-    def _warn_unless_converged(self, result: SolverResult) -> None:
-        if not result.converged:
+    def _warn_unless_converged(self) -> None:
+        if not self.converged_:
             warnings.warn(
-                f"The solver stopped after {result.n_iter} iterations at a relative gradient of "
-                f"{result.residual_norms[-1]:.1e}, above tol={self.tol:g}. {result.status.value}",
+                f"The solver stopped after {self.n_iter_} iterations at a relative gradient of "
+                f"{self.residual_norms_[-1]:.1e}, above tol={self.tol:g}. {self._advice}",
                 ConvergenceWarning,
                 stacklevel=_levels_to_the_caller(),
             )
-
-    def _change_of_weights(self, x: Tensor) -> np.ndarray:
-        """d in the units of the weights, from the solver's."""
-        d = x.detach().cpu().numpy().copy()
-        d[: self._n_tail] *= self.tail_scale_
-        return d
-
-    def _in_units_of_the_solver(self, coef: np.ndarray) -> Tensor:
-        """The reverse."""
-        x = torch.tensor(coef)
-        x[: self._n_tail] /= self.tail_scale_
-        return x
 
     # ------------------------------------------------------------------------------- what the targets are
 
@@ -317,9 +304,17 @@ class LQFBase(
         """Targets (n, C) of n rows of the kind that was fitted; ``name`` is that of y in messages."""
         raise NotImplementedError
 
+    def _targets_are_indicators(self) -> bool:
+        """Whether the targets of a row are those of one class, which add up to one."""
+        return False
+
     def _target_unit(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """What targets (n, C) are divided by, (C,)."""
         raise NotImplementedError
+
+    def _paper_unit(self, unit: np.ndarray) -> np.ndarray:
+        """The same for the paper's model."""
+        return unit
 
     def _weigh_classes(self, values: np.ndarray, given: np.ndarray) -> np.ndarray:
         """Weights of rows with targets (n, C): those given, times those of their classes."""
@@ -329,8 +324,8 @@ class LQFBase(
         """Raise unless the targets (n, C) of the rows that would remain are enough for a fit."""
         raise NotImplementedError
 
-    def _learn_from_held_out(self, problem: Problem, unit: np.ndarray) -> None:
-        """Set what is fitted on the leave-one-out outputs of the ridge regression, in the units (C,) of its targets."""
+    def _learn_from_held_out(self, held_out: np.ndarray, rows: TrainingRows, weights: np.ndarray) -> None:
+        """Set what is fitted on the outputs (n, C), in the units of y, for rows by the model without them."""
         raise NotImplementedError
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:
@@ -344,7 +339,7 @@ class LQFBase(
     # --------------------------------------------------------------------------------------------- predict
 
     def features(self, X: Any) -> np.ndarray:
-        """Compute what the head reads at the pre-trained weights: the standardized features of the backbone.
+        """Compute the standardized features of images, in groups.
 
         Parameters
         ----------
@@ -353,71 +348,267 @@ class LQFBase(
 
         Returns
         -------
-        features : ndarray of shape (n, D)
-            Input of the head.
+        features : ndarray of shape (n, n_features)
+            What ``coef_`` multiplies: the groups of ``prior_`` side by side, each of mean squared norm 1 on the
+            training images.
         """
-        check_is_fitted(self)
-        rows = self._read_new_data(X)
-        model = self._model
-        assert model.standardization is not None
-        found = self._in_batches(lambda batches: [model.features(z) for z in batches], rows)
-        return model.standardization(torch.cat(found)).cpu().numpy()
+        return self._grouped("features").solution.standardization(self._raw_features(self._read_new_data(X)))
+
+    def _raw_features(self, rows: Any) -> np.ndarray:
+        return self._in_batches(self._model.reader.reading(self._memory()), rows)
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of y, (n, C)."""
         check_is_fitted(self)
-        return self._in_batches(self._outputs_of, self._read_new_data(X))
-
-    def _outputs_of(self, batches: Iterable[Sequence[Tensor]]) -> np.ndarray:
-        """The same of trunk activations."""
-        intercept = None if self.intercept_ is None else self.intercept_ / self._unit
-        found = self._model.outputs(batches, self.coef_, intercept)
+        found = self._in_batches(self._model.evaluator(self._memory()), self._read_new_data(X))
         bad = np.flatnonzero(~np.isfinite(found).all(1))
         if len(bad):
             raise ValueError(
                 f"The outputs for {len(bad)} of {len(found)} rows of X are not finite, the first X[{bad[0]}]: the "
-                f"backbone's activations overflow {self._model.dtype} there. Leave these rows out, or fit with "
+                f"backbone's activations overflow {self._model.network.dtype} there. Leave these rows out, or fit with "
                 "dtype='float64'."
             )
-        return found * self._unit.astype(found.dtype)
+        return found
 
-    def _fitted_on(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, TrunkCache, np.ndarray, int]:
-        """The training data, given again or stored; their trunk activations; which rows have a weight; and of how many.
+    def _grouped(self, method: str) -> GroupedModel:
+        """The model, unless it is the paper's."""
+        check_is_fitted(self)
+        if not isinstance(self._model, GroupedModel):
+            raise ValueError(f"{method} is there for model='groups' only; this model was fitted with model='paper'.")
+        return self._model
+
+    def to_module(self) -> nn.Module:
+        """Make a module of torch that computes the outputs of the fitted model.
+
+        Returns
+        -------
+        module : nn.Module
+            Maps images (B, C, H, W), channels first, of the size and dtype of the model and in [0, 1], or vectors
+            (B, n_features), to outputs (B, n_outputs): estimates of the class indicators, or target values. It is a
+            copy on the device of the model.
+
+        Notes
+        -----
+        Resizing and the decision are the caller's: for more than two classes the outputs are those of
+        ``decision_function``, the class is their argmax, and probabilities are their softmax over ``temperature_``.
+        ``torch.export.export`` with ``strict=False`` makes a program of it, ``torch.onnx.export`` (extra ``onnx``) one
+        for other runtimes.
+        """
+        check_is_fitted(self)
+        with ordinary_arithmetic(self._model.network.device):
+            return to_module(self._model)
+
+    # --------------------------------------------------------------------------------------------- answers
+
+    def leave_one_out(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> np.ndarray:
+        """Compute the outputs for each training image of the model that did not see it.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images, default=None
+            The n images of `fit`, in any order. None: those that are stored (``store_data=True``), in their order.
+        y : array-like of shape (n,) or (n, n_outputs), default=None
+            Their labels or targets.
+        sample_weight : array-like of shape (n,), default=None
+            Their weights in `fit`.
+
+        Returns
+        -------
+        outputs : ndarray of shape (n,) or (n, n_outputs)
+            As ``decision_function`` or ``predict`` (of a regressor) would return them. Of an image that stands for
+            several (a weight above 1) one is left out; rows without a weight get the outputs of the model.
+
+        Raises
+        ------
+        ValueError
+            The data are not those of `fit`, or none are stored.
+
+        Notes
+        -----
+        Closed form, for all outputs at once, with the scale of the features and the prior held fixed; the prior was
+        chosen with the labels of all images, this one's included. Where ``solver_`` is ``"estimate"``, so is this.
+        """
+        model = self._grouped("leave_one_out")
+        problem, keep, n = self._problem_of_fit(X, y, sample_weight)
+        form_outputs = problem.held_out("auto") * model.unit
+        outputs = np.empty((n, form_outputs.shape[1]))
+        if len(keep) < n:
+            outputs[:] = self._outputs(X)
+        outputs[keep] = form_outputs
+        return self._decision(outputs)
+
+    def influence(self, X: Any, y: Any, X_test: Any, y_test: Any = None, sample_weight: Any = None) -> np.ndarray:
+        """Compute the effect of leaving out each training image on predictions.
+
+        Parameters
+        ----------
+        X : array-like or sequence of images, or None
+            The n images of `fit`, in any order. None: those that are stored (``store_data=True``), in their order.
+        y : array-like of shape (n,) or (n, n_outputs), or None
+            Their labels or targets.
+        X_test : array-like or sequence of images
+            The m images to be explained.
+        y_test : array-like of shape (m,) or (m, n_outputs), default=None
+            Their labels or targets.
+        sample_weight : array-like of shape (n,), default=None
+            Weights of the training images in `fit`.
+
+        Returns
+        -------
+        effect : ndarray of shape (m, n), or (m, n, n_outputs)
+            With ``y_test``: the change of the squared loss ``|f - t|^2`` of each image when one training image is
+            left out, t the indicators of its class or its targets; positive where that image helps. Without: the
+            change of the output of the predicted class, of the target, or of all outputs (several labels or
+            targets). Zero for training rows without a weight.
+
+        Raises
+        ------
+        ValueError
+            As `leave_one_out`.
+
+        Notes
+        -----
+        No approximation to first order, but the solution without the image, with scale and prior held fixed. Where
+        ``solver_`` is ``"estimate"``, so is this.
+        """
+        model = self._grouped("influence")
+        problem, keep, n = self._problem_of_fit(X, y, sample_weight)
+        features = self._raw_features(self._read_new_data(X_test))
+        outputs = model.outputs(features)
+        residual = None if y_test is None else outputs - self._known_targets(y_test, len(outputs), "y_test")
+
+        def effect(changes: np.ndarray, rows: slice) -> np.ndarray:
+            changes = changes * model.unit
+            if residual is None:
+                return self._explained(changes, outputs[rows])
+            return (changes * (changes + 2 * residual[rows, None])).sum(2)
+
+        found = influence(problem, model.solution, features, effect)
+        whole = np.zeros((len(outputs), n, *found.shape[2:]))
+        whole[:, keep] = found
+        return whole
+
+    def _output_variance(self, X: Any) -> np.ndarray:
+        """Posterior variance of an output in its unit, (n,); of the indicators of classes before they add up to one."""
+        model = self._grouped("return_std")
+        problem, _, _ = self._problem_of_fit(None, None, None)
+        features = self._raw_features(self._read_new_data(X))
+        return model.solution.noise * posterior_variance(problem, model.solution, features)
+
+    def _problem_of_fit(self, X: Any, y: Any, sample_weight: Any) -> tuple[Problem, np.ndarray, int]:
+        """The fitted problem, from its data, given again or stored; which rows have a weight; and of how many.
 
         X None: those that are stored.
         """
-        check_is_fitted(self)
-        if self.head == "ridge":
-            raise ValueError(
-                "head='ridge' has seen the targets, so that the quadratic does not say what fit would have done "
-                "without an image: use head='orthogonal'."
-            )
         if X is None:
-            stored = self._stored_data()
-            keep, n = np.arange(len(stored)), len(stored)
-            values, given = stored.targets, stored.weights
-            weights = self._weigh_classes(values, given)
-            cache = self._stored_batches(stored, self._model)
+            rows = self._stored_data().rows
+            keep, n = np.arange(len(rows)), len(rows)
         else:
-            rows = self._read_new_data(X)
-            n = len(rows)
-            values = self._known_targets(y, n, "y")
-            given = self._given_weights(sample_weight, n)
-            weights = self._weigh_classes(values, given)
-            keep = np.flatnonzero(weights)
-            seen, kind = Fingerprint(len(keep)), "auto" if self.cache == "none" else self.cache
-            cache = self._trunk_activations(self._model, rows, keep, seen, kind)
-            if Fingerprint.of(seen.images, values[keep], weights[keep]) != self._fingerprint:
-                raise ValueError(
-                    "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
-                    "any order."
+            inputs = self._read_new_data(X)
+            n = len(inputs)
+            targets, given = self._known_targets(y, n, "y"), self._given_weights(sample_weight, n)
+            keep = np.flatnonzero(self._weigh_classes(targets, given))
+            with ordinary_arithmetic(self._model.network.device):
+                features, digests = self._evaluate(self._model.reader, inputs, keep)
+            rows = TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy())
+        weights = self._weigh_classes(rows.targets, rows.given)
+        if Fingerprint.of(torch.from_numpy(rows.digests), rows.targets, weights) != self._fingerprint:
+            raise ValueError(
+                "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
+                "any order."
+            )
+        model = self._model
+        problem = Problem(rows, model.reader.groups, weights, model.unit, self._recipe, fitted=model.solution)
+        return problem, keep, n
+
+    # --------------------------------------------------------------------------------------------- updates
+
+    @available_if(stores_data)
+    def forget(self: Estimator, indices: Any) -> Estimator:
+        """Remove training images from the model, as if it had been fitted without them.
+
+        Parameters
+        ----------
+        indices : int or array-like of int
+            Which of the stored images, counted from 0: those of `fit` with a positive weight, in its order, then those
+            of each `partial_fit`, without those forgotten before. Each at most once.
+
+        Returns
+        -------
+        self : estimator
+            The estimator, in which nothing of these images remains.
+
+        Raises
+        ------
+        ValueError
+            Indices out of range or twice; too few images, or none of some class, would remain.
+
+        Notes
+        -----
+        Scale, prior and weights are fitted again to the stored features of the others, which depend on nothing but each
+        image: the result is that of `fit` without the images, but for rounding. A folder ``memory`` is not touched.
+        """
+        self._grouped("forget")
+        stored = self._stored_data()
+        targets = stored.rows.targets
+        rest = np.delete(np.arange(len(targets)), _check_indices(indices, len(targets)))
+        empty = ~targets.any(0)  # classes that had no image before do not lose one
+        self._check_rest(targets[rest] + empty)
+        return self._update(stored.taking(rest))
+
+    def _add(self: Estimator, X: Any, y: Any, sample_weight: Any) -> Estimator:
+        """Fit again with more images; the estimator is fitted."""
+        model = self._grouped("partial_fit")
+        stored = self._stored_data()
+        inputs = self._read_new_data(X)
+        targets, given = self._known_targets(y, len(inputs), "y"), self._given_weights(sample_weight, len(inputs))
+        keep = np.flatnonzero(self._weigh_classes(targets, given))
+        with ordinary_arithmetic(model.network.device):
+            features, digests = self._evaluate(model.reader, inputs, keep)
+        rows = TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy())
+        return self._update(stored.joined(StoredData(rows, None if stored.vectors is None else inputs[keep])))
+
+    def _update(self: Estimator, stored: StoredData) -> Estimator:
+        """Fit again to stored data; the estimator is as it was when this raises."""
+        twin, reader, rows = copy.copy(self), self._model.reader, stored.rows
+        with ordinary_arithmetic(reader.network.device):
+            if stored.vectors is not None:  # whose standardization follows from all of them
+                stored = replace(stored, backbone=copy.deepcopy(stored.backbone))
+                assert stored.backbone is not None
+                everything = np.arange(len(rows))
+                standardize_vectors(stored.backbone, stored.vectors, self._weigh_classes(rows.targets, rows.given))
+                network = reader.network.of(stored.backbone)
+                reader = FeatureReader.draw(
+                    network, len(reader.directions), reader.sketch_size, reader.seed, reader.views
                 )
-        t, s, m = (torch.tensor(v[keep]) for v in (values / self._unit, weights, np.maximum(given, 1.0)))
-        offsets = None
-        if not self._centered():
-            network = self._model.network
-            assert network is not None
-            with _full_precision():
-                found = torch.cat([network.at(z, gradients=False).outputs for z in cache])
-            offsets = found.double().cpu().view(-1, *t.shape)
-        return TrainingSet(t, s, m, offsets), cache, keep, n
+                rows = replace(rows, features=self._evaluate(reader, stored.vectors, everything)[0].numpy())
+                stored = replace(stored, rows=rows)
+            twin._solve(reader, rows)
+        twin._stored = stored
+        self.__dict__.update(vars(twin))
+        self._warn_unless_converged()
+        return self
+
+    def _stored_data(self) -> StoredData:
+        """What is stored, or an error."""
+        if self._stored is None:
+            raise ValueError(
+                f"This {type(self).__name__} was fitted with store_data=False and keeps nothing of its training data: "
+                "fit it with store_data=True."
+            )
+        return self._stored
+
+
+def _check_indices(indices: Any, n: int) -> np.ndarray:
+    """Indices of some of n rows, each once."""
+    chosen = np.atleast_1d(np.asarray(indices))
+    if chosen.ndim != 1 or not (np.issubdtype(chosen.dtype, np.integer) or not chosen.size):
+        raise ValueError(f"indices must be ints, got an array of {chosen.dtype} of shape {chosen.shape}.")
+    chosen = chosen.astype(np.int64)
+    wrong = chosen[(chosen < 0) | (chosen >= n)]
+    if len(wrong):
+        raise ValueError(f"indices must be from 0 to {n - 1}, got {wrong.tolist()[:5]}.")
+    values, counts = np.unique(chosen, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"indices must name each image at most once, got twice: {values[counts > 1].tolist()[:5]}.")
+    return chosen

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CACHES", "Fingerprint", "SharedActivations", "TrunkCache", "batch_sizes", "with_smaller_batches"]
+__all__ = [
+    "CACHES", "Fingerprint", "SharedActivations", "TrunkCache", "batch_sizes", "memory_budget", "with_smaller_batches",
+]  # fmt: skip
 
 CACHES = ("auto", "memory", "disk", "none")
 _MEMORY_PART = 0.25  # of the memory of the machine that "auto" fills; the rest is for the solver and the user
@@ -269,7 +271,7 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 def _choose(size: int, device: torch.device) -> str:
     """Where there is room for so many bytes."""
-    if size <= _MEMORY_PART * _memory() or _device_for(size, device).type != "cpu":
+    if size <= memory_budget() or _device_for(size, device).type != "cpu":
         return "memory"
     try:
         free = shutil.disk_usage(tempfile.gettempdir()).free
@@ -295,6 +297,11 @@ def _memory() -> int:
         return min(found, int(_CGROUP.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit
         return found
+
+
+def memory_budget() -> int:
+    """Bytes that one large object may take: a quarter of the memory of the machine, or of the container."""
+    return int(_MEMORY_PART * _memory())
 
 
 def _amount(size: float) -> str:
@@ -333,8 +340,7 @@ def with_smaller_batches(work: Callable[[int], Any], batch_size: int) -> Any:
             if batch_size == 1:
                 raise MemoryError(
                     f"There is not enough memory even for batches of one row ({error}). Remedies: a smaller "
-                    "image_size, fewer tangent_layers, cache='disk' or 'none', device='cpu', or a device with more "
-                    "memory."
+                    "image_size, fewer tangent_layers, device='cpu', or a device with more memory."
                 ) from error
         if torch.cuda.is_available():  # the frames that held the tensors are gone only here
             torch.cuda.empty_cache()

@@ -15,13 +15,12 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_y
 
-from .base import LQFBase
-from .forgetting import stores_data
-from .parameters import check_number, with_shared_parameters
-from .problem import Problem
-from .uncertainty import diagonal_roots
+from .base import LQFBase, stores_data
+from .paper import TARGET_SCALE
+from .parameters import with_shared_parameters
+from .problem import TrainingRows
 
-__all__ = ["LQFClassifier"]
+__all__ = ["LQFClassifier", "fit_temperature"]
 
 _THRESHOLD = 0.5  # of an estimated indicator
 _TEMPERATURES = (0.05, 10.0)  # the lower one when all held-out images are right: no probability is 0
@@ -31,21 +30,22 @@ _TEMPERATURES = (0.05, 10.0)  # the lower one when all held-out images are right
 class LQFClassifier(ClassifierMixin, LQFBase):
     """Linear Quadratic Fine-tuning of a pre-trained image network.
 
-    The network is replaced by its first-order expansion around the pre-trained weights and trained with squared
-    loss, which makes fine-tuning a strongly convex quadratic: one optimum, no learning rate, and a certificate
-    of how far the solution is from it.
+    A linear model of what a network computes of an image: its last features, statistics of every stage, and the
+    gradients of its last layers. How much each of these groups counts is learned from the data, by the closed-form
+    leave-one-out error; the weights follow in closed form, too. There is no learning rate, and nothing to tune.
 
     Parameters
     ----------
     <network parameters>
+    prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
+        Prior variances of the groups of features. ``"leave-one-out"``: those with the smallest squared leave-one-out
+        error, under a hyper-prior that expects as much of the last features as of all other statistics together.
+        ``"evidence"``: those with the largest marginal likelihood, under the same hyper-prior. ``"equal"``: one for all
+        statistics, without tangents; ``"last"``: the last features alone, a ridge regression. A dict of group names, as
+        in ``prior_``, or a number for each group, gives relative variances.
     alpha : float or "auto", default="auto"
-        L2 penalty. ``"auto"``: that of the ridge regression on the features with the smallest squared
-        leave-one-out error, in closed form. A number is relative to the mean squared norm of the Jacobian of one
-        output of one training image, so that one grid serves every backbone and any number of images: the ratio
-        of the variance of label noise to the prior variance of an output. The absolute value is ``alpha_``.
-    target_scale : float, default=1.0
-        Value of the target of the right class (0 for the others). With ``center=True`` it only rescales the
-        solution. Decision values are divided by it.
+        Variance of label noise over the prior variance of an output: the L2 penalty, in a unit that serves every
+        backbone. ``"auto"``: the one with the smallest squared leave-one-out error.
     class_weight : dict, "balanced" or None, default=None
         Weights of classes, as in scikit-learn. Not supported with several labels for each image.
     <fit parameters>
@@ -54,12 +54,10 @@ class LQFClassifier(ClassifierMixin, LQFBase):
     ----------
     classes_ : ndarray of shape (n_classes,)
         Class labels; the numbers of the columns of y where it has several.
-    intercept_ : ndarray of shape (n_classes,) or None
-        Mean of the indicators, when centered; else None.
     temperature_ : float
         Divides the decision values before the softmax (logistic function, for several labels) of
-        ``predict_proba``; fitted on leave-one-out outputs of the ridge regression on the features, as if there were two
-        images more and one of them had another label. From 0.05 to 10.
+        ``predict_proba``; fitted on leave-one-out outputs, as if there were two images more and one of them had another
+        label. From 0.05 to 10.
     <attributes>
 
     See Also
@@ -70,16 +68,19 @@ class LQFClassifier(ClassifierMixin, LQFBase):
 
     Notes
     -----
-    With J the Jacobian of the C outputs at the pre-trained weights w0, minimizes over d = w - w0
+    With psi_g(x) the features of group g, centered and of mean squared norm 1 on the training images, the outputs are
 
-    ``sum_i s_i |offset(x_i) + J(x_i) d - t_i|^2 + alpha_ (|d_head|^2 + |d_tail|^2 / tail_scale_^2)``,
+    ``f_c(x) = b_c + sum_g sqrt(theta_g) <psi_g(x), beta_gc>``,
 
-    where s are sample weights, t scaled one-hot targets, and the offset is the mean target, or the head's
-    leave-one-out output (``head="ridge"``). Strong convexity bounds the distance to the optimum, in the norm of the
-    penalty, by the norm of the gradient over 2 ``alpha_``.
+    and beta minimizes ``sum_i s_i |f(x_i) - t_i|^2 + |beta|^2``, where s are sample weights and t one-hot targets.
+    theta are the prior variances over that of noise. Tangent features of a layer are gradients by its weight W, so that
+    weights on them are a change of W for each class, to first order [1]_: of the mean of the layer's own output
+    (``tangents="local"``), or of ``u_k . phi(x)``, phi the last features, summed over ``n_directions`` directions u_k
+    (``"network"``), as Kronecker sketches. The directions have the covariance of the network's features of synthetic
+    images: they depend on no data.
 
-    The readout reads intermediate features because the expansion of a network is, to a good part, a linear model
-    of them [2]_; it is the largest single gain in accuracy (see the page on accuracy in the documentation).
+    The statistics of stages are read because the expansion of a network is, to a good part, a linear model of its
+    intermediate features [2]_.
 
     References
     ----------
@@ -103,26 +104,24 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         *,
         weights: Any = "auto",
         download: bool = True,
+        tangents: str | None = "local",
         tangent_layers: Any = 1,
-        readout: str = "stages",
-        head: str = "orthogonal",
+        n_directions: int = 8,
+        sketch_size: int | None = 16,
+        model: str = "groups",
+        prior: Any = "leave-one-out",
         alpha: float | str = "auto",
-        target_scale: float = 1.0,
         class_weight: Any = None,
-        tail_weight: float | None = 0.03,
         negative_slope: float = 0.0,
-        center: bool | str = "auto",
-        damping: float = 0.1,
-        solver: str = "pcg",
+        solver: str = "auto",
         max_iter: int = 200,
-        tol: float = 1e-2,
+        tol: float = 1e-3,
         views: str | Sequence[str] = "identity",
         image_shape: Sequence[int] | None = None,
         image_size: Any = None,
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
         batch_size: int = 64,
-        cache: str = "auto",
         memory: Any = None,
         store_data: bool = False,
         device: Any = "auto",
@@ -132,15 +131,13 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         verbose: int = 0,
     ):
         super().__init__(
-            backbone, weights=weights, download=download, tangent_layers=tangent_layers, readout=readout, head=head,
-            tail_weight=tail_weight, negative_slope=negative_slope, center=center, damping=damping, solver=solver,
-            max_iter=max_iter, tol=tol, views=views, image_shape=image_shape, image_size=image_size,
-            channel_axis=channel_axis, preprocessing=preprocessing, batch_size=batch_size, cache=cache, memory=memory,
-            store_data=store_data, device=device, distributed=distributed, dtype=dtype, random_state=random_state,
-            verbose=verbose,
+            backbone, weights=weights, download=download, tangents=tangents, tangent_layers=tangent_layers,
+            n_directions=n_directions, sketch_size=sketch_size, model=model, prior=prior, alpha=alpha,
+            negative_slope=negative_slope, solver=solver, max_iter=max_iter, tol=tol, views=views,
+            image_shape=image_shape, image_size=image_size, channel_axis=channel_axis, preprocessing=preprocessing,
+            batch_size=batch_size, memory=memory, store_data=store_data, device=device, distributed=distributed,
+            dtype=dtype, random_state=random_state, verbose=verbose,
         )  # fmt: skip
-        self.alpha = alpha
-        self.target_scale = target_scale
         self.class_weight = class_weight
 
     @available_if(stores_data)
@@ -197,17 +194,17 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         Notes
         -----
         The Gaussian posterior takes the squared loss for a likelihood, with the variance of noise that has the largest
-        marginal likelihood. Its covariance is exact up to 6000 outputs of all training images and views; beyond, the
-        Kronecker-factored preconditioner stands for the inverse curvature.
+        marginal likelihood; scale and prior are held fixed. The indicators of an image add up to one, which their
+        covariance knows. Exact where ``solver_`` is not ``"estimate"``.
         """
         decision = self._decision(self._outputs(X))
         if not return_std:
             return decision
-        covariance = self._output_covariance(X)
-        if len(self.classes_) == 2 and not self._multilabel:
-            sign = np.array([-1.0, 1.0])
-            return decision, np.sqrt(np.maximum(sign @ covariance @ sign, 0))
-        return decision, diagonal_roots(covariance)
+        variance, c = self._output_variance(X), len(self.classes_)
+        if not self._multilabel:
+            variance = variance * (2.0 if c == 2 else 1 - 1 / c)
+        std = np.sqrt(np.maximum(variance, 0))
+        return decision, std if decision.ndim == 1 else np.repeat(std[:, None], c, 1)
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict class labels.
@@ -265,14 +262,6 @@ class LQFClassifier(ClassifierMixin, LQFBase):
 
     # ------------------------------------------------------------------------------- what the targets are
 
-    def _check_parameters(self, n_processes: int) -> None:
-        super()._check_parameters(n_processes)
-        self._check_alpha()
-        check_number("target_scale", self.target_scale, 0, strict=True)
-
-    def _check_alpha(self) -> None:
-        check_number("alpha", self.alpha, 0, strict=True, special=["auto"])
-
     def _read_targets(self, y: Any, n: int) -> np.ndarray:
         y = _check_y(y.toarray() if hasattr(y, "toarray") else y, multi_output=True, estimator=self)
         check_consistent_length(np.empty(n), y)
@@ -312,23 +301,30 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         return np.eye(len(self.classes_))[np.searchsorted(self.classes_, y)]
 
     def _target_unit(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return np.full(values.shape[1], 1 / float(self.target_scale))
+        return np.ones(values.shape[1])
+
+    def _paper_unit(self, unit: np.ndarray) -> np.ndarray:
+        return unit / TARGET_SCALE
+
+    def _targets_are_indicators(self) -> bool:
+        return not self._multilabel
 
     def _weigh_classes(self, values: np.ndarray, given: np.ndarray) -> np.ndarray:
-        if self.class_weight is None:
+        class_weight = self._fitted_class_weight
+        if class_weight is None:
             return given
         if self._multilabel:
             raise ValueError("class_weight is not supported with several labels for each image: use sample_weight.")
         codes = values.argmax(1)
         total = np.bincount(codes, weights=given, minlength=len(self.classes_))
-        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+        if isinstance(class_weight, str) and class_weight == "balanced":
             factor = given.sum() / (np.count_nonzero(total) * np.where(total > 0, total, 1.0))
         else:
-            factor = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_[codes])
+            factor = compute_class_weight(class_weight, classes=self.classes_, y=self.classes_[codes])
         weights = given * factor[codes]
         if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
             raise ValueError(
-                f"class_weight must give finite and non-negative weights, not all zero; got {self.class_weight!r}."
+                f"class_weight must give finite and non-negative weights, not all zero; got {class_weight!r}."
             )
         return weights
 
@@ -341,11 +337,9 @@ class LQFClassifier(ClassifierMixin, LQFBase):
                 f"No training image of class(es) {gone[:5]} would remain: fit a new model without these classes."
             )
 
-    def _learn_from_held_out(self, problem: Problem, unit: np.ndarray) -> None:
-        rows = problem.rows
-        outputs, values = (v.cpu().numpy() * unit for v in (problem.held_out.mean(0), rows.targets))
+    def _learn_from_held_out(self, held_out: np.ndarray, rows: TrainingRows, weights: np.ndarray) -> None:
         count = float(rows.multiplicity.sum())
-        self.temperature_ = _fit_temperature(outputs, values, rows.weights.cpu().numpy(), count, self._multilabel)
+        self.temperature_ = fit_temperature(held_out, rows.targets, weights, count, self._multilabel)
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:
         if self._multilabel:
@@ -363,7 +357,7 @@ class LQFClassifier(ClassifierMixin, LQFBase):
         return tags
 
 
-def _fit_temperature(
+def fit_temperature(
     outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float, multilabel: bool = False
 ) -> float:
     """The temperature with the smallest log-loss of held-out outputs (n, C), for indicators (n, C) of ``count`` images.

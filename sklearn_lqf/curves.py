@@ -1,4 +1,5 @@
-"""Displays of curves, in scikit-learn's manner: how a fit converged, how scores depend on the penalty.
+"""Displays of curves and bars, in scikit-learn's manner: how a fit converged, how scores depend on the penalty, what a
+model reads of the network.
 
 Holds what all displays share, too: matplotlib is imported by the functions that draw, and `pyplot` says how to install
 it where it is missing.
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-__all__ = ["ConvergenceDisplay", "RegularizationPathDisplay", "check_estimator", "pyplot"]
+__all__ = ["ConvergenceDisplay", "PriorDisplay", "RegularizationPathDisplay", "check_estimator", "pyplot"]
 
 _TOL_GID = "sklearn_lqf.tol"  # marks the line of tol, which displays on one Axes share
 
@@ -286,6 +287,118 @@ class RegularizationPathDisplay:
             estimator_name=name,
         )
         return display.plot(ax, **line_kw)
+
+
+class PriorDisplay:
+    """What a model reads of its network: shares of the prior variance of an output, over the depth of the network.
+
+    It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes.
+
+    Parameters
+    ----------
+    prior : dict of str to float
+        Share of each group of features, as ``prior_`` of an estimator: names are ``"last"``, or that of the last module
+        of a stage and ``"mean"``, ``"deviation"`` or ``"tangents"``.
+    estimator_name : str, default=None
+        Title.
+
+    Attributes
+    ----------
+    bars_ : dict of str to matplotlib BarContainer
+        Of each kind of features.
+    ax_ : matplotlib Axes
+        Axes with the bars.
+    figure_ : matplotlib Figure
+        Figure with the bars.
+
+    See Also
+    --------
+    PriorDisplay.from_estimator : Draw the prior of a fitted estimator.
+
+    Examples
+    --------
+    >>> from sklearn_lqf.plotting import PriorDisplay
+    >>> prior = {"conv1 mean": 0.1, "conv1 deviation": 0.2, "conv2 mean": 0.2, "conv2 tangents": 0.1, "last": 0.4}
+    >>> display = PriorDisplay(prior=prior).plot()
+    >>> [text.get_text() for text in display.ax_.get_yticklabels()]
+    ['conv1', 'conv2', 'last']
+    """
+
+    def __init__(self, *, prior: Mapping[str, float], estimator_name: str | None = None):
+        self.prior = prior
+        self.estimator_name = estimator_name
+
+    def plot(self, ax: Any = None, *, name: str | None = None, **bar_kw: Any) -> PriorDisplay:
+        """Draw the bars, the first stage at the top.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Axes to draw on. None: those of a new figure.
+        name : str, default=None
+            Title; ``estimator_name`` if None.
+        **bar_kw : dict
+            Passed to matplotlib's ``barh``.
+
+        Returns
+        -------
+        display : PriorDisplay
+            The display itself.
+        """
+        plt = pyplot("PriorDisplay.plot")
+        kinds: dict[str, dict[str, float]] = {"last": {}, "mean": {}, "deviation": {}, "tangents": {}}
+        for group, share in self.prior.items():
+            place, _, kind = group.rpartition(" ")
+            kinds[kind if place else "last"][place or group] = float(share)
+        places = list(dict.fromkeys(group.rpartition(" ")[0] or group for group in self.prior))
+        if ax is None:
+            ax = plt.subplots(figsize=(6.4, 1.2 + 0.3 * len(places)), layout="constrained")[1]
+        at, before = np.arange(len(places)), np.zeros(len(places))
+        self.bars_ = {}
+        for kind, found in kinds.items():
+            if found:
+                widths = np.array([found.get(place, 0.0) for place in places])
+                label = "last features" if kind == "last" else kind
+                self.bars_[kind] = ax.barh(at, widths, left=before, **{"label": label, **bar_kw})
+                before += widths
+        ax.set_yticks(at, places)
+        if not ax.yaxis_inverted():
+            ax.invert_yaxis()
+        title = self.estimator_name if name is None else name
+        ax.set(xlabel="Share of the prior variance of an output", ylabel="Last module of the stage", title=title or "")
+        ax.legend()
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None, name: str | None = None, **bar_kw: Any) -> PriorDisplay:
+        """Draw the prior of a fitted estimator.
+
+        Parameters
+        ----------
+        estimator : estimator instance
+            Fitted, with ``prior_``, such as `LQFClassifier`.
+        ax : matplotlib Axes, default=None
+            Axes to draw on. None: those of a new figure.
+        name : str, default=None
+            Title; that of the class if None.
+        **bar_kw : dict
+            Passed to matplotlib's ``barh``.
+
+        Returns
+        -------
+        display : PriorDisplay
+            The display, drawn.
+
+        Raises
+        ------
+        TypeError
+            The estimator is of another kind.
+        """
+        pyplot("PriorDisplay.from_estimator")
+        check_estimator(cls, estimator, "prior_")
+        name = type(estimator).__name__ if name is None else name
+        return cls(prior=estimator.prior_, estimator_name=name).plot(ax, **bar_kw)
 
 
 def _alphas_searched(estimator: Any) -> tuple[np.ndarray, np.ndarray, float | None, str]:

@@ -61,6 +61,14 @@ class Group:
                 dist.broadcast(part, rank)
         return out.to(tensor.device)
 
+    def of_the_first(self, value: T) -> T:
+        """The value of the first process on all: rounding may differ between them, decisions may not."""
+        if self.size == 1:
+            return value
+        found = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(found, 0, device=self._device)
+        return cast(T, found[0])
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process."""
         return flag if self.size == 1 else bool(self.all_reduce(torch.tensor(float(flag))))

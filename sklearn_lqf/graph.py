@@ -11,7 +11,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
-from .readout import Statistics, add_readout
+from .readout import Part, PositionMean, Statistics, add_readout
 from .stages import find_head, find_stages, remove_head, tangent_prefixes
 from .surgery import (
     BATCH_NORMS,
@@ -43,7 +43,7 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 @dataclass
 class Split:
-    """A network in two parts: ``tail(*trunk(x))`` is what the head reads, shape (B, D).
+    """A network in two parts: ``tail(*trunk(x))`` are its last features and what is read of its stages, (B, D).
 
     Attributes
     ----------
@@ -53,8 +53,10 @@ class Split:
         The rest; an ``fx.GraphModule`` when the network traces, else the whole network.
     tangent : list of str
         Names of the parameters of ``tail`` that are linearized.
-    parts : list of int
-        Sizes of the parts of the features: the network's own, then those of the stages that are read.
+    parts : list of Part
+        Of the features: the network's own, then those of the stages that are read.
+    stages : dict of str to list of str
+        Names of the modules of each stage, first stage first, by that of the last of them.
     traced : bool
         False when the network does not trace and torch.func serves.
     folded, swapped : int
@@ -64,7 +66,8 @@ class Split:
     trunk: nn.Module
     tail: nn.Module
     tangent: list[str]
-    parts: list[int]
+    parts: list[Part]
+    stages: dict[str, list[str]] = field(default_factory=dict)
     traced: bool = True
     folded: int = 0
     swapped: int = 0
@@ -72,7 +75,14 @@ class Split:
     @property
     def n_features(self) -> int:
         """D."""
-        return sum(self.parts)
+        return sum(part.size for part in self.parts)
+
+    def stage_of(self, name: str) -> str:
+        """The stage of a module, by its name; the last one for modules that are in none."""
+        for stage, blocks in self.stages.items():
+            if any(name == block or name.startswith(f"{block}.") for block in blocks):
+                return stage
+        return next(reversed(self.stages), "network")
 
 
 def split_network(
@@ -81,6 +91,7 @@ def split_network(
     tangent_layers: Any = 2,
     negative_slope: float = 0.0,
     read_stages: bool = False,
+    read_inputs: bool = False,
 ) -> Split:
     """Prepare a feature extractor for linearization.
 
@@ -96,6 +107,8 @@ def split_network(
         Slope of the leak of piecewise activations; 0 leaves them as they are.
     read_stages : bool
         Append the statistics of every stage to the features, see `readout`.
+    read_inputs : bool
+        Append the means of the inputs of every layer.
 
     Returns
     -------
@@ -115,18 +128,19 @@ def split_network(
     reference = evaluate(explicit, example)
     prefixes = tangent_prefixes(explicit, example, tangent_layers)
     _refuse_tied(explicit, prefixes)
+    with plain_attention():  # torch's fused encoder layer looks for its own attention module
+        stages = {stage[-1]: stage for stage in find_stages(explicit, example, by_width=True)}
     try:
         make_explicit(explicit, example)
-        with plain_attention():  # torch's fused encoder layer looks for its own attention module
-            stages = find_stages(explicit, example, by_width=True) if read_stages else []
-        graph, parts = _trace(explicit, example, stages)
+        graph, parts = _trace(explicit, example, stages if read_stages else {}, stages if read_inputs else {})
         if not _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
             raise RuntimeError("the traced graph computes something else")
     except Exception as error:  # whatever tracing raises, the general engine serves
         _warn_untraced(error)
         whole = _private_copy(module, example.dtype)
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
-        return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [reference.shape[1]], False, 0, swapped)
+        parts = [Part("last", reference.shape[1])]
+        return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), parts, stages, False, 0, swapped)
     modularize_activations(graph)
     folded = _fold_batch_norms(graph, example, prefixes)
     swapped = swap_activations(graph, negative_slope)
@@ -134,7 +148,7 @@ def split_network(
     graph.delete_all_unused_submodules()
     graph.recompile()
     trunk, tail = cut(graph, _tangent_names(graph, prefixes), example)
-    return Split(trunk, tail, _tangent_names(tail, prefixes), parts, True, folded, swapped)
+    return Split(trunk, tail, _tangent_names(tail, prefixes), parts, stages, True, folded, swapped)
 
 
 def _private_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -239,16 +253,19 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, StaticPad, Statistics)):
+        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, PositionMean, StaticPad, Statistics)):
             return True
         opaque = super().is_leaf_module(m, module_qualified_name)
         return opaque and type(m) is not nn.TransformerEncoderLayer
 
 
-def _trace(module: nn.Module, example: Tensor, stages: list[list[str]]) -> tuple[fx.GraphModule, list[int]]:
+def _trace(
+    module: nn.Module, example: Tensor, stages: dict[str, list[str]], layers_of: dict[str, list[str]]
+) -> tuple[fx.GraphModule, list[Part]]:
     """The graph of a network in evaluation mode, without assertions, dropout and operations in place.
 
-    The statistics of stages are appended to its features; the sizes of these parts are returned, too.
+    What is read of the ends of stages, and of the layers of stages, is appended to its features; these parts are
+    returned, too.
     """
     leaves: tuple[type, ...] = ()
     functions: tuple[Callable, ...] = ()
@@ -259,14 +276,33 @@ def _trace(module: nn.Module, example: Tensor, stages: list[list[str]]) -> tuple
     with TRACING, plain_attention():  # the choice of a fused kernel depends on the input
         tracer = _Tracer(leaves, functions)
         graph = fx.GraphModule(module, tracer.trace(module))
-    ends = [tracer.outputs.get(stage[-1]) for stage in stages]
-    blocks = [out.node for out in ends if isinstance(out, fx.Proxy)]
-    parts = add_readout(graph, blocks, node_values(graph, example), example)
+    outputs = {name: tracer.outputs.get(name) for name in stages}
+    blocks = {name: out.node for name, out in outputs.items() if isinstance(out, fx.Proxy)}
+    inputs = _layer_inputs(graph, layers_of, set(blocks.values()))
+    parts = add_readout(graph, blocks, inputs, node_values(graph, example), example)
     _make_functional(graph)
     _simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, parts
+
+
+def _layer_inputs(
+    graph: fx.GraphModule, stages: dict[str, list[str]], read: set[fx.Node]
+) -> list[tuple[str, fx.Node, bool]]:
+    """Stage, input and whether channels come last, of each layer of the stages; an input that is read comes once."""
+    found = []
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        layer, source = graph.get_submodule(node.target), node.args[0]
+        stage = next((s for s, blocks in stages.items() if _chosen(f"{node.target}.", blocks)), None)
+        if stage is None or source in read or source.op == "placeholder":
+            continue
+        if is_plain(layer, (nn.Linear, nn.Conv2d)):
+            found.append((stage, source, isinstance(layer, nn.Linear)))
+            read.add(source)
+    return found
 
 
 def _make_functional(graph: fx.GraphModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from torch import Tensor
 from .backbones import Backbone, VectorNetwork, load_backbone
 from .cache import with_smaller_batches
 from .images import ImageInputs, is_image_input
-from .model import LinearModel, ordinary_arithmetic
 from .parameters import Parameters
+from .prepared import ordinary_arithmetic
 
-__all__ = ["Inputs", "flipped", "select_rows", "standardize_vectors"]
+__all__ = ["Inputs", "evaluate_rows", "select_rows", "standardize_vectors"]
 
 
 _WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares leave what float32 can hold
@@ -27,7 +27,7 @@ _WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares l
 class Inputs(Parameters):
     """An estimator that reads rows of X, in `fit` and afterwards."""
 
-    _model: LinearModel
+    _model: Any
 
     def _read_training_rows(self, X: Any, y: Any) -> tuple[Any, Backbone]:
         """Rows of X as vectors or images, and the backbone that fits them."""
@@ -94,11 +94,11 @@ class Inputs(Parameters):
             X = validate_data(self, X, dtype=None, reset=reset)
         return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
 
-    def _in_batches(self, work: Callable[[Iterator[tuple[Tensor, ...]]], Any], rows: Any) -> Any:
-        """What is made of the trunk activations of rows, batch by batch."""
-        with ordinary_arithmetic(self._model.device):
-            activations, size = self._model.evaluator(self._memory()), self._model.rows_at_once(self.batch_size)
-            return with_smaller_batches(lambda size: work(map(activations, _batches(rows, size))), size)
+    def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
+        """What is evaluated of rows, batch by batch, in their order."""
+        network = self._model.network
+        with ordinary_arithmetic(network.device):
+            return evaluate_rows(evaluate, rows, np.arange(len(rows)), network.rows_at_once(self.batch_size))
 
     def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
         """Weights of n rows, not all zero."""
@@ -120,9 +120,29 @@ def _refuse_one_image(X: Any) -> None:
         ImageInputs(X)  # says what it expects
 
 
-def _batches(rows: Any, size: int) -> Iterator[Tensor]:
-    """Rows as tensors in fixed order."""
-    return (select_rows(rows, np.arange(a, min(a + size, len(rows)))) for a in range(0, len(rows), size))
+def evaluate_rows(
+    evaluate: Callable[[Tensor], np.ndarray],
+    rows: Any,
+    chosen: np.ndarray,
+    batch_size: int,
+    see: Callable[[int, Tensor], object] = lambda start, images: None,
+) -> np.ndarray:
+    """A function of images (B, ...) for some rows, in their order; batches are smaller where memory does not suffice.
+
+    ``see`` is called with the place of the first row of each batch, and its images.
+    """
+    found, start = [], 0
+    while start < len(chosen):
+        images = select_rows(rows, chosen[start : start + batch_size])
+        see(start, images)
+
+        def work(size: int, images: Tensor = images) -> tuple[np.ndarray, int]:
+            return np.concatenate([evaluate(part) for part in images.split(size)]), size
+
+        part, batch_size = with_smaller_batches(work, batch_size)
+        found.append(part)
+        start += len(images)
+    return np.concatenate(found)
 
 
 def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:
@@ -132,11 +152,6 @@ def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:
     if (np.diff(chosen) == 1).all():  # the ends do not tell: rows come again in each view
         return rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
     return torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
-
-
-def flipped(images: Tensor, flip: Tensor) -> Tensor:
-    """Images (B, C, H, W), some of them mirrored."""
-    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def standardize_vectors(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> None:

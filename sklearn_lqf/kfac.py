@@ -29,9 +29,6 @@ from .depthwise import are_few, image_gradients, is_wide_depthwise
 
 __all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "SmallBlock"]
 
-Sum = Callable[[Tensor], Tensor]
-Gather = Callable[[Tensor], Tensor]
-
 _EIGH_MAX = 256  # rows up to which a factor is diagonalized; above, the inverse is by Cholesky: 20 times faster
 _WHOLE_MAX = 512  # rows up to which a factor is kept whole; above, its Nyström approximation
 _RANK = 128  # of the approximation: solvers take as many iterations with it as with whole factors
@@ -93,17 +90,11 @@ class KroneckerBlock:
             if self.exact:
                 self._accumulate_exact(x, g, root)
                 continue
-            a, joint = self._joint(x, g)
+            a, joint = self._positions(x, g)
             self._accumulate(a, joint * root.view(-1, 1, 1, 1, 1), by_gram)
 
-    def positions(
-        self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], batch: int
-    ) -> tuple[Tensor, Tensor]:
-        """Patches (B, G, T, m) and output gradients (B, G, K, T, o) of arguments as in `update`."""
-        return self._joint(*_by_image(inputs, gradients, batch))
-
-    def _joint(self, images: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-        """The positions of all evaluations of the layer one after the other."""
+    def _positions(self, images: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Patches (B, G, T, m) and output gradients (B, G, K, T, o), one evaluation of the layer after the other."""
         a = torch.cat([self._patches(x) for x in images], 2)
         return a, torch.cat([self._outputs([p[i] for p in probes]) for i in range(len(images))], 3)
 
@@ -195,16 +186,6 @@ class KroneckerBlock:
     def _sums(self) -> tuple[Tensor, ...]:
         """What was accumulated."""
         return (self.block,) if self.exact else (self.left.sum, self.right.sum, self.tau)
-
-    def scale(self, factor: float) -> None:
-        """Multiply the curvature that was accumulated."""
-        for part in self._sums:
-            part.mul_(factor)
-
-    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
-        """Add what other processes accumulated: `KFAC.reduce`."""
-        for part in self._sums:
-            all_reduce(part)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
@@ -314,15 +295,13 @@ class HeadBlock:
     n_outputs, n_features : int
     weight, bias : slice
         Where the parameters lie in a flat vector (P,).
-    device : torch.device
     """
 
-    def __init__(self, n_outputs: int, n_features: int, weight: slice, bias: slice, device: torch.device):
+    def __init__(self, n_outputs: int, n_features: int, weight: slice, bias: slice):
         self.n_outputs, self.weight, self.bias = n_outputs, weight, bias
         self.size = n_features + 1
         self.rows: list[Tensor] = []  # (B, D + 1), as long as they are fewer than the columns
         self.right: Tensor | None = None
-        self._device = device
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Add one batch: features (B, D), weights (B,)."""
@@ -332,19 +311,6 @@ class HeadBlock:
             self.right = x.T @ x if self.right is None else self.right.addmm_(x.T, x)
             self.rows = []
 
-    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
-        """Add what other processes accumulated: `KFAC.reduce`. The form is that of the rows of all together."""
-        rows = torch.cat(self.rows) if self.rows else self._no_rows()
-        count = rows.new_tensor(len(rows) if self.right is None else self.size)
-        if float(all_reduce(count)) < self.size:
-            self.rows = [all_gather_rows(rows)]
-            return
-        self.right = all_reduce(rows.T @ rows if self.right is None else self.right)
-        self.rows = []
-
-    def _no_rows(self) -> Tensor:
-        return torch.zeros(0, self.size, dtype=torch.float64, device=self._device)
-
     @property
     def trace(self) -> float:
         """Trace of the block of the Gauss-Newton matrix."""
@@ -352,15 +318,17 @@ class HeadBlock:
         return self.n_outputs * (total if self.right is None else float(_trace(self.right)))
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
-        """Prepare the inverse of the block plus ``ridge`` times the identity; again for another."""
+        """Prepare the inverse of the block plus ``ridge`` times the identity; what was accumulated is released."""
         if self.right is not None:
             inverse = _inverse(self.right, self.right.new_tensor(ridge)).to(dtype)
             self.solve = lambda v: v @ inverse
+            self.right = None
         else:
             # (X'X + r I)^-1 = (I - X' (XX' + r I)^-1 X) / r
-            x = torch.cat(self.rows) if self.rows else self._no_rows()
+            x = torch.cat(self.rows)
             half = _inverse(x @ x.T, x.new_tensor(ridge)) @ x
             self.solve = lambda v: ((v.double() - (v.double() @ x.T) @ half) / ridge).to(dtype)
+            self.rows = []
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
         """Write the inverse times the head's part of ``vector`` into ``out``, both (P,)."""
@@ -398,14 +366,6 @@ class SmallBlock:
     def trace(self) -> float:
         """Trace of the block of the Gauss-Newton matrix."""
         return float(_trace(self.block) if self.dense else self.block.sum())
-
-    def scale(self, factor: float) -> None:
-        """Multiply the curvature that was accumulated."""
-        self.block.mul_(factor)
-
-    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
-        """Add what other processes accumulated: `KFAC.reduce`."""
-        all_reduce(self.block)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the block is released."""
@@ -446,36 +406,12 @@ class KFAC:
         return sum(b.trace for b in self.blocks)
 
     @property
-    def head_trace(self) -> float:
-        """The head's part of the trace."""
-        return sum(b.trace for b in self.blocks if isinstance(b, HeadBlock))
-
-    @property
     def output_trace(self) -> float:
-        """Trace for one output, the mean over outputs: the unit of ``damping`` of the estimators."""
+        """Trace for one output, the mean over outputs."""
         return self.trace / next(b.n_outputs for b in self.blocks if isinstance(b, HeadBlock))
 
-    def scale_tail(self, factor: float) -> None:
-        """Multiply the curvature of everything but the head."""
-        for block in self.blocks:
-            if not isinstance(block, HeadBlock):
-                block.scale(factor)
-
-    def reduce(self, all_reduce: Sum, all_gather_rows: Gather) -> None:
-        """Add what other processes accumulated on their rows; before the blocks are scaled or inverted.
-
-        Parameters
-        ----------
-        all_reduce : callable
-            Sums a tensor over the processes, in place.
-        all_gather_rows : callable
-            Rows (n_rank, ...) of this process -> those of all processes, (n, ...).
-        """
-        for block in self.blocks:
-            block.reduce(all_reduce, all_gather_rows)
-
     def factorize(self, alpha: float, dtype: torch.dtype, damping: float = 0.0) -> KFAC:
-        """Invert the blocks, once, in float64; the accumulated factors, but the head's, are released.
+        """Invert the blocks, once, in float64; the accumulated factors are released.
 
         Parameters
         ----------
@@ -507,25 +443,11 @@ class KFAC:
             block.factorize(alpha if isinstance(block, HeadBlock) else alpha + damping, dtype)
         return self
 
-    def refactorize_head(self, alpha: float, dtype: torch.dtype) -> None:
-        """Invert the head's block for another penalty; the others stay as they were factorized."""
-        for block in self.blocks:
-            if isinstance(block, HeadBlock):
-                block.factorize(alpha, dtype)
-
     def __call__(self, vector: Tensor) -> Tensor:
         """Apply the inverse to a flat vector (P,)."""
         out = torch.empty_like(vector)
         for block in self.blocks:
             block.apply(vector, out)
-        return out
-
-    def head_solution(self, rhs: Tensor) -> Tensor:
-        """The minimum of the quadratic over the head alone, (P,): zero elsewhere."""
-        out = torch.zeros_like(rhs)
-        for block in self.blocks:
-            if isinstance(block, HeadBlock):
-                block.apply(rhs, out)
         return out
 
 

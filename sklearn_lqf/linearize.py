@@ -19,12 +19,11 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
 from .graph import Split
-from .readout import Standardization
 from .surgery import is_plain, plain_attention
 from .tangents import GeneralTail, TracedTail
 from .threads import DUAL_NUMBERS, shared_by_threads
 
-__all__ = ["LinearizedNetwork", "Point"]
+__all__ = ["LinearizedNetwork", "Point", "full_precision", "walker"]
 
 # Until torch 2.13 group_norm has no forward-mode derivative for channels-last input, and gradients of its parameters
 # without that of its input end the process: tails that have it, or may have, are evaluated in torch's default layout.
@@ -33,7 +32,7 @@ _GROUP_NORM_IS_CHANNELS_LAST = torch.__version__ >= "2.14"  # compared as versio
 
 @shared_by_threads
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Switch off TF32 in matrix products and convolutions, and restore the caller's setting.
 
     torch has an old and a new interface to the same settings, and refuses to read the old one where the
@@ -68,13 +67,26 @@ def _may_norm_groups(split: Split) -> bool:
     return any(node.target in functions for node in cast(fx.GraphModule, split.tail).graph.nodes)
 
 
+def walker(split: Split) -> tuple[TracedTail | GeneralTail, bool]:
+    """What evaluates and differentiates the tail of a network.
+
+    Also whether its inputs must be in torch's default layout.
+    """
+    default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and _may_norm_groups(split)
+    if default_layout:
+        split.tail.to(memory_format=torch.contiguous_format)
+    if split.traced:
+        return TracedTail(cast(fx.GraphModule, split.tail), split.tangent), default_layout
+    return GeneralTail(split.tail, split.tangent), default_layout
+
+
 class Point:
     """A network linearized on one batch: the primal is evaluated once, products share it.
 
     Attributes
     ----------
     features : Tensor of shape (B, D)
-        Input of the head at w0, standardized.
+        Input of the head at w0.
     outputs : Tensor of shape (B, C)
         f_w0, detached.
     """
@@ -84,7 +96,7 @@ class Point:
         self._values: dict[Any, Any]
         with torch.set_grad_enabled(gradients):
             self._graph, self._values = network.tail.primal(network.laid_out(inputs))
-        self.features = network.standardized(self._graph.detach())
+        self.features = self._graph.detach()
         self.outputs = torch.nn.functional.linear(self.features, network.weight, network.bias)
 
     def jvp(self, direction: Tensor) -> Tensor:
@@ -93,7 +105,7 @@ class Point:
         body, weight, bias = net.views(direction)
         out = torch.nn.functional.linear(self.features, weight, bias)
         dot = net.tail.tangents(self._values, body) if any(bool(v.any()) for v in body.values()) else None
-        return out if dot is None else out + torch.nn.functional.linear(dot, net.feature_gradient)
+        return out if dot is None else out + torch.nn.functional.linear(dot, net.weight)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J' u for a cotangent (B, C): shape (P,). The graph is kept for further products."""
@@ -107,7 +119,7 @@ class Point:
         body, weight, bias = net.views(total)
         if self._graph.requires_grad:
             parameters = dict(zip(net.names, net.parameters, strict=True))
-            found = net.tail.gradients(self._graph, self._values, cotangent @ net.feature_gradient, parameters)
+            found = net.tail.gradients(self._graph, self._values, cotangent @ net.weight, parameters)
             for name, gradient in found:
                 body[name].add_(gradient)
         weight.addmm_(cotangent.T, self.features)
@@ -128,7 +140,7 @@ class Point:
     def output_gradients(self, outputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
         """Gradients of <u, f> with respect to the outputs of layers, in their shapes."""
         grads = torch.autograd.grad(
-            self._graph, list(outputs), cotangent @ self._network.feature_gradient, retain_graph=True, allow_unused=True
+            self._graph, list(outputs), cotangent @ self._network.weight, retain_graph=True, allow_unused=True
         )
         return [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
 
@@ -143,14 +155,9 @@ class LinearizedNetwork:
     weight : Tensor of shape (C, D)
         Head weight at which the network is linearized.
     bias : Tensor of shape (C,)
-    standardization : Standardization or None
-        Of the features in front of the head.
 
     Attributes
     ----------
-    tail_scale : float
-        Unit of the tail's parameters in d: their Jacobian is multiplied by it, which multiplies their prior
-        variance under the penalty |d|^2 by its square.
     n_parameters : int
         P: tangent parameters of the tail in the order of ``names``, then head weight, then head bias.
     slices : dict of str to slice
@@ -161,39 +168,20 @@ class LinearizedNetwork:
     Achille et al., "LQF: Linear Quadratic Fine-Tuning", CVPR 2021, section 3 (arXiv 2012.11140).
     """
 
-    def __init__(self, split: Split, weight: Tensor, bias: Tensor, standardization: Standardization | None = None):
+    def __init__(self, split: Split, weight: Tensor, bias: Tensor):
         self.trunk = split.trunk
         self.weight, self.bias = weight, bias
-        self.standardization = standardization
-        self.tail_scale = 1.0
         self.names = list(split.tangent)
         with DUAL_NUMBERS:  # other threads may use the same tail
             owned = dict(split.tail.named_parameters())
             self.parameters = [owned[n].requires_grad_(True) for n in self.names]
         self.module = split.tail
-        self._default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and _may_norm_groups(split)
-        if self._default_layout:
-            split.tail.to(memory_format=torch.contiguous_format)
-        self.tail: TracedTail | GeneralTail = (
-            TracedTail(cast(fx.GraphModule, split.tail), self.names)
-            if split.traced
-            else GeneralTail(split.tail, self.names)
-        )
+        self.tail, self._default_layout = walker(split)
         self._shapes = [p.shape for p in self.parameters] + [weight.shape, bias.shape]
         offsets = [0, *itertools.accumulate(s.numel() for s in self._shapes)]
         keys = [*self.names, "head.weight", "head.bias"]
         self.slices = {k: slice(a, b) for k, (a, b) in zip(keys, itertools.pairwise(offsets), strict=True)}
         self.n_parameters = offsets[-1]
-
-    def standardized(self, features: Tensor) -> Tensor:
-        """Features as the head reads them."""
-        return features if self.standardization is None else self.standardization(features)
-
-    @property
-    def feature_gradient(self) -> Tensor:
-        """Gradient of the outputs by the features of the tail, times the unit of its parameters, (C, D)."""
-        weight = self.weight if self.standardization is None else self.weight / self.standardization.scale
-        return weight * self.tail_scale
 
     def at(self, inputs: Sequence[Tensor], gradients: bool = True) -> Point:
         """Evaluate the tail on one batch of trunk activations.
@@ -244,7 +232,7 @@ class LinearizedNetwork:
 
         def outputs(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
             features = functional_call(self.module, parameters, tuple(r.unsqueeze(0) for r in row))
-            return torch.nn.functional.linear(features, self.feature_gradient).squeeze(0)
+            return torch.nn.functional.linear(features, self.weight).squeeze(0)
 
         # Gradients inside jacrev do not depend on the outer no_grad, which keeps the result free of a graph.
         with DUAL_NUMBERS, torch.no_grad(), plain_attention(), warnings.catch_warnings():
@@ -258,7 +246,7 @@ class LinearizedNetwork:
         for row in zip(*inputs, strict=True):
             with torch.enable_grad():
                 features, _ = self.tail.primal([z.unsqueeze(0) for z in row])
-            for w in self.feature_gradient:
+            for w in self.weight:
                 grads = torch.autograd.grad(
                     features, list(chosen.values()), w.unsqueeze(0), retain_graph=True, materialize_grads=True
                 )

@@ -5,12 +5,11 @@ Legend of symbols (name in code, shape):
 ======  ==============  =========  ================================================================
 symbol  code            shape      meaning
 ======  ==============  =========  ================================================================
-n       ``n_rows``                 training rows: images times views
+n                                  training rows
 C       ``n_outputs``              outputs of the network (classes)
 P       ``n_parameters``           tangent parameters: tail, head weight, head bias
 J(x)    ``jvp, vjp``    (C, P)     Jacobian of the outputs at the pre-trained weights w0
-tau     ``tail_scale``             prior scale of the tail's parameters over the head's
-d       ``coef``        (P,)       w - w0, the tail's part over tau
+d       ``coef``        (P,)       w - w0
 t       ``targets``     (n, C)     what J d is to equal
 s       ``weights``     (n,)       weights of the rows
 lambda  ``alpha``                  L2 penalty, absolute
@@ -27,11 +26,10 @@ import torch
 from torch import Tensor
 
 from .cache import batch_sizes
-from .distributed import ALONE, Group
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
-from .linearize import LinearizedNetwork, Point, _full_precision
+from .linearize import LinearizedNetwork, Point, full_precision
 
-__all__ = ["Quadratic", "build_kfac", "kronecker_blocks", "layer_gradients", "weigh_tail"]
+__all__ = ["Quadratic", "build_kfac"]
 
 Batch = Sequence[Tensor]
 _POINTS_BYTES = 1 << 30  # of activations kept between products, which are evaluated anew for the batches beyond
@@ -48,15 +46,11 @@ class Quadratic:
     ----------
     network : LinearizedNetwork
     batches : sequence of batches
-        Trunk activations; the order of their rows is the order of ``targets`` and ``weights``, or of ``rows``.
+        Trunk activations; the order of their rows is the order of ``targets`` and ``weights``.
     targets : Tensor of shape (n, C)
     weights : Tensor of shape (n,)
     alpha : float
         lambda > 0.
-    group : Group
-        Processes that share the rows; all sums are over the rows of all.
-    rows : Tensor of int64 or None
-        Which of the n rows are in the batches of this process; None: all.
     """
 
     def __init__(
@@ -66,16 +60,13 @@ class Quadratic:
         targets: Tensor,
         weights: Tensor,
         alpha: float,
-        group: Group = ALONE,
-        rows: Tensor | None = None,
     ):
-        self.network, self.batches, self.alpha, self.group = network, batches, alpha, group
+        self.network, self.batches, self.alpha = network, batches, alpha
         self._points: dict[int, Point] = {}
         self._rhs: Tensor | None = None
         self._free = _POINTS_BYTES
         sizes = batch_sizes(batches)
-        self._n_rows, self._rows = len(targets), slice(None) if rows is None else rows
-        self.targets, self.weights = targets[self._rows].split(sizes), weights[self._rows].split(sizes)
+        self.targets, self.weights = targets.split(sizes), weights.split(sizes)
 
     def rhs(self) -> Tensor:
         """b = sum_i s_i J_i' t_i, shape (P,); evaluated once."""
@@ -89,7 +80,7 @@ class Quadratic:
 
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
         """H_k v, with H the mean of H_k over the batches."""
-        with _full_precision():
+        with full_precision():
             point = self._point(k)
             product = point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
         return (len(self.batches) * product).add_(v, alpha=self.alpha)
@@ -97,11 +88,11 @@ class Quadratic:
     def _sum(self, outputs: Callable[[Point, int], Tensor]) -> Tensor:
         """sum_i s_i J_i' u_i over all rows, for u (B, C) of each batch."""
         total = self.network.weight.new_zeros(self.network.n_parameters)
-        with _full_precision():
+        with full_precision():
             for k in range(len(self.batches)):
                 point = self._point(k)
                 point.add_vjp(self.weights[k].unsqueeze(1) * outputs(point, k), total)
-        return self.group.all_reduce(total)
+        return total
 
     def _point(self, k: int) -> Point:
         """The network linearized on a batch, kept as far as memory is meant for it."""
@@ -113,34 +104,14 @@ class Quadratic:
             self._points[k] = point
         return point
 
-    def predict(self, d: Tensor) -> Tensor:
-        """J d for every row, shape (n, C)."""
-        own = self._predict(d)
-        out = own.new_zeros(self._n_rows, own.shape[1])
-        out[self._rows] = own
-        return self.group.all_reduce(out)
-
-    def _predict(self, d: Tensor) -> Tensor:
-        """J d for the rows of this process."""
-        with _full_precision():
-            points = (self._points.get(k) or self.network.at(z, gradients=False) for k, z in enumerate(self.batches))
-            return torch.cat([point.jvp(d) for point in points])
-
     def value(self, d: Tensor) -> float:
         """The objective at d."""
-        residual = (self._predict(d) - torch.cat(self.targets)).double()
-        loss = self.group.all_reduce((torch.cat(self.weights).double() * residual.square().sum(1)).sum())
-        return float(loss + self.alpha * d.double().square().sum())
-
-    def noise_variance(self, d: Tensor) -> float:
-        """The variance of noise on the targets with the largest marginal likelihood, from the optimum d.
-
-        ``(sum_i s_i |t_i|^2 - b' d) / (C sum_i s_i)``: the objective at the optimum, for each output.
-        """
-        t, s = torch.cat(self.targets).double(), torch.cat(self.weights).double()
-        sums = torch.stack([(s * t.square().sum(1)).sum(), s.sum() * t.shape[1]])
-        energy, count = self.group.all_reduce(sums).tolist()
-        return max(energy - float(self.rhs().double() @ d.double()), 0.0) / count
+        total = self.alpha * float(d.double().square().sum())
+        with full_precision():
+            for k, (t, s) in enumerate(zip(self.targets, self.weights, strict=True)):
+                residual = (self._point(k).jvp(d) - t).double()
+                total += float(s.double() @ residual.square().sum(1))
+        return total
 
     def distance_bound(self, d: Tensor) -> float:
         """Upper bound on ``|d - d*|``: |H d - b| / lambda, from strong convexity."""
@@ -148,20 +119,13 @@ class Quadratic:
         return float(gradient.norm()) / self.alpha
 
 
-def build_kfac(
-    network: LinearizedNetwork,
-    batches: Sequence[Batch],
-    weights: Tensor,
-    probes: Tensor,
-    group: Group = ALONE,
-    rows: Tensor | None = None,
-) -> KFAC:
+def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Tensor, probes: Tensor) -> KFAC:
     """Accumulate the curvature of the quadratic's data term, one pass over the batches.
 
     Parameters
     ----------
     network : LinearizedNetwork
-    batches, group, rows
+    batches : sequence of batches
         As in `Quadratic`.
     weights : Tensor of shape (n,)
     probes : Tensor of shape (K, C) or (K, n, C)
@@ -174,65 +138,39 @@ def build_kfac(
         Not yet factorized.
     """
     device = network.weight.device
-    blocks, elements = kronecker_blocks(network, batches[0], group)
+    blocks, elements = _kronecker_blocks(network, batches[0])
     n_outputs, n_features = network.weight.shape
-    head = HeadBlock(n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"], device)
+    head = HeadBlock(n_outputs, n_features, network.slices["head.weight"], network.slices["head.bias"])
     others, owners = _other_blocks(network, set(blocks), device)
-    rows = torch.arange(len(weights), device=device) if rows is None else rows
-    own = weights[rows]
-    probes = (probes[:, rows] if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(rows), -1)
+    probes = (probes if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(weights), -1)
     # As many rows at once as the caller evaluates, if the gradients of all probes fit.
     largest = max(batch_sizes(batches))
     limit = max(1, largest // len(probes), _GRADIENTS // (len(probes) * max(elements, 1)))
-    with _full_precision():
+    with full_precision():
         for piece, batch in _pieces(batches, limit):
             point = network.at(batch, gradients=bool(blocks))
-            head.update(point.features, own[piece])
+            head.update(point.features, weights[piece])
             if blocks:
                 with torch.no_grad():
-                    for name, inputs, gradients in layer_gradients(point, blocks, probes[:, piece]):
-                        blocks[name].update(inputs, gradients, own[piece])
+                    for name, inputs, gradients in _layer_gradients(point, blocks, probes[:, piece]):
+                        blocks[name].update(inputs, gradients, weights[piece])
         if others:
-            _update_others(network, batches, weights, rows, others, owners)
-    kfac = KFAC([*blocks.values(), *others, head])
-    if group.size > 1:
-        kfac.reduce(group.all_reduce, group.all_gather_rows)
-    return kfac
+            _update_others(network, batches, weights, others, owners)
+    return KFAC([*blocks.values(), *others, head])
 
 
-def weigh_tail(network: LinearizedNetwork, kfac: KFAC, weight: float | None) -> None:
-    """Set the prior variance of what the tail adds to an output, relative to the head's.
-
-    Parameters
-    ----------
-    network : LinearizedNetwork
-        Its ``tail_scale`` is set; 1 before.
-    kfac : KFAC
-        Of that network, not yet factorized; follows.
-    weight : float or None
-        None leaves all parameters one prior.
-    """
-    head, tail = kfac.head_trace, kfac.trace - kfac.head_trace
-    if weight is not None and head > 0 and tail > 0:
-        network.tail_scale = (weight * head / tail) ** 0.5
-        kfac.scale_tail(network.tail_scale**2)
-
-
-def kronecker_blocks(
-    network: LinearizedNetwork, batch: Batch, group: Group = ALONE
-) -> tuple[dict[str, KroneckerBlock], int]:
+def _kronecker_blocks(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, KroneckerBlock], int]:
     """Empty blocks of the layers that see each image in rows of its own, one image after the other.
 
     Also the elements of the outputs of these layers, for one image. The rest, such as layers that are never called
     (their weight is read by a function) or called with tokens before images, are left to the small blocks. One
-    image given twice tells them apart; processes, each with an image of its own, must agree.
+    image given twice tells them apart.
     """
-    with _full_precision():
+    with full_precision():
         point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
     layers = network.kronecker_layers()
     calls = {name: point.layer_calls(name) for name in layers}
-    fit = torch.tensor([float(bool(c) and all(_halves_agree(x) for x, _ in c)) for c in calls.values()])
-    names = [name for name, count in zip(layers, group.all_reduce(fit).tolist(), strict=True) if count == group.size]
+    names = [name for name, found in calls.items() if found and all(_halves_agree(x) for x, _ in found)]
     elements = sum(out.numel() // 2 for name in names for _, out in calls[name])
     slices = network.slices
     blocks = {n: KroneckerBlock(layers[n], slices[f"{n}.weight"], slices.get(f"{n}.bias")) for n in names}
@@ -258,7 +196,7 @@ def _pieces(batches: Sequence[Batch], limit: int) -> Iterator[tuple[slice, Batch
         start += size
 
 
-def layer_gradients(
+def _layer_gradients(
     point: Point, names: Iterable[str], probes: Tensor
 ) -> Iterator[tuple[str, list[Tensor], list[list[Tensor]]]]:
     """Of each layer its name, inputs, and gradients along the probes (K, B, C), as `KroneckerBlock.update` has them."""
@@ -289,11 +227,10 @@ def _update_others(
     network: LinearizedNetwork,
     batches: Sequence[Batch],
     weights: Tensor,
-    own: Tensor,
     blocks: list[SmallBlock],
     groups: list[list[str]],
 ) -> None:
-    """Exact Jacobians of a few images, evenly spread over all n rows, scaled to all; ``own`` are in the batches."""
+    """Exact Jacobians of a few images, evenly spread over all n rows, scaled to all."""
     present = weights.nonzero().squeeze(1)
     count = min(len(present), _OTHER_ROWS)
     chosen = present[torch.arange(count, device=weights.device) * len(present) // count]
@@ -303,9 +240,8 @@ def _update_others(
     size = sum(network.slices[n].stop - network.slices[n].start for n in names)
     limit = max(1, min(_OTHER_PRODUCTS // n_outputs, _OTHER_ELEMENTS // (size * n_outputs)))
     for piece, batch in _pieces(batches, len(weights)):
-        rows = own[piece]
-        mine = torch.isin(rows, chosen).nonzero().squeeze(1)
+        mine = chosen[(chosen >= piece.start) & (chosen < piece.stop)] - piece.start
         for part in mine.split(limit) if len(mine) else ():
             jacobians = network.sample_jacobians([z[part] for z in batch], names)
             for block, group in zip(blocks, groups, strict=True):
-                block.update([jacobians[n] for n in group], weights[rows[part]] * scale)
+                block.update([jacobians[n] for n in group], weights[piece][part] * scale)

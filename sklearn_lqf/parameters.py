@@ -18,15 +18,15 @@ from sklearn.utils.validation import check_memory
 from torch import nn
 
 from .backbones import Backbone
-from .cache import CACHES
 from .distributed import Group
-from .problem import HEADS, Recipe
+from .problem import PRIORS
 
 __all__ = ["Parameters", "check_number", "with_shared_parameters"]
 
 _VIEWS = ("identity", "flip")
+_TANGENTS = ("local", "network", "both")
 # Parameters in which processes that share a fit may differ; the backbone is compared by its weights.
-_OF_A_PROCESS = {"backbone", "weights", "download", "batch_size", "cache", "memory", "device", "verbose"}
+_OF_A_PROCESS = {"backbone", "weights", "download", "batch_size", "memory", "device", "verbose"}
 
 Class = TypeVar("Class", bound=type)
 Estimator = TypeVar("Estimator", bound="Parameters")
@@ -44,45 +44,43 @@ weights : str, path or None, default="auto"
 download : bool, default=True
     Whether weights that are not on this machine are downloaded. False: `fit` fails instead, without asking a server;
     ``python -m sklearn_lqf`` lists what is there.
+tangents : {"local", "network", "both", None}, default="local"
+    Which gradients of the network by its weights are read, beside its last features and the mean and deviation of the
+    activations behind each stage. ``"local"``: of the mean of each layer's own output, for the layers of all stages;
+    they are made of the means of the layers' inputs and cost no backward pass. ``"network"``: of the last features
+    along ``n_directions`` directions, for ``tangent_layers``. A network that cannot be traced has these and the last
+    features only.
 tangent_layers : {"head", "all"}, int or list of str, default=1
-    What is linearized and trained: the head only, everything, this many last stages (runs of blocks at one
-    spatial resolution; a stage is one block for transformers; more than there are: all), or modules by name.
-    The rest is a frozen trunk, evaluated once for each image. The head is always trained.
-readout : {"stages", "last"}, default="stages"
-    What the head reads: ``"stages"`` appends to the network's own features the mean and standard deviation
-    over all positions of the activations behind each stage; ``"last"`` is the network's own features alone.
-    Each part is centered and scaled to variance 1 on the training images. A network that cannot be traced
-    has the last features only.
-head : {"orthogonal", "random", "ridge"}, default="orthogonal"
-    The head at which the network is linearized; it decides what the layers before it can learn.
-    ``"orthogonal"``: random orthogonal rows, and ``"random"``: rows drawn from N(0, 1/D); neither sees a
-    target. ``"ridge"``: the ridge regression on the features whose penalty minimizes the leave-one-out error;
-    the quadratic is then fitted to its leave-one-out residuals, and corrects its predictions.
+    For ``tangents="network"`` and ``model="paper"``, what is linearized: nothing before the head, everything, this many
+    last stages (runs of blocks at one spatial resolution; a stage is one block for transformers; more than there are:
+    all), or modules by name.
+n_directions : int, default=8
+    For ``tangents="network"``, directions in the space of the last features. Each costs one backward pass through the
+    linearized layers for each image, in `fit` and in predictions.
+sketch_size : int or None, default=16
+    For ``tangents="network"``: the gradient of a layer's weight is projected to a matrix of this many rows and columns.
+    None: exact gradients, for small networks.
+model : {"groups", "paper"}, default="groups"
+    ``"groups"``: features in groups with a learned prior, see Notes. ``"paper"``: one change of all linearized weights,
+    shared by all classes, at a random head, as Achille et al. have it; see the page on the method.
 """
 _FIT_PARAMETERS = """
-tail_weight : float or None, default=0.03
-    Prior variance of what the linearized layers before the head add to an output, relative to the head's: the
-    penalty weighs their weights accordingly. None: all weights have one prior, as in the paper.
 negative_slope : float, default=0.0
     Slope of the leak put into ReLU, ReLU6, Hardtanh, Hardswish and Hardsigmoid, in [0, 1). The paper uses
     weights pre-trained with Leaky-ReLU; to weights trained without, a leak of 0.1 does more harm than good,
     so the default leaves the activations as they are.
-center : bool or "auto", default="auto"
-    Whether the network's own output at the pre-trained weights is removed from the model, and the mean
-    target takes its place. ``"auto"``: for heads that see no target, whose output is noise, but not for a ridge
-    head.
-damping : float, default=0.1
-    Added to the penalty in the preconditioner, against the error of its approximation; in units of the trace of the
-    curvature for one output. It changes the path of the solver, not the solution.
-solver : {"pcg", "sgd"}, default="pcg"
-    ``"pcg"``: K-FAC preconditioned conjugate gradients over all images. ``"sgd"``: the paper's K-FAC
-    preconditioned stochastic gradient descent with momentum; both go to the same optimum.
+solver : {"auto", "closed", "pcg", "sgd"}, default="auto"
+    ``"closed"``: one Cholesky factorization, of rows or of columns, whichever are fewer. ``"pcg"``: conjugate gradients
+    with a K-FAC preconditioner, for the same solution. ``"auto"``: closed where the matrix takes no more than a quarter
+    of the machine's memory. ``"sgd"``: the paper's optimizer, with ``model="paper"`` only, for which ``"auto"`` is
+    ``"pcg"``.
 max_iter : int, default=200
-    Products with the curvature for ``"pcg"``, epochs for ``"sgd"``.
-tol : float, default=1e-2
-    The solver stops when the norm of the gradient relative to its value at zero is below.
+    Iterations of ``"pcg"``, epochs of ``"sgd"``.
+tol : float, default=1e-3
+    An iterative solver stops when the norm of the gradient relative to its value at zero is below.
 views : str or sequence of str, default="identity"
-    Fixed views of each training image: ``"identity"``, or ``("identity", "flip")`` to add the mirror image.
+    Views of an image over which its features are averaged, in `fit` and in predictions: ``"identity"``, or
+    ``("identity", "flip")`` with the mirror image, which costs twice the time.
 image_shape : tuple of int or None, default=None
     Shape (H, W) or (H, W, C) of the images of which the rows of a two-dimensional X are raveled. None: such
     rows are vectors.
@@ -95,32 +93,28 @@ preprocessing : dict or None, default=None
     Overrides of the backbone's ``mean``, ``std`` (for pixels in [0, 1]) and ``interpolation``.
 batch_size : int, default=64
     Images evaluated at once, at most: on a CPU fewer where the activations of the linearized layers would take more
-    than 256 MiB, on a GPU half as many as often as memory requires. The solution does not depend on it but for
-    rounding.
-cache : {"auto", "memory", "disk", "none"}, default="auto"
-    Where the activations of the frozen trunk are kept during a fit: in memory, in a temporary file that is gone
-    after it, or nowhere, which evaluates the trunk anew at each pass. ``"auto"``: in memory up to a quarter of
-    the machine's (half of what is free of a device), else in a file up to half of the free space, else nowhere.
+    than 256 MiB, and half as many as often as memory requires. The solution does not depend on it but for rounding.
 memory : str, path, joblib.Memory or None, default=None
     Folder in which the trunk activations of each image are shared between fits, and with predictions: a grid
     search evaluates the trunk once for each image. They are found by the content of image and trunk. As with
     any joblib.Memory nothing is ever removed from it, and it must be trusted, since it is unpickled.
 store_data : bool, default=False
-    Whether the estimator keeps the trunk activations of the training images (vectors: the rows themselves), their
-    targets and weights, for `partial_fit`, `forget` and predictions with uncertainty. They are part of what is
-    pickled, until it is fitted again.
+    Whether the estimator keeps the features of the training images (vectors: the rows, too), their targets and weights,
+    for `partial_fit`, `forget`, predictions with uncertainty, and `leave_one_out` and `influence` without the images.
+    They are part of what is pickled, until it is fitted again.
 device : str or torch.device, default="auto"
     ``"auto"``: CUDA where present, else the CPU.
 distributed : bool, default=False
     Whether the processes of torch.distributed's default process group, started by torchrun and initialized
     by the caller, share the fit. Each calls `fit` with the same X and y, reads only the images of its share
-    of the rows, and ends with the same model. What the head reads, (n, D), is gathered by every process.
-    ``random_state`` must be an int; ``solver="sgd"`` and ``store_data`` are not supported.
+    of the rows, and ends with the same model. The features, (n, D), are gathered by every process.
+    ``random_state`` must be an int; ``model="paper"`` and ``store_data`` are not supported.
 dtype : {"auto", "float32", "float64"}, default="auto"
     Precision of the network. ``"auto"``: float64 for vectors, float32 for images.
 random_state : int, RandomState instance or None, default=0
-    Seeds the built-in network for vectors, random weights, the head and the order of batches of ``"sgd"``.
-    Nothing else is random: by default the same data give the same model. None draws anew at each fit.
+    Seeds the built-in network for vectors, random weights, directions and sketches, and for the paper's model the head
+    and the order of batches of ``"sgd"``. Nothing else is random: by default the same data give the same model. None
+    draws anew at each fit.
 verbose : int, default=0
     Above 0: progress bars (needs tqdm, extra ``progress``).
 """
@@ -131,24 +125,29 @@ feature_names_in_ : ndarray of shape (n_features_in_,)
     Names of the columns of a DataFrame; defined only when they are all strings.
 image_shape_ : tuple of int or None
     (H, W, C) of one image as given; None for vectors.
-coef_ : ndarray of shape (n_parameters_,)
-    Change d of the weights: linearized parameters of the network, then head weight (C, D), then head bias.
+prior_ : dict of str to float
+    Share of each group of features in the prior variance of an output, in the order of their depth.
 alpha_ : float
-    Absolute L2 penalty lambda.
-relative_alpha_ : float
-    The same in the units of a numeric ``alpha``: what ``"auto"`` chose, around which to search.
-tail_scale_ : float
-    Prior scale of the weights before the head, relative to the head's: the square root of their variance.
+    Variance of noise over the prior variance of an output: ``alpha``, or what ``"auto"`` chose.
+coef_ : ndarray of shape (n_outputs, n_features)
+    Weights on the standardized features, see `features`. With ``model="paper"``: change of the weights,
+    (n_parameters,): linearized parameters of the network, then head weight, then head bias.
+intercept_ : ndarray of shape (n_outputs,)
+    Outputs where all standardized features are zero; with ``model="paper"`` zeros.
+noise_variance_ : float
+    Variance of the noise of the targets that has the largest likelihood, in units of their scale.
+solver_ : str
+    How the solution was found, and all answers will be: ``"rows"`` or ``"columns"``, in closed form from a square
+    matrix of the rows or the columns of the features; ``"estimate"``, by conjugate gradients, where held-out outputs,
+    variances and influences are estimates; ``"pcg"`` or ``"sgd"`` with ``model="paper"``.
+tangent_layers_ : list of str
+    Names of the layers with tangents along directions; with ``model="paper"`` of the modules that are linearized.
 n_iter_ : int
-    Iterations of the solver.
+    Iterations of the solver; 0 of a closed form.
 residual_norms_ : ndarray of shape (n_iter_ + 1,)
-    Relative norm of the gradient before the first and after each iteration.
-distance_bound_ : float
-    Certificate: upper bound on the distance of the solution from the optimum, in the norm of the penalty.
+    Relative norm of the gradient before the first and after each iteration; empty for a closed form.
 converged_ : bool
-    Whether ``tol`` was reached.
-n_parameters_ : int
-    Number of linearized parameters P.
+    Whether ``tol`` was reached; True for a closed form.
 device_ : str
     Device of the fit.
 """
@@ -174,23 +173,23 @@ class Parameters(BaseEstimator):
         *,
         weights: Any = "auto",
         download: bool = True,
+        tangents: str | None = "local",
         tangent_layers: Any = 1,
-        readout: str = "stages",
-        head: str = "orthogonal",
-        tail_weight: float | None = 0.03,
+        n_directions: int = 8,
+        sketch_size: int | None = 16,
+        model: str = "groups",
+        prior: Any = "leave-one-out",
+        alpha: float | str = "auto",
         negative_slope: float = 0.0,
-        center: bool | str = "auto",
-        damping: float = 0.1,
-        solver: str = "pcg",
+        solver: str = "auto",
         max_iter: int = 200,
-        tol: float = 1e-2,
+        tol: float = 1e-3,
         views: str | Sequence[str] = "identity",
         image_shape: Sequence[int] | None = None,
         image_size: Any = None,
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
         batch_size: int = 64,
-        cache: str = "auto",
         memory: Any = None,
         store_data: bool = False,
         device: Any = "auto",
@@ -202,13 +201,14 @@ class Parameters(BaseEstimator):
         self.backbone = backbone
         self.weights = weights
         self.download = download
+        self.tangents = tangents
         self.tangent_layers = tangent_layers
-        self.readout = readout
-        self.head = head
-        self.tail_weight = tail_weight
+        self.n_directions = n_directions
+        self.sketch_size = sketch_size
+        self.model = model
+        self.prior = prior
+        self.alpha = alpha
         self.negative_slope = negative_slope
-        self.center = center
-        self.damping = damping
         self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
@@ -218,7 +218,6 @@ class Parameters(BaseEstimator):
         self.channel_axis = channel_axis
         self.preprocessing = preprocessing
         self.batch_size = batch_size
-        self.cache = cache
         self.memory = memory
         self.store_data = store_data
         self.device = device
@@ -229,38 +228,37 @@ class Parameters(BaseEstimator):
 
     def _check_parameters(self, n_processes: int) -> None:
         check_number("negative_slope", self.negative_slope, 0, strict=False)
-        for name, special in (("tail_weight", [None]), ("damping", []), ("tol", [])):
-            check_number(name, getattr(self, name), 0, strict=name == "tail_weight", special=special)
         if self.negative_slope >= 1:
             raise ValueError(f"negative_slope must be below 1, got {self.negative_slope!r}.")
-        for name in ("max_iter", "batch_size"):
+        check_number("tol", self.tol, 0, strict=False)
+        self._check_alpha()
+        for name, least in (
+            ("max_iter", 1),
+            ("batch_size", 1),
+            ("n_directions", 0),
+            ("sketch_size", 1),
+            ("verbose", 0),
+        ):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+            if name == "sketch_size" and value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+        if not (self.tangents is None or (isinstance(self.tangents, str) and self.tangents in _TANGENTS)):
+            raise ValueError(f"tangents must be one of {list(_TANGENTS)} or None, got {self.tangents!r}.")
         for name, allowed in (
-            ("solver", ("pcg", "sgd")), ("head", HEADS), ("readout", ("stages", "last")), ("cache", CACHES),
+            ("model", ("groups", "paper")), ("solver", ("auto", "closed", "pcg", "sgd")),
             ("dtype", ("auto", "float32", "float64")),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+        self._check_prior()
         self._memory()
-        if not (isinstance(self.center, bool | np.bool_) or (isinstance(self.center, str) and self.center == "auto")):
-            raise ValueError(f"center must be True, False or 'auto', got {self.center!r}.")
         for name in ("download", "distributed", "store_data"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        if n_processes > 1 and self.solver == "sgd":
-            raise ValueError("solver='sgd' does not support distributed=True with several processes: use 'pcg'.")
-        if n_processes > 1 and self.store_data:
-            raise ValueError("store_data=True does not support distributed=True with several processes.")
-        if n_processes > 1 and not isinstance(self.random_state, Integral):
-            raise ValueError(
-                "With distributed=True random_state must be an int, so that all processes draw the same; got "
-                f"{self.random_state!r}."
-            )
-        if not isinstance(self.verbose, Integral) or self.verbose < 0:
-            raise ValueError(f"verbose must be an int >= 0, got {self.verbose!r}.")
+        self._check_combinations(n_processes)
         try:
             check_random_state(self.random_state)
         except ValueError as error:
@@ -271,6 +269,44 @@ class Parameters(BaseEstimator):
         known = all(isinstance(v, str) and v in _VIEWS for v in views)
         if not views or not known or len(set(views)) != len(views):
             raise ValueError(f"views must name each of {list(_VIEWS)} at most once, got {self.views!r}.")
+
+    def _check_alpha(self) -> None:
+        check_number("alpha", self.alpha, 0, strict=True, special=["auto"])
+
+    def _check_prior(self) -> None:
+        """Names are checked here, numbers when the groups are known."""
+        if isinstance(self.prior, str):
+            if self.prior not in PRIORS:
+                raise ValueError(
+                    f"prior must be one of {list(PRIORS)}, a dict of numbers by group, or a number for each group; got "
+                    f"{self.prior!r}."
+                )
+            return
+        values = list(self.prior.values()) if isinstance(self.prior, Mapping) else self.prior
+        if not isinstance(values, Sequence | np.ndarray) or not len(values):
+            raise ValueError(f"prior must be one of {list(PRIORS)} or hold numbers; got {self.prior!r}.")
+        for value in values:
+            check_number("Each number of prior", value, 0, strict=False)
+
+    def _check_combinations(self, n_processes: int) -> None:
+        """Parameters that exclude each other."""
+        if self.model == "groups" and self.solver == "sgd":
+            raise ValueError("solver='sgd' is the paper's: set model='paper', or use 'auto', 'closed' or 'pcg'.")
+        if self.model == "paper":
+            if self.solver == "closed":
+                raise ValueError("model='paper' has no closed form: use solver='auto', 'pcg' or 'sgd'.")
+            for name, wrong in (
+                ("distributed", n_processes > 1), ("store_data", self.store_data), ("views", self.views != "identity"),
+            ):  # fmt: skip
+                if wrong:
+                    raise ValueError(f"model='paper' does not support {name}={getattr(self, name)!r}.")
+        if n_processes > 1 and self.store_data:
+            raise ValueError("store_data=True does not support distributed=True with several processes.")
+        if n_processes > 1 and not isinstance(self.random_state, Integral):
+            raise ValueError(
+                "With distributed=True random_state must be an int, so that all processes draw the same; got "
+                f"{self.random_state!r}."
+            )
 
     def _check_agreement(self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, backbone: Backbone) -> None:
         """Raise on all processes that share a fit unless they have the same data, parameters and weights."""
@@ -285,12 +321,6 @@ class Parameters(BaseEstimator):
                 "the backbone's weights": itertools.chain(module.parameters(), module.buffers()),
             }
         )
-
-    def _recipe(self) -> Recipe:
-        return Recipe(self.head, self._centered(), self.tail_weight, float(self.damping), self._seed)
-
-    def _centered(self) -> bool:
-        return self.head != "ridge" if isinstance(self.center, str) else bool(self.center)
 
     def _view_names(self) -> list[str]:
         return [self.views] if isinstance(self.views, str) else list(self.views)

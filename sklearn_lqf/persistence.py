@@ -15,18 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from .archive import digest, read_archive, refusal, write_archive
 from .backbones import Backbone, VectorNetwork, load_backbone
-from .forgetting import StoredData
+from .features import Standardization
 from .header import decode, encode
-from .model import PREPARED_OTHERWISE, LinearModel, choose_device
+from .model import FeatureReader, GroupedModel
+from .paper import PaperModel
+from .prepared import PREPARED_OTHERWISE, PreparedNetwork, choose_device
 from .preprocessing import Preprocessing
-from .readout import Standardization
+from .problem import Recipe, Solution, StoredData, TrainingRows
 from .versions import __version__, installed_versions
 
 __all__ = ["PersistenceMixin"]
@@ -34,7 +35,7 @@ __all__ = ["PersistenceMixin"]
 _WEIGHT = "weights."  # begins the names of the backbone's tensors
 _VERSION = "_sklearn_lqf_version"  # in pickles
 # Neither parameters nor results: the network and the data, which are written apart, and what scikit-learn puts there.
-_APART = {"_model", "_stored", "_metadata_request", "_skl_callbacks"}
+_APART = {"_model", "_stored", "_recipe", "_metadata_request", "_skl_callbacks"}
 
 Estimator = TypeVar("Estimator", bound="PersistenceMixin")
 
@@ -113,8 +114,8 @@ class PersistenceMixin:
             saved = _saved_network(header, tensors)
         found = _backbone(estimator, saved, path, backbone)
         with refusal(path, "its model cannot be built"):
-            estimator._model = _built(found, saved, place)
-            _check_coef(estimator)
+            estimator._model = _model(_built(found, saved, place), decode(header["model"], tensors))
+            estimator._recipe = Recipe(**decode(header["recipe"], tensors))
             estimator._stored = _stored(header, tensors, found)
         return estimator
 
@@ -134,8 +135,6 @@ class PersistenceMixin:
             )
         defaults = {name: p.default for name, p in _signature(type(self)).items() if p.default is not p.empty}
         super().__setstate__({**defaults, **state})  # type: ignore[misc]
-        if "_model" in state and "coef_" in state:
-            _check_coef(self)
 
 
 def _signature(cls: type) -> dict[str, inspect.Parameter]:
@@ -159,9 +158,28 @@ def _header(estimator: Any, include_backbone: bool, tensors: dict[str, Tensor]) 
         "parameters": {k: _parameter(k, v, tensors) for k, v in parameters.items() if k not in ("memory", "device")},
         "attributes": {k: encode(v, k, tensors) for k, v in kept.items()},
         "requests": _requests(estimator),
-        "network": _network_header(estimator._model.__getstate__(), include_backbone, tensors),
-        "stored": None if stored is None else encode(_fields(stored, ["backbone"]), "stored", tensors),
+        "network": _network_header(estimator._model.network, include_backbone, tensors),
+        "model": encode(_model_fields(estimator._model), "model", tensors),
+        "recipe": encode(_fields(estimator._recipe), "recipe", tensors),
+        "stored": None if stored is None else encode(_stored_fields(stored), "stored", tensors),
         "stored_backbone": stored is not None and stored.backbone is not None,
+    }
+
+
+def _stored_fields(stored: StoredData) -> dict[str, Any]:
+    return {**_fields(stored.rows), "vectors": stored.vectors}
+
+
+def _model_fields(model: GroupedModel | PaperModel) -> dict[str, Any]:
+    """What belongs to the fitted model beside its network."""
+    if isinstance(model, PaperModel):
+        return {"kind": "paper", "head": model.head, "coef": model.coef, "unit": model.unit}
+    return {
+        "kind": "groups",
+        "reader": _fields(model.reader, ["network", "_built"]),
+        "standardization": _fields(model.solution.standardization),
+        "solution": _fields(model.solution, ["standardization", "status"]),
+        "unit": model.unit,
     }
 
 
@@ -185,20 +203,16 @@ def _requests(estimator: Any) -> dict[str, dict[str, Any]]:
     return {} if known is None else known._serialize()
 
 
-def _network_header(model: dict[str, Any], include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    source = model["_source"]
-    weights = _weights(source)
-    included = bool(include_backbone) or isinstance(source, VectorNetwork)  # this one holds the scale of the data
+def _network_header(network: PreparedNetwork, include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    weights = _weights(network.source)
+    included = bool(include_backbone) or isinstance(network.source, VectorNetwork)  # it holds the scale of the data
     if included:
         tensors |= {_WEIGHT + name: value for name, value in weights.items()}
-    preprocessing = model["preprocessing"]
     fitted = {
-        "shape": model["_shape"],
-        "options": model["_options"],
-        "preprocessing": None if preprocessing is None else _fields(preprocessing),
-        "dtype": str(model["dtype"]).removeprefix("torch."),
-        "head": model["head"],
-        "standardization": model.get("standardization"),
+        "shape": network.shape,
+        "options": network.options,
+        "preprocessing": None if network.preprocessing is None else _fields(network.preprocessing),
+        "dtype": str(network.dtype).removeprefix("torch."),
     }
     return {
         "weights": list(weights),
@@ -237,11 +251,7 @@ class _SavedNetwork:
     weights : dict of str to Tensor, or None
         None when they are not in the file.
     shape, options, preprocessing, dtype
-        As `LinearModel` takes them.
-    head : tuple of ndarray
-        Weight (C, D) and bias (C,).
-    standardization : tuple of ndarray (D,), or None
-        Shift and scale.
+        As `PreparedNetwork` takes them.
     """
 
     code: str | None
@@ -252,8 +262,6 @@ class _SavedNetwork:
     options: dict[str, Any]
     preprocessing: Preprocessing | None
     dtype: torch.dtype
-    head: tuple[np.ndarray, np.ndarray]
-    standardization: tuple[np.ndarray, np.ndarray] | None
 
 
 def _saved_network(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _SavedNetwork:
@@ -334,28 +342,36 @@ def _fits(own: Tensor, name: str, saved: _SavedNetwork) -> bool:
     return (own.shape, own.dtype) == (saved.weights[name].shape, saved.weights[name].dtype)
 
 
-def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> LinearModel:
+def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> PreparedNetwork:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said at fit
-        model = LinearModel(
+        network = PreparedNetwork(
             backbone, saved.shape, **saved.options, preprocessing=saved.preprocessing, dtype=saved.dtype, device=device
         )
-    further = sorted(set(_weights(model.__getstate__()["_source"])) - set(saved.names))
+    further = sorted(set(_weights(network.source)) - set(saved.names))
     if further:
         raise ValueError(f"the backbone {backbone.name!r} has weights that the one of the fit had not: {further[:3]}")
-    if saved.standardization is not None:
-        model.standardization = Standardization(*(torch.from_numpy(v).to(device) for v in saved.standardization))
-    model.set_head(*(torch.from_numpy(v) for v in saved.head))
-    return model
+    return network
 
 
-def _check_coef(estimator: Any) -> None:
-    shape = (estimator._model.network.n_parameters,)
-    if estimator.coef_.shape != shape:
-        raise ValueError(f"coef_ has the shape {estimator.coef_.shape}, and the network {shape}. {PREPARED_OTHERWISE}")
+def _model(network: PreparedNetwork, fields: dict[str, Any]) -> GroupedModel | PaperModel:
+    """The fitted model of a network."""
+    if fields["kind"] == "paper":
+        return PaperModel(network, fields["head"], fields["coef"], fields["unit"])
+    reader = FeatureReader(network, **fields["reader"])
+    solution = Solution(Standardization(**fields["standardization"]), **fields["solution"])
+    columns = sum(group.size for group in reader.groups)
+    if len(solution.weight) != columns:
+        raise ValueError(
+            f"the model has weights on {len(solution.weight)} features, and the network gives {columns}. "
+            f"{PREPARED_OTHERWISE}"
+        )
+    return GroupedModel(reader, solution, fields["unit"])
 
 
 def _stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone) -> StoredData | None:
     if header["stored"] is None:
         return None
-    return StoredData(**decode(header["stored"], tensors), backbone=backbone if header["stored_backbone"] else None)
+    fields = decode(header["stored"], tensors)
+    vectors = fields.pop("vectors")
+    return StoredData(TrainingRows(**fields), vectors, backbone if header["stored_backbone"] else None)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .curves import ConvergenceDisplay, RegularizationPathDisplay, check_estimator, pyplot
+from .curves import ConvergenceDisplay, PriorDisplay, RegularizationPathDisplay, check_estimator, pyplot
 from .images import ImageInputs, is_image_input
 
-__all__ = ["ConvergenceDisplay", "InfluenceDisplay", "RegularizationPathDisplay"]
+__all__ = ["ConvergenceDisplay", "InfluenceDisplay", "PriorDisplay", "RegularizationPathDisplay"]
 
 _SHOWN_MAX = 512  # pixels of the longer side of an image that is drawn; larger ones are made smaller
 _HELPFUL, _HARMFUL = "tab:blue", "tab:red"  # told apart by color-blind eyes too

@@ -1,233 +1,341 @@
-"""From cached activations to the quadratic: the head, the targets of J d, the preconditioner and the penalty.
+"""From the features of the training rows to the solution: scale, prior, coefficients, and what a held-out image gets.
 
-Hides what `fit` settles before it solves, so that another penalty, other rows or other processes are one call away.
+Hides how the prior variances are chosen, on which of many rows, and which form of the solution is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .cache import TrunkCache
-from .distributed import ALONE, Group
-from .head import fit_ridge_head, orthogonal_head, random_head
-from .kfac import KFAC
-from .linearize import _full_precision
-from .model import LinearModel
-from .objective import Quadratic, build_kfac, weigh_tail
-from .solvers import Directions, SolverResult, pcg
+from .backbones import Backbone
+from .features import Group, Standardization, fit_standardization
+from .prior import CRITERIA, Rows, learn_prior, scale_prior
+from .ridge import Block, EstimatedForm, Factorization, closed_form_fits, factorize, leave_one_out, noise_variance
 
-__all__ = ["HEADS", "Problem", "Recipe", "TrainingRows", "weighted_mean"]
+__all__ = ["PRIORS", "Problem", "Recipe", "Solution", "StoredData", "TrainingRows"]
 
-HEADS = ("orthogonal", "random", "ridge")
-_EXACT_MAX = 256  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
-_RIDGE_ALPHAS = torch.logspace(-6, 4, 41, dtype=torch.float64)  # wide enough that no end is ever the minimum
-_PATH_BYTES = 1 << 30  # of directions kept along a path of penalties
-_ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
+PRIORS = (*CRITERIA, "equal", "last")
+_PRIOR_ROWS = 500  # from which a prior is learned: more hardly change it, and cost the cube of their number
+_PRIOR_ROWS_A_CLASS, _PRIOR_ROWS_MAX = 4, 2000  # of many classes
+_TANGENTS = (" tangents", " directions")  # end the names of groups that are no statistics of stages
+_DEVIATION = 1.0  # of the log of a variance under the hyper-prior: see the study in docs/accuracy.md
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The images of one fit, all rows of the first view first, then those of the next.
+    """What a model is fitted to.
 
     Attributes
     ----------
-    cache : TrunkCache
-        Trunk activations of V views of the images of this process.
-    targets : Tensor of shape (n, C)
-        In float64, as the model is to output them.
-    weights : Tensor of shape (n,)
-        Positive weight of an image, shared equally by its views.
-    given : Tensor of shape (n,)
-        The same without the weights of classes.
-    views : int
-        V.
-    kept : ndarray of bool of shape (n_all,) or None
-        Which rows of X these are, in their order; None: all.
+    features : ndarray of shape (n, D)
+        Not standardized.
+    targets : ndarray of shape (n, C)
+        In float64, in the units of y.
+    given : ndarray of shape (n,)
+        Positive weights as given.
+    digests : ndarray of shape (n, 16), uint8
+        Of the images.
     """
 
-    cache: TrunkCache
-    targets: Tensor
-    weights: Tensor
-    given: Tensor
-    views: int = 1
-    kept: np.ndarray | None = None
+    features: np.ndarray
+    targets: np.ndarray
+    given: np.ndarray
+    digests: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
 
     @property
-    def multiplicity(self) -> Tensor:
+    def multiplicity(self) -> np.ndarray:
         """How many identical images a row stands for, at least 1, (n,)."""
-        return self.given.clamp_min(1)
+        return np.maximum(self.given, 1.0)
 
-    def taking(self, chosen: Sequence[int] | np.ndarray) -> TrainingRows:
-        """Some of the images, whose activations stay where they are."""
-        index = torch.as_tensor(chosen)
-        n = len(self.targets)
-        rows = torch.cat([index + v * n for v in range(self.views)])
-        picked = index.to(self.targets.device)
+    def taking(self, chosen: np.ndarray) -> TrainingRows:
+        """Copies of some rows."""
+        return TrainingRows(self.features[chosen], self.targets[chosen], self.given[chosen], self.digests[chosen])
+
+    def joined(self, other: TrainingRows) -> TrainingRows:
+        """These rows, then those of another."""
+        pairs = ((getattr(self, f), getattr(other, f)) for f in ("features", "targets", "given", "digests"))
+        return TrainingRows(*(np.concatenate(pair) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """What an estimator keeps of its training images.
+
+    Attributes
+    ----------
+    rows : TrainingRows
+    vectors : ndarray of shape (n, n_features) or None
+        The rows of X, where they are vectors: their standardization changes with them.
+    backbone : Backbone or None
+        Of vectors.
+    """
+
+    rows: TrainingRows
+    vectors: np.ndarray | None = None
+    backbone: Backbone | None = None
+
+    def taking(self, chosen: np.ndarray) -> StoredData:
+        """Copies of some rows."""
         return replace(
             self,
-            cache=self.cache.taking(rows),
-            targets=self.targets[picked],
-            weights=self.weights[picked],
-            given=self.given[picked],
-            kept=None,
+            rows=self.rows.taking(chosen),
+            vectors=None if self.vectors is None else self.vectors[chosen],
         )
 
-    def weighted(self, weights: Tensor) -> TrainingRows:
-        """The same with other weights."""
-        return replace(self, weights=weights)
-
-    def rebatched(self, batch_size: int) -> TrainingRows:
-        """The same in batches of another size."""
-        return replace(self, cache=self.cache.rebatched(batch_size))
+    def joined(self, other: StoredData) -> StoredData:
+        """These rows, then those of another."""
+        both = None
+        if self.vectors is not None and other.vectors is not None:
+            both = np.concatenate([self.vectors, other.vectors])
+        return replace(self, rows=self.rows.joined(other.rows), vectors=both)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the quadratic is made: parameters of the estimators, by the same names.
+    """How a solution is chosen: parameters of the estimators, by the same names.
 
     Attributes
     ----------
-    head : {"orthogonal", "random", "ridge"}
-    centered : bool
-        Whether the mean target stands for the network's own output.
-    tail_weight : float or None
-    damping : float
-    seed : int
-        Of the head.
+    prior : str, mapping of str to float, or sequence of float
+    solver : {"auto", "closed", "pcg"}
+    tol : float
+    max_iter : int
+    free : int
+        Outputs that are free: C - 1 of indicators that add up to one, else C.
+    stratified : bool
+        Whether targets are indicators of classes.
+    budget : int
+        Bytes of the square matrices of a closed form.
     """
 
-    head: str
-    centered: bool
-    tail_weight: float | None
-    damping: float
-    seed: int
+    prior: Any
+    solver: str
+    tol: float
+    max_iter: int
+    free: int
+    stratified: bool
+    budget: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The fitted weights, in the units of y over ``unit``.
+
+    Attributes
+    ----------
+    standardization : Standardization
+    variances : ndarray of shape (G,)
+        theta, prior variances over that of noise.
+    weight : ndarray of shape (D, C)
+        On standardized features.
+    intercept : ndarray of shape (C,)
+    noise : float
+        Variance of the noise of a row of weight 1.
+    held_out : ndarray of shape (n, C)
+        Outputs for each training row by the model without it, scale and prior held fixed.
+    method : str
+        ``"rows"`` or ``"columns"``, the closed form, or ``"estimate"``: held-out outputs and noise are estimates.
+    n_iter : int
+        Of the solver; 0 of a closed form.
+    residual_norms : tuple of float
+    status : Any
+        Of the solver; None of a closed form.
+    """
+
+    standardization: Standardization
+    variances: np.ndarray
+    weight: np.ndarray
+    intercept: np.ndarray
+    noise: float
+    held_out: np.ndarray
+    method: str
+    n_iter: int = 0
+    residual_norms: tuple[float, ...] = ()
+    status: Any = None
 
 
 class Problem:
-    """The quadratic of some training rows at any penalty; the model is linearized at the head that belongs to it.
+    """The quadratic of some training rows at any scale of the prior.
 
     Parameters
     ----------
-    model : LinearModel
-        Its standardization and head are set.
     rows : TrainingRows
+    groups : sequence of Group
+        Of the columns of the features.
+    weights : ndarray of shape (n,)
+        Of the rows, those of their classes included; their scale does not matter.
+    unit : ndarray of shape (C,)
+        What the targets are divided by.
     recipe : Recipe
-    group : Group
-        Processes that share the rows.
+    fitted : Solution or None
+        Whose standardization and prior are taken instead of those that follow from the rows.
 
     Attributes
     ----------
-    held_out : Tensor of shape (V, n, C)
-        Leave-one-out outputs of the ridge regression on the features.
-    ridge_alpha : float
-        Its penalty, the one with the smallest squared leave-one-out error.
-    mean : Tensor of shape (C,)
-        Mean target.
-    offset : Tensor of shape (V, n, C)
-        What J d is added to.
-    unit : float
-        Mean squared norm of the Jacobian of one output of one image: the unit of numeric penalties.
+    standardization : Standardization
+    variances : ndarray of shape (G,)
+        theta, with the scale that the data choose.
     """
 
-    def __init__(self, model: LinearModel, rows: TrainingRows, recipe: Recipe, group: Group = ALONE):
-        self.rows, self._group, self._centered = rows, group, recipe.centered
-        t, s, views = rows.targets, rows.weights, rows.views
-        features = self._gather(torch.cat([model.features(z) for z in rows.cache]))
-        if not bool(torch.isfinite(features).all()):
+    def __init__(
+        self,
+        rows: TrainingRows,
+        groups: Sequence[Group],
+        weights: np.ndarray,
+        unit: np.ndarray,
+        recipe: Recipe,
+        fitted: Solution | None = None,
+    ):
+        self._rows, self.groups, self._recipe = rows, list(groups), recipe
+        if not np.isfinite(rows.features).all():
             raise ValueError(
                 "The backbone's features of the training images are not all finite: check its weights and "
                 "preprocessing, or use dtype='float64'."
             )
-        features = model.standardize(features, s.repeat(views)).view(views, len(t), -1)
-        ridge = fit_ridge_head(features, t, s, rows.multiplicity, _RIDGE_ALPHAS)
-        self.held_out, self.ridge_alpha = ridge.held_out, ridge.alpha
-        if recipe.head == "ridge":
-            network = model.set_head(ridge.weight, ridge.bias)
+        self.multiplicity = rows.multiplicity
+        self.weights = weights * (self.multiplicity.sum() / weights.sum())
+        self.targets = rows.targets / unit
+        if fitted is None:
+            self.standardization = fit_standardization(rows.features, self.weights, groups)
         else:
-            draw = orthogonal_head if recipe.head == "orthogonal" else random_head
-            generator = torch.Generator().manual_seed(recipe.seed)
-            network = model.set_head(draw(t.shape[1], features.shape[2], generator), torch.zeros(t.shape[1]))
-        self.network, self.mean = network, weighted_mean(t, s)
-        if recipe.centered:
-            offset = self.mean.expand(views, *t.shape)
-        elif recipe.head == "ridge":
-            offset = ridge.held_out
+            self.standardization = fitted.standardization
+        self._features = self.standardization(rows.features)  # (n, D)
+        self.variances = self._choose_prior() if fitted is None else fitted.variances
+
+    # ---------------------------------------------------------------------------------------------- prior
+
+    def _choose_prior(self) -> np.ndarray:
+        prior, sample = self._recipe.prior, self._prior_rows()
+        rows = Rows(
+            self._kernels(sample), self.targets[sample], self.weights[sample], self.multiplicity[sample],
+            self._recipe.free,
+        )  # fmt: skip
+        if isinstance(prior, str) and prior in CRITERIA:
+            return learn_prior(rows, self._expected(), kind=prior, deviation=_DEVIATION)
+        shares = self._shares(prior)
+        total = scale_prior(rows, shares, kind=CRITERIA[0])
+        return total * shares / shares.sum()
+
+    def _expected(self) -> np.ndarray:
+        """A-priori variances: as much for the last features as for all other groups that are read."""
+        read = sum(not g.name.endswith(_TANGENTS) for g in self.groups) - 1
+        return np.array([float(max(read, 1)) if g.name == "last" else 1.0 for g in self.groups])
+
+    def _shares(self, prior: Any) -> np.ndarray:
+        """Relative variances of the groups of a prior that is given."""
+        names = [g.name for g in self.groups]
+        if isinstance(prior, str):
+            tangents = np.array([name.endswith(_TANGENTS) for name in names])
+            return np.where(tangents, 0.0, 1.0) if prior == "equal" else np.array([float(n == "last") for n in names])
+        if isinstance(prior, Mapping):
+            unknown = sorted(set(prior) - set(names))
+            if unknown:
+                raise ValueError(f"prior names {unknown}, which are no groups of this network; its groups: {names}.")
+            found = np.array([float(prior.get(name, 0.0)) for name in names])
         else:
-            with _full_precision():
-                own = torch.cat([network.at(z, gradients=False).outputs for z in rows.cache])
-            offset = self._gather(own).view(views, *t.shape)
-        self.offset = offset
-        self._residual = (t - offset).flatten(0, 1).to(model.dtype)
-        self._weights = (s / views).repeat(views).to(model.dtype)
-        self._own = torch.arange(len(self._residual), device=t.device).view(views, -1)[:, group.share(len(t))].flatten()
-        probes = probe_outputs(*self._residual.shape).to(self._residual)
-        self.kfac = build_kfac(network, rows.cache, self._weights, probes, group, self._own)
-        weigh_tail(network, self.kfac, recipe.tail_weight)
-        self.unit = self.kfac.output_trace / float(s.sum())
-        self._damping = recipe.damping * self.kfac.output_trace
+            found = np.asarray(prior, dtype=np.float64)
+            if found.shape != (len(names),):
+                raise ValueError(
+                    f"prior must have a number for each of the {len(names)} groups, {names}; got an array of shape "
+                    f"{found.shape}."
+                )
+        if not np.isfinite(found).all() or (found < 0).any() or not found.any():
+            raise ValueError(f"prior must hold finite and non-negative numbers, not all zero; got {prior!r}.")
+        return found
 
-    def alpha(self, relative: float | str) -> float:
-        """The absolute penalty lambda of a relative one, or of ``"auto"``."""
-        if relative == "auto":
-            mean_weight = float(self.rows.weights.sum() / self.rows.multiplicity.sum())
-            return max(self.ridge_alpha, _ALPHA_MIN * self.unit * mean_weight)
-        return self.unit * float(relative)
+    def _prior_rows(self) -> np.ndarray:
+        """Rows from which the prior is learned: all, or some of each class, chosen by the content of the images."""
+        n, n_classes = len(self._rows), self.targets.shape[1]
+        size = _PRIOR_ROWS
+        if self._recipe.stratified:
+            size = max(size, min(_PRIOR_ROWS_A_CLASS * n_classes, _PRIOR_ROWS_MAX))
+        codes = self.targets.argmax(1) if self._recipe.stratified else np.zeros(n, int)
+        keys = np.array([f"{d.tobytes().hex()} {c}" for d, c in zip(self._rows.digests, codes, strict=True)])
+        # Equal images stand or fall together, so that a weight of 2 is a row given twice.
+        _, first, unit = np.unique(keys, return_index=True, return_inverse=True)
+        if len(first) <= size:
+            return np.arange(n)
+        place = np.zeros(len(first), int)  # of a unit among those of its class, in the order of the digests
+        for c in np.unique(codes):
+            mine = codes[first] == c
+            place[mine] = np.arange(mine.sum())
+        chosen = np.lexsort((np.arange(len(first)), place))[:size]
+        return np.flatnonzero(np.isin(unit, chosen))
 
-    def at(self, alpha: float) -> tuple[Quadratic, KFAC]:
-        """The quadratic with an absolute penalty, and its preconditioner; once."""
-        self.kfac.factorize(alpha, self._residual.dtype, self._damping)
-        rows = self.rows.cache
-        return Quadratic(self.network, rows, self._residual, self._weights, alpha, self._group, self._own), self.kfac
+    def _kernels(self, sample: np.ndarray) -> np.ndarray:
+        """Of each group between some rows, (G, n, n)."""
+        x, found, start = self._features[sample], [], 0
+        for group in self.groups:
+            part = x[:, start : start + group.size]
+            found.append(part @ part.T)
+            start += group.size
+        return np.stack(found)
 
-    def path(self, alphas: Sequence[float], tol: float, max_iter: int) -> Iterator[SolverResult]:
-        """The solutions for absolute penalties in falling order.
+    # ------------------------------------------------------------------------------------------- solution
 
-        Each starts at the minimum over all directions of those before, whose products with the curvature are known.
-        The preconditioner of the tail is that of the first penalty, which its damping outweighs.
-        """
-        dtype = self._residual.dtype
-        quadratic, kfac = self.at(alphas[0])
-        b, seen = quadratic.rhs(), Directions(_PATH_BYTES)
-        for alpha in alphas:
-            quadratic.alpha = alpha
-            kfac.refactorize_head(alpha, dtype)
-            start, residual = seen.minimum(b, alpha) if len(seen) else (kfac.head_solution(b), None)
-            record = partial(seen.add, alpha)
-            yield pcg(quadratic.matvec, b, kfac, tol, max_iter, start=start, residual=residual, record=record)
+    def variances_at(self, alpha: float | str) -> np.ndarray:
+        """theta at a penalty: ``alpha`` is the variance of noise over the prior variance of an output."""
+        if isinstance(alpha, str):
+            return self.variances
+        return self.variances / (self.variances.sum() * float(alpha))
 
-    def outputs(self, d: Tensor, batches: Iterable[Sequence[Tensor]]) -> Tensor:
-        """f_lin at a solution, for trunk activations of new images, (m, C)."""
-        found = []
-        with _full_precision():
-            for z in batches:
-                point = self.network.at(z, gradients=False)
-                offset = self.mean.to(d) if self._centered else point.outputs
-                found.append(offset + point.jvp(d))
-        return torch.cat(found)
+    def factorization(self, variances: np.ndarray) -> Factorization:
+        """What answers for these prior variances; in closed form where it fits."""
+        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        active = scale > 0
+        features = torch.from_numpy(self._features[:, active] * scale[active])
+        weights, recipe = torch.from_numpy(self.weights), self._recipe
+        closed = recipe.solver == "closed" or (
+            recipe.solver == "auto" and closed_form_fits(*features.shape, recipe.budget)
+        )
+        if closed:
+            return factorize(features, weights, recipe.budget)
+        return EstimatedForm(features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter)
 
-    def _gather(self, own: Tensor) -> Tensor:
-        """Rows of all processes from those of each, in the order of one process: view by view."""
-        by_image = own.unflatten(0, (self.rows.views, -1)).transpose(0, 1)  # (n, V, ...)
-        return self._group.all_gather_rows(by_image).transpose(0, 1).flatten(0, 1)
+    def _blocks(self, variances: np.ndarray) -> list[Block]:
+        """Of the preconditioner: a group, or a sketch of one layer, each."""
+        found, start = [], 0
+        for group, variance in zip(self.groups, variances, strict=True):
+            if variance == 0:
+                continue
+            for size, sides in zip(group.parts, group.sides or [None] * len(group.parts), strict=True):
+                found.append(Block(slice(start, start + size), sides))
+                start += size
+        return found
 
+    def scaled(self, features: np.ndarray, variances: np.ndarray) -> torch.Tensor:
+        """Raw features of new rows as a factorization takes them."""
+        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        active = scale > 0
+        return torch.from_numpy(self.standardization(features)[:, active] * scale[active])
 
-def probe_outputs(n_rows: int, n_outputs: int) -> Tensor:
-    """Output directions for the curvature: all outputs, or one of random signs for each row when there are many.
+    def held_out(self, alpha: float | str) -> np.ndarray:
+        """Leave-one-out outputs (n, C) at a penalty, scale and prior held fixed."""
+        form = self.factorization(self.variances_at(alpha))
+        return leave_one_out(form, torch.from_numpy(self.targets), torch.from_numpy(self.multiplicity)).numpy()
 
-    Seeded by a constant: they shape the preconditioner and the unit of alpha, and must not differ between fits.
-    """
-    if n_rows * n_outputs <= _EXACT_MAX:
-        return torch.eye(n_outputs, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (1, n_rows, n_outputs), generator=generator, dtype=torch.float64) * 2 - 1
-
-
-def weighted_mean(t: Tensor, s: Tensor) -> Tensor:
-    """Mean (C,) of targets (n, C) with weights (n,)."""
-    return (s.unsqueeze(1) * t).sum(0) / s.sum()
+    def solve(self, alpha: float | str) -> Solution:
+        """The solution at a penalty."""
+        variances = self.variances_at(alpha)
+        form, t = self.factorization(variances), torch.from_numpy(self.targets)
+        m = torch.from_numpy(self.multiplicity)
+        coef, intercept = form.solve(t)
+        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        weight = np.zeros((len(scale), t.shape[1]))
+        weight[scale > 0] = coef.numpy() * scale[scale > 0][:, None]
+        found = Solution(
+            self.standardization, variances, weight, intercept.numpy(),
+            noise_variance(form, t, m, self._recipe.free), leave_one_out(form, t, m).numpy(), form.method,
+        )  # fmt: skip
+        if form.course is None:
+            return found
+        course = form.course
+        return replace(found, n_iter=course.n_iter, residual_norms=course.residual_norms, status=course.status)

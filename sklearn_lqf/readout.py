@@ -1,8 +1,7 @@
-"""What the head reads: the network's own features, and statistics of the activations of each stage.
+"""Statistics of the activations behind each stage, beside the network's own features.
 
-Outputs are linear in the head's weights on them, so they belong to the linear model exactly, and give it what the
-last layer has thrown away. Hides which axes of an activation are positions, how the statistics get into a traced
-graph, and the scale of each part.
+Outputs are linear in the weights on them, so they belong to the linear model exactly, and give it what the last layer
+has thrown away. Hides which axes of an activation are positions, and how the statistics get into a traced graph.
 """
 
 from __future__ import annotations
@@ -16,10 +15,27 @@ from torch import Tensor, fx, nn
 
 from .stages import channels_last
 
-__all__ = ["Standardization", "Statistics", "add_readout", "fit_standardization"]
+__all__ = ["Part", "PositionMean", "Statistics", "add_readout"]
 
 _VARIANCE_FLOOR = 1e-5  # as in BatchNorm: the standard deviation of a constant channel has no derivative
-_FEATURES_MAX = 8192  # of all parts together: the head's factor is a square matrix of this size
+_FEATURES_MAX = 8192  # of all parts together: solutions for many images take a square matrix of this size
+
+
+class PositionMean(nn.Module):
+    """Mean over the positions of an activation: (B, ...) -> (B, channels).
+
+    Parameters
+    ----------
+    axes : sequence of int
+        Axes of the positions; none of a vector.
+    """
+
+    def __init__(self, axes: Sequence[int]):
+        super().__init__()
+        self.axes = tuple(axes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.axes) if self.axes else x
 
 
 class Statistics(nn.Module):
@@ -51,67 +67,55 @@ class Statistics(nn.Module):
 
 
 @dataclass(frozen=True)
-class Standardization:
-    """Features less their mean, each part over one scale: ``(x - shift) / scale``, both (D,).
+class Part:
+    """Columns of the features that are read together.
 
-    One scale for all features of a part keeps their proportions, which carry meaning.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.shift) / self.scale
-
-
-def fit_standardization(features: Tensor, weights: Tensor, sizes: Sequence[int]) -> Standardization:
-    """Mean 0, and mean squared norm 1 of each part.
-
-    Parameters
+    Attributes
     ----------
-    features : Tensor of shape (n, D)
-    weights : Tensor of shape (n,)
-        Not all zero.
-    sizes : sequence of int
-        Features of each part, D in all.
+    name : str
+        ``"last"``, or the last module of a stage and ``"mean"``, ``"deviation"`` or ``"tangents"``.
+    size : int
     """
-    x = features.double()
-    s = weights.double() / weights.double().sum()
-    mean = s @ x
-    parts = (s @ (x - mean).square()).split(list(sizes))
-    # The variance of constant features is rounding.
-    noise = 10 * torch.finfo(features.dtype).eps * float(x.abs().max())
-    norms = [float(v.sum()) ** 0.5 for v in parts]
-    scale = torch.cat([torch.full_like(v, n if n > noise else 1.0) for v, n in zip(parts, norms, strict=True)])
-    return Standardization(mean.to(features), scale.to(features))
+
+    name: str
+    size: int
 
 
 def add_readout(
-    graph: fx.GraphModule, blocks: Sequence[fx.Node], values: dict[fx.Node, Any], example: Tensor
-) -> list[int]:
-    """Append the statistics of the outputs of blocks to the features that a graph returns, in place.
+    graph: fx.GraphModule,
+    blocks: dict[str, fx.Node],
+    inputs: Sequence[tuple[str, fx.Node, bool]],
+    values: dict[fx.Node, Any],
+    example: Tensor,
+) -> list[Part]:
+    """Append what is read of the stages to the features that a graph returns, in place.
+
+    Of the outputs of blocks mean and deviation over the positions; of the inputs of layers the mean, which is the
+    gradient of the mean of the layer's output by its weight: a tangent feature that needs no backward pass.
 
     Parameters
     ----------
     graph : fx.GraphModule
         Returns features (B, D).
-    blocks : sequence of fx.Node
-        The outputs of the stages, first stage first. Those without positions are passed over, and some of the
+    blocks : dict of str to fx.Node
+        The outputs of the stages by name, first stage first. Those without positions are passed over, and some of the
         others where their statistics would be too many, evenly.
+    inputs : sequence of (str, fx.Node, bool)
+        The inputs of layers: name of the stage, and whether the channels come last.
     values : dict of fx.Node to value
         The value of every node for the example.
     example : Tensor of shape (B, ...)
 
     Returns
     -------
-    list of int
-        Features of each part: the network's own, then those of each block that is read.
+    list of Part
+        The network's own features, then those of each block that is read, then those of each layer.
     """
     *_, output = graph.graph.nodes
     source = cast(fx.Node, output.args[0])
     features = values[source]
-    found = [(n, m) for n in blocks if (m := _statistics(values[n], features, example)) is not None]
-    sizes = [m(values[n]).shape[1] for n, m in found]
+    found = [(k, n, m) for k, n in blocks.items() if (m := _statistics(values[n], features, example)) is not None]
+    sizes = [m(values[n]).shape[1] for _, n, m in found]
     count = len(found)
     kept: list[int] = []
     while count:
@@ -119,16 +123,27 @@ def add_readout(
         if features.shape[1] + sum(sizes[i] for i in kept) <= _FEATURES_MAX:
             break
         count -= 1
-    parts = [source]
+    parts, nodes = [Part("last", features.shape[1])], [source]
     for i in kept[:count]:
-        node, module = found[i]
+        name, node, module = found[i]
         graph.add_submodule(f"_readout_{i}", module)
         with graph.graph.inserting_after(node):
-            parts.append(graph.graph.call_module(f"_readout_{i}", (node,)))
-    if len(parts) > 1:
+            nodes.append(graph.graph.call_module(f"_readout_{i}", (node,)))
+        statistics = ("mean", "deviation") if module.mean else ("deviation",)
+        parts += [Part(f"{name} {statistic}", sizes[i] // len(statistics)) for statistic in statistics]
+    for i, (name, node, last) in enumerate(inputs):
+        x = values[node]
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != len(example):  # such as windows of images
+            continue
+        axes = range(1, x.ndim - 1) if last else range(2, x.ndim)
+        graph.add_submodule(f"_input_{i}", PositionMean(list(axes)))
+        with graph.graph.inserting_after(node):
+            nodes.append(graph.graph.call_module(f"_input_{i}", (node,)))
+        parts.append(Part(f"{name} tangents", x.shape[-1 if last else 1]))
+    if len(nodes) > 1:
         with graph.graph.inserting_before(output):
-            output.args = (graph.graph.call_function(torch.cat, (tuple(parts), 1)),)
-    return [features.shape[1], *(sizes[i] for i in kept[:count])]
+            output.args = (graph.graph.call_function(torch.cat, (tuple(nodes), 1)),)
+    return parts
 
 
 def _statistics(activation: Tensor, features: Tensor, example: Tensor) -> Statistics | None:

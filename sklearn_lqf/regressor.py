@@ -12,11 +12,9 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_y
 
-from .base import LQFBase
-from .forgetting import stores_data
-from .parameters import check_number, with_shared_parameters
-from .problem import Problem
-from .uncertainty import diagonal_roots
+from .base import LQFBase, stores_data
+from .parameters import with_shared_parameters
+from .problem import TrainingRows
 
 __all__ = ["LQFRegressor"]
 
@@ -30,17 +28,14 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
     Parameters
     ----------
     <network parameters>
+    prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
+        As in `LQFClassifier`.
     alpha : float or "auto", default="auto"
-        L2 penalty. ``"auto"``: that of the ridge regression on the features with the smallest squared
-        leave-one-out error, in closed form. A number is relative to the mean squared norm of the Jacobian of one
-        output of one training image: the ratio of the variance of noise to the prior variance of an output. The
-        absolute value is ``alpha_``.
+        Variance of noise over the prior variance of a target, as in `LQFClassifier`.
     <fit parameters>
 
     Attributes
     ----------
-    intercept_ : ndarray of shape (n_targets,) or None
-        Mean target, when centered; else None.
     target_scale_ : ndarray of shape (n_targets,)
         Standard deviation of each target, in units of which the model is fitted.
     <attributes>
@@ -52,8 +47,8 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
 
     Notes
     -----
-    Minimizes what is stated with `LQFClassifier`, where t are the targets, each centered and scaled to variance 1.
-    Several targets share the linearized network and one penalty.
+    Minimizes what is stated with `LQFClassifier`, where t are the targets, each scaled to variance 1. Several targets
+    share one prior and one penalty.
 
     References
     ----------
@@ -75,24 +70,23 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         *,
         weights: Any = "auto",
         download: bool = True,
+        tangents: str | None = "local",
         tangent_layers: Any = 1,
-        readout: str = "stages",
-        head: str = "orthogonal",
+        n_directions: int = 8,
+        sketch_size: int | None = 16,
+        model: str = "groups",
+        prior: Any = "leave-one-out",
         alpha: float | str = "auto",
-        tail_weight: float | None = 0.03,
         negative_slope: float = 0.0,
-        center: bool | str = "auto",
-        damping: float = 0.1,
-        solver: str = "pcg",
+        solver: str = "auto",
         max_iter: int = 200,
-        tol: float = 1e-2,
+        tol: float = 1e-3,
         views: str | Sequence[str] = "identity",
         image_shape: Sequence[int] | None = None,
         image_size: Any = None,
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
         batch_size: int = 64,
-        cache: str = "auto",
         memory: Any = None,
         store_data: bool = False,
         device: Any = "auto",
@@ -102,14 +96,13 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         verbose: int = 0,
     ):
         super().__init__(
-            backbone, weights=weights, download=download, tangent_layers=tangent_layers, readout=readout, head=head,
-            tail_weight=tail_weight, negative_slope=negative_slope, center=center, damping=damping, solver=solver,
-            max_iter=max_iter, tol=tol, views=views, image_shape=image_shape, image_size=image_size,
-            channel_axis=channel_axis, preprocessing=preprocessing, batch_size=batch_size, cache=cache, memory=memory,
-            store_data=store_data, device=device, distributed=distributed, dtype=dtype, random_state=random_state,
-            verbose=verbose,
+            backbone, weights=weights, download=download, tangents=tangents, tangent_layers=tangent_layers,
+            n_directions=n_directions, sketch_size=sketch_size, model=model, prior=prior, alpha=alpha,
+            negative_slope=negative_slope, solver=solver, max_iter=max_iter, tol=tol, views=views,
+            image_shape=image_shape, image_size=image_size, channel_axis=channel_axis, preprocessing=preprocessing,
+            batch_size=batch_size, memory=memory, store_data=store_data, device=device, distributed=distributed,
+            dtype=dtype, random_state=random_state, verbose=verbose,
         )  # fmt: skip
-        self.alpha = alpha
 
     @available_if(stores_data)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> LQFRegressor:
@@ -156,21 +149,17 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         Notes
         -----
         The posterior of the weights is Gaussian, with the variance of noise that has the largest marginal likelihood,
-        the same for all targets in units of ``target_scale_``. The covariance is exact up to 6000 outputs of all
-        training images and views; beyond, the Kronecker-factored preconditioner stands for the inverse curvature.
+        the same for all targets in units of ``target_scale_``; scale and prior are held fixed. Exact where ``solver_``
+        is not ``"estimate"``.
         """
         outputs = self._outputs(X)
         if not return_std:
             return self._decision(outputs)
-        noise = self._noise * self._unit**2
-        std = np.sqrt(diagonal_roots(self._output_covariance(X)) ** 2 + noise)
+        variance = np.maximum(self._output_variance(X), 0) + self.noise_variance_
+        std = np.sqrt(variance)[:, None] * self.target_scale_
         return self._decision(outputs), self._decision(std)
 
     # ------------------------------------------------------------------------------- what the targets are
-
-    def _check_parameters(self, n_processes: int) -> None:
-        super()._check_parameters(n_processes)
-        check_number("alpha", self.alpha, 0, strict=True, special=["auto"])
 
     def _read_targets(self, y: Any, n: int) -> np.ndarray:
         if issparse(y):
@@ -206,7 +195,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         if len(values) < 2:
             raise ValueError(f"{len(values)} training image(s) would remain: at least 2 are needed.")
 
-    def _learn_from_held_out(self, problem: Problem, unit: np.ndarray) -> None:
+    def _learn_from_held_out(self, held_out: np.ndarray, rows: TrainingRows, weights: np.ndarray) -> None:
         """Nothing is."""
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:

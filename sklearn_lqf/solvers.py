@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Directions", "SolverResult", "Status", "pcg", "sgd"]
+__all__ = ["Callback", "SolverResult", "Status", "pcg", "sgd"]
 
 Operator = Callable[[Tensor], Tensor]
 BatchOperator = Callable[[int, Tensor], Tensor]
 Callback = Callable[[int, float, Tensor], bool | None]
-Record = Callable[[Tensor, Tensor], None]
 
 _REFRESH = 20  # iterations after which the recursive residual is replaced by the true one
 _TRUSTED = 1e4  # times the rounding unit: the tolerance from which on few steps of the recursion need no confirmation
@@ -27,7 +26,6 @@ _DRIFTS = 3  # replacements dominated by rounding after which a solver gives up
 _MOMENTUM = 0.9  # of the paper's optimizer: Achille et al. 2021, section 4
 _STEP = 0.25  # over the largest eigenvalue of the batches: Johnson & Zhang 2013, theorem 1
 _POWER_STEPS = 3  # of the power method: the step only has to be right within a factor of about 3
-_RANK = 1e-10  # of the curvature between directions, below which they are taken for dependent
 _DOT_CHUNK = 1 << 18  # elements of a product converted to float64 at once: they stay in the cache
 
 
@@ -69,55 +67,6 @@ class SolverResult:
         return self.status is Status.CONVERGED
 
 
-class Directions:
-    """Directions whose products with the curvature G are known, for minima of ``G + alpha I`` over what they span.
-
-    Parameters
-    ----------
-    nbytes : int
-        Of the vectors that are kept; beyond, the oldest are dropped.
-    """
-
-    def __init__(self, nbytes: int):
-        self._nbytes = nbytes
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._gram = self._curvature = torch.zeros(0, 0, dtype=torch.float64)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def add(self, alpha: float, p: Tensor, hp: Tensor) -> None:
-        """Keep a direction p, normalized, and its product with ``H = G + alpha I``."""
-        norm = _dot(p, p) ** 0.5
-        if not (0 < norm < math.inf and math.isfinite(_dot(hp, hp))):
-            return
-        if (len(self) + 1) * 2 * p.numel() * p.element_size() > self._nbytes and self._pairs:
-            del self._pairs[0]
-            self._gram, self._curvature = self._gram[1:, 1:], self._curvature[1:, 1:]
-        v, gv = p / norm, (hp - alpha * p) / norm
-        self._pairs.append((v, gv))
-        self._gram = _bordered(self._gram, [_dot(u, v) for u, _ in self._pairs])
-        self._curvature = _bordered(self._curvature, [_dot(u, gv) for u, _ in self._pairs])
-
-    def minimum(self, b: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """Minimum of the quadratic over the span, and b - H x there: no product is needed."""
-        h = self._curvature + alpha * self._gram
-        rhs = torch.tensor([_dot(v, b) for v, _ in self._pairs], dtype=torch.float64)
-        c = torch.linalg.lstsq(h, rhs.unsqueeze(1), rcond=_RANK, driver="gelsd").solution.squeeze(1)
-        x, r = torch.zeros_like(b), b.clone()
-        for weight, (v, gv) in zip(c.tolist(), self._pairs, strict=True):
-            x.add_(v, alpha=weight)
-            r.sub_(gv, alpha=weight)
-        return x, r.sub_(x, alpha=alpha)
-
-
-def _bordered(matrix: Tensor, column: list[float]) -> Tensor:
-    """A symmetric matrix with one more column, the diagonal element last."""
-    out = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
-    out[-1] = out[:, -1] = torch.tensor(column, dtype=torch.float64)
-    return out
-
-
 def _continue(number: int, residual: float, x: Tensor) -> None:
     """The callback that never stops."""
 
@@ -129,11 +78,8 @@ def pcg(
     tol: float,
     max_iter: int,
     callback: Callback = _continue,
-    start: Tensor | None = None,
-    residual: Tensor | None = None,
-    record: Record | None = None,
 ) -> SolverResult:
-    """Preconditioned conjugate gradients.
+    """Preconditioned conjugate gradients from zero.
 
     Parameters
     ----------
@@ -149,12 +95,6 @@ def pcg(
     callback : callable
         Called after each iteration with its number, the relative residual and x, which the next iteration
         overwrites; true stops.
-    start : Tensor of shape (P,) or None
-        First x; None: zero.
-    residual : Tensor of shape (P,) or None
-        b - H start where it is known: a start within the tolerance is then the solution, without an iteration.
-    record : callable or None
-        Called with the start, where its residual is not known, with each direction p that is taken, and H p.
 
     Returns
     -------
@@ -165,7 +105,7 @@ def pcg(
     Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1; with the
     products that make it flexible: Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput. 2000.
     """
-    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback, start, residual, record)
+    return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback)
 
 
 def sgd(
@@ -178,7 +118,6 @@ def sgd(
     max_iter: int,
     generator: torch.Generator,
     callback: Callback = _continue,
-    start: Tensor | None = None,
 ) -> SolverResult:
     """Preconditioned stochastic gradient descent with momentum, anchored and rescaled once an epoch.
 
@@ -198,7 +137,7 @@ def sgd(
     batch_matvec : callable
         (k, v) -> H_k v with H the mean of H_k over batches k = 0 .. n_batches - 1.
     n_batches : int
-    b, precondition, tol, max_iter, callback, start
+    b, precondition, tol, max_iter, callback
         As in `pcg`; ``max_iter`` counts epochs.
     generator : torch.Generator
         On the CPU; draws the order of the batches, once.
@@ -231,7 +170,7 @@ def sgd(
         step /= 2
         return first
 
-    return _conjugate_directions(matvec, b, epoch, tol, max_iter, callback, start)
+    return _conjugate_directions(matvec, b, epoch, tol, max_iter, callback)
 
 
 def _conjugate_directions(
@@ -241,9 +180,6 @@ def _conjugate_directions(
     tol: float,
     max_iter: int,
     callback: Callback,
-    start: Tensor | None,
-    residual: Tensor | None = None,
-    record: Record | None = None,
 ) -> SolverResult:
     """Minimize the quadratic along directions that ``propose`` makes of the residual b - H x.
 
@@ -254,20 +190,8 @@ def _conjugate_directions(
     scale = _dot(b, b) ** 0.5
     if scale == 0.0:
         return SolverResult(torch.zeros_like(b), Status.CONVERGED, 0, [0.0])
-    known = residual is not None
-    if start is None:
-        x, r, first = torch.zeros_like(b), b, 1.0
-    else:
-        if residual is None:
-            product = matvec(start)
-            residual = b - product
-            if record is not None:
-                record(start, product)
-        x, r = start.clone(), residual
-        first = _dot(r, r) ** 0.5 / scale
-    history, drifts, status = [first], 0, Status.MAX_ITER
-    if first == 0.0 or (known and first <= tol):
-        return SolverResult(x, Status.CONVERGED, 0, history, scale)
+    history, drifts, status = [1.0], 0, Status.MAX_ITER
+    x, r = torch.zeros_like(b), b
     p = hp = torch.zeros_like(b)
     curvature = 1.0
     trusted = tol >= _TRUSTED * torch.finfo(b.dtype).eps
@@ -279,8 +203,6 @@ def _conjugate_directions(
         if not 0 < curvature < math.inf:
             status = Status.STAGNATED if curvature <= 0 else Status.NOT_FINITE
             break
-        if record is not None:
-            record(p, hp)
         step = _dot(r, p) / curvature
         x.add_(p, alpha=step)
         r = torch.sub(r, hp, alpha=step)

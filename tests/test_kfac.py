@@ -424,7 +424,7 @@ def test_head_block_is_exact(rows):
     x, weights, n_outputs = rand(rows, 4), torch.rand(rows, dtype=F64) + 0.5, 3
     w, b = rand(n_outputs, 4), torch.zeros(n_outputs, dtype=F64)
     dense = gauss_newton(jacobian(nn.Identity(), [], w, b, x), weights)
-    block = HeadBlock(n_outputs, 4, slice(0, 12), slice(12, 15), torch.device("cpu"))
+    block = HeadBlock(n_outputs, 4, slice(0, 12), slice(12, 15))
     for part in (slice(0, 2), slice(2, 7), slice(7, 9)):
         block.update(x[part], weights[part])
     assert block.trace == pytest.approx(float(dense.trace()), rel=1e-12)
@@ -440,7 +440,7 @@ def preconditioner() -> tuple[KFAC, int]:
     layer = CASES["linear"].block()
     small = SmallBlock([slice(24, 28), slice(28, 30)], torch.device("cpu"))
     small.update([rand(3, 2, 4), rand(3, 2, 2)], torch.ones(3, dtype=F64))
-    head = HeadBlock(3, 4, slice(30, 42), slice(42, 45), torch.device("cpu"))
+    head = HeadBlock(3, 4, slice(30, 42), slice(42, 45))
     head.update(rand(6, 4), torch.ones(6, dtype=F64))
     return KFAC([layer, small, head]), 45
 
@@ -451,6 +451,7 @@ def test_preconditioner_is_symmetric_positive_definite_and_owns_every_parameter_
     operator, size = preconditioner()
     trace = sum(block.trace for block in operator.blocks)
     assert operator.trace == pytest.approx(trace)
+    assert operator.output_trace == pytest.approx(trace / 3)
     assert operator.factorize(RIDGE, F64) is operator
     found = applied(operator, size)
     close(found, found.T, 1e-13)
@@ -461,51 +462,11 @@ def test_preconditioner_is_symmetric_positive_definite_and_owns_every_parameter_
     assert bool((covered == 1).all())
 
 
-def test_tail_is_scaled_without_the_head():
-    kfac, size = preconditioner()
-    head, total = kfac.head_trace, kfac.trace
-    kfac.scale_tail(4.0)
-    assert kfac.head_trace == head
-    assert kfac.trace == pytest.approx(4 * (total - head) + head, rel=1e-12)
-    found = applied(kfac.factorize(4 * RIDGE, F64), size)
-    expected = applied(preconditioner()[0].factorize(RIDGE, F64), size) / 4
-    close(found[:30, :30], expected[:30, :30])
-
-
 def test_damping_spares_the_head():
     found = applied(preconditioner()[0].factorize(RIDGE, F64, damping=2 * RIDGE), 45)
     expected = applied(preconditioner()[0].factorize(3 * RIDGE, F64), 45)
     close(found[:30, :30], expected[:30, :30])
     close(found[30:, 30:], applied(preconditioner()[0].factorize(RIDGE, F64), 45)[30:, 30:])
-
-
-def test_head_solution_is_the_minimum_over_the_head():
-    operator, size = preconditioner()
-    head = torch.linalg.inv(applied(preconditioner()[0].factorize(RIDGE, F64), size)[30:, 30:])
-    b = rand(size)
-    found = operator.factorize(RIDGE, F64, damping=1.0).head_solution(b)
-    assert not found[:30].any()
-    close(head @ found[30:], b[30:])
-
-
-@pytest.mark.parametrize("rows", [2, 9])  # fewer and more than the columns of the head
-def test_the_head_alone_is_inverted_again(rows):
-    x = rand(rows, 4)
-
-    def made() -> KFAC:
-        head = HeadBlock(3, 4, slice(30, 42), slice(42, 45), torch.device("cpu"))
-        head.update(x, torch.ones(rows, dtype=F64))
-        return KFAC([*preconditioner()[0].blocks[:2], head])
-
-    operator = made().factorize(RIDGE, F64, damping=1.0)
-    first = applied(operator, 45)
-    for alpha in (3 * RIDGE, 0.1 * RIDGE):
-        operator.refactorize_head(alpha, F64)
-        found = applied(operator, 45)
-        close(found[:30, :30], first[:30, :30], 0.0)
-        close(found[30:, 30:], applied(made().factorize(alpha, F64), 45)[30:, 30:])
-    operator.refactorize_head(RIDGE, F64)
-    close(applied(operator, 45), first)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])

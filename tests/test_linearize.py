@@ -15,7 +15,8 @@ from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_lqf.graph import Split, split_network
-from sklearn_lqf.linearize import LinearizedNetwork, _full_precision
+from sklearn_lqf.linearize import LinearizedNetwork, full_precision
+from sklearn_lqf.readout import Part
 from sklearn_lqf.tangents import _dual_call
 from sklearn_lqf.threads import DUAL_NUMBERS
 
@@ -196,7 +197,7 @@ def test_convolutions_with_a_method_of_their_own(method, how):
 
 def test_parameters_are_not_read_while_another_thread_has_swapped_them():
     network, activations = linearized(pooled(nn.Conv2d(3, 4, 3), nn.Tanh()), IMAGES)
-    split = Split(network.trunk, network.module, network.names, [4], True, 0, 0)
+    split = Split(network.trunk, network.module, network.names, [Part("last", 4)])
     made = threading.Thread(target=lambda: LinearizedNetwork(split, network.weight, network.bias))
     with DUAL_NUMBERS:
         made.start()
@@ -943,7 +944,7 @@ def test_precision_is_full_inside_and_restored(settings, choose, fails):
     except AttributeError:
         pytest.skip("this torch has one interface")
     before = _State.read()
-    with contextlib.suppress(ZeroDivisionError), _full_precision():
+    with contextlib.suppress(ZeroDivisionError), full_precision():
         for (owner, name), value in zip(_State.owners(), _State.read(), strict=True):
             assert value in (False, "ieee", "refused"), (owner, name)
         if fails:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sklearn_lqf import solvers
-from sklearn_lqf.solvers import Directions, SolverResult, Status, pcg, sgd
+from sklearn_lqf.solvers import SolverResult, Status, pcg, sgd
 
 F64 = torch.float64
 
@@ -135,28 +135,9 @@ def test_certificate_in_float32_is_the_true_residual(kind):
     assert true == pytest.approx(result.residual_norms[-1], abs=rounding(b, result.x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pcg_from_a_start(kind):
-    h, b = rotated(spectrum(kind)), rand(60, seed=1)
-    start = torch.linalg.solve(h, b) + 0.1 * rand(60, seed=2)
-    before = start.clone()
-    result = pcg(lambda v: h @ v, b, identity, 3e-12, 2000, start=start)
-    assert_solution(result, h, b)
-    assert torch.equal(start, before)
-    assert result.residual_norms[0] == pytest.approx(float((b - h @ start).norm() / b.norm()), rel=1e-9)
-
-
-def test_start_at_the_solution():
-    h, b = torch.diag(torch.tensor([1.0, 2.0], dtype=F64)), torch.tensor([1.0, 4.0], dtype=F64)
-    result = pcg(lambda v: h @ v, b, identity, 1e-9, 10, start=torch.tensor([1.0, 2.0], dtype=F64))
-    assert (result.status, result.n_iter, result.residual_norms) == (Status.CONVERGED, 0, [0.0])
-
-
 def test_one_iteration_at_least():
     h, b = rotated(spectrum("linear")), rand(60, seed=1)
-    start = torch.linalg.solve(h, b) + 1e-4 * rand(60, seed=2)
-    result = pcg(lambda v: h @ v, b, identity, 0.5, 10, start=start)
-    assert result.residual_norms[0] < 0.5 and result.n_iter == 1
+    assert pcg(lambda v: h @ v, b, identity, 2.0, 10).n_iter == 1
 
 
 def test_history_starts_at_one_and_ends_with_the_residual():
@@ -167,145 +148,6 @@ def test_history_starts_at_one_and_ends_with_the_residual():
     true = float((b - h @ result.x).norm() / b.norm())
     assert result.residual_norms[-1] == pytest.approx(true, rel=1e-6)
     assert result.residual_norms[-1] <= 1e-6 < min(result.residual_norms[:-1])
-
-
-@pytest.mark.parametrize("error", [0.5, 1.0, 2.0])
-def test_a_residual_that_is_known_saves_a_product(error):
-    h, b = rotated(spectrum("linear")), rand(60, seed=1)
-    start = torch.linalg.solve(h, b) + 1e-3 * rand(60, seed=2)
-    residual = b - h @ start
-    before, products = residual.clone(), []
-    tol = float(residual.norm() / b.norm()) / error
-
-    def matvec(v: Tensor) -> Tensor:
-        products.append(v)
-        return h @ v
-
-    result = pcg(matvec, b, identity, tol, 100, start=start, residual=residual)
-    assert result.converged and torch.equal(residual, before)
-    assert result.residual_norms[0] == pytest.approx(error * tol, rel=1e-12)
-    if error <= 1:
-        assert (len(products), result.n_iter) == (0, 0)
-        assert torch.equal(result.x, start) and result.x is not start
-    else:
-        assert len(products) >= result.n_iter > 0  # none of them for the start
-        assert not any(torch.equal(v, start) for v in products)
-        assert float((b - h @ result.x).norm() / b.norm()) <= tol * (1 + 1e-9)
-
-
-def test_recorded_directions_are_conjugate_and_lead_to_the_solution():
-    h, b = rotated(spectrum("linear", condition=10)), rand(60, seed=1)
-    start, found = rand(60, seed=2), []
-    result = pcg(lambda v: h @ v, b, identity, 1e-12, 100, start=start, record=lambda p, hp: found.append((p, hp)))
-    assert torch.equal(found[0][0], start)
-    assert len(found) == result.n_iter + 1
-    for p, hp in found:
-        assert torch.equal(hp, h @ p)
-    p = torch.stack([p for p, _ in found[1:]])
-    curvature = p @ h @ p.T
-    next_to = curvature.diagonal(1).abs() / (curvature.diagonal()[1:] * curvature.diagonal()[:-1]).sqrt()
-    assert float(next_to.max()) < 1e-8
-    steps = torch.linalg.lstsq(p.T, (result.x - start).unsqueeze(1)).solution
-    torch.testing.assert_close(start + p.T @ steps.squeeze(1), result.x, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_directions_that_are_not_taken_are_not_recorded(value):
-    found = []
-    pcg(lambda v: value * v, rand(6), identity, 1e-6, 5, record=lambda *pair: found.append(pair))
-    assert not found
-
-
-# -------------------------------------------------------------------------------- directions that are known
-
-
-def known(g: Tensor, vectors: Tensor, nbytes: int = 1 << 20) -> Directions:
-    """Directions with their products, each for another penalty."""
-    directions = Directions(nbytes)
-    for i, v in enumerate(vectors):
-        alpha = 0.1 * i
-        directions.add(alpha, v, g @ v + alpha * v)
-    return directions
-
-
-def minimum_over(g: Tensor, alpha: float, b: Tensor, vectors: Tensor) -> Tensor:
-    """Of the quadratic, over what the rows span."""
-    q = torch.linalg.qr(vectors.T)[0]
-    return q @ torch.linalg.solve(q.T @ (g + alpha * torch.eye(len(g)).to(g)) @ q, q.T @ b)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("alpha", [0.01, 3.0])
-def test_minimum_over_directions(kind, alpha):
-    g, b, vectors = rotated(spectrum(kind)), rand(60, seed=1), rand(7, 60, seed=2)
-    before = b.clone()
-    x, residual = known(g, vectors).minimum(b, alpha)
-    torch.testing.assert_close(x, minimum_over(g, alpha, b, vectors), rtol=0, atol=1e-9)
-    torch.testing.assert_close(residual, b - g @ x - alpha * x, rtol=0, atol=1e-11)
-    assert torch.equal(b, before)
-
-
-def test_all_directions_give_the_solution():
-    g, b = rotated(spectrum("linear")), rand(60, seed=1)
-    x, residual = known(g, rand(60, 60, seed=2)).minimum(b, 0.5)
-    torch.testing.assert_close(x, solved(g + 0.5 * torch.eye(60, dtype=F64), b), rtol=0, atol=1e-8)
-    assert float(residual.norm()) < 1e-8
-
-
-def test_directions_may_depend_on_each_other():
-    g, b, vectors = rotated(spectrum("linear")), rand(60, seed=1), rand(4, 60, seed=2)
-    same = torch.cat([vectors, -3 * vectors[:2], vectors.sum(0, keepdim=True), 1e-9 * vectors[3:]])
-    x, residual = known(g, same).minimum(b, 0.3)
-    torch.testing.assert_close(x, minimum_over(g, 0.3, b, vectors), rtol=0, atol=1e-8)
-    torch.testing.assert_close(residual, b - g @ x - 0.3 * x, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-6, 1e-7])
-def test_in_float32_the_residual_at_the_minimum_is_the_true_one(difference):
-    g, b = rotated(spectrum("linear", 100, 1e3)).float(), rand(100, seed=1).float()
-    vectors = rand(1, 100, seed=2) + difference * rand(12, 100, seed=3)  # all but dependent
-    x, residual = known(g, vectors.float()).minimum(b, 0.01)
-    true = b.double() - g.double() @ x.double() - 0.01 * x.double()
-    assert float((residual - true).norm()) < 1e-3 * float(b.norm())
-
-
-def test_the_oldest_directions_are_dropped():
-    g, b, vectors = rotated(spectrum("linear")), rand(60, seed=1), rand(7, 60, seed=2)
-    directions = known(g, vectors, nbytes=3 * 2 * 60 * 8)
-    assert len(directions) == 3
-    x, _ = directions.minimum(b, 0.3)
-    torch.testing.assert_close(x, minimum_over(g, 0.3, b, vectors[-3:]), rtol=0, atol=1e-9)
-    one = known(g, vectors, nbytes=1)
-    assert len(one) == 1  # however large
-    torch.testing.assert_close(one.minimum(b, 0.3)[0], minimum_over(g, 0.3, b, vectors[-1:]), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_directions_that_are_of_no_use_are_not_kept(value):
-    g, b, vectors = rotated(spectrum("linear")), rand(60, seed=1), rand(3, 60, seed=2)
-    directions = known(g, vectors)
-    directions.add(0.1, torch.full((60,), value, dtype=F64), torch.ones(60, dtype=F64))
-    if value != 0:
-        directions.add(0.1, torch.ones(60, dtype=F64), torch.full((60,), value, dtype=F64))
-    assert len(directions) == 3
-    assert directions.minimum(b, 0.3)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_directions_of_one_penalty_serve_another(kind):
-    g, b, directions = rotated(spectrum(kind)), rand(60, seed=1), Directions(1 << 20)
-    spent = []
-    for alpha in (0.3, 0.1, 0.03):
-        h = g + alpha * torch.eye(60, dtype=F64)
-        start, residual = directions.minimum(b, alpha) if len(directions) else (None, None)
-        result = pcg(
-            lambda v, h=h: h @ v, b, identity, 1e-9, 500, start=start, residual=residual,
-            record=partial(directions.add, alpha),
-        )  # fmt: skip
-        assert_solution(result, h, b, 1e-7)
-        spent.append(result.n_iter)
-        if start is not None:
-            assert spent[-1] < pcg(lambda v, h=h: h @ v, b, identity, 1e-9, 500).n_iter
 
 
 # ----------------------------------------------------------------------------------------------- statuses
@@ -451,11 +293,11 @@ class Batches:
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
         return self.n_batches * (self.parts[k].T @ (self.parts[k] @ v)) + self.ridge * v
 
-    def solve(self, tol: float, max_iter: int, seed: int = 0, precondition=None, start=None) -> SolverResult:
+    def solve(self, tol: float, max_iter: int, seed: int = 0, precondition=None) -> SolverResult:
         return sgd(
             self.matvec, self.batch_matvec, self.n_batches, self.b,
             (lambda v: self.p @ v) if precondition is None else precondition,
-            tol, max_iter, torch.Generator().manual_seed(seed), start=start,
+            tol, max_iter, torch.Generator().manual_seed(seed),
         )  # fmt: skip
 
 
@@ -464,7 +306,6 @@ class Batches:
 def test_sgd_reaches_the_optimum(n_batches, rows):
     problem = Batches(min(n_batches, rows), rows)
     assert_solution(problem.solve(1e-11, 1000), problem.h, problem.b)
-    assert_solution(problem.solve(1e-11, 1000, start=rand(60, seed=9)), problem.h, problem.b)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

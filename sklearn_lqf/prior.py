@@ -1,0 +1,357 @@
+"""Prior variances of groups of features, learned from the kernels of the groups.
+
+Hides by which closed form a prior is judged and how the best one is searched. It knows kernels, targets and weights; it
+knows no network, no features and no estimator.
+
+    letter      in code                        shape
+    K_g         rows.kernels[g]                (n, n)     kernel of group g
+    theta       theta                          (G,)       prior variances; K = sum_g theta_g K_g
+    s, m        rows.weights, .multiplicity    (n,)       weights; identical images that a row stands for
+    A, M        -, solution.m                  (n, n)     K + S^-1; its inverse without the intercept, M 1 = 0
+    alpha       solution.alpha                 (n, C)     M Y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import lapack
+from scipy.optimize import minimize, minimize_scalar
+
+__all__ = ["CRITERIA", "Rows", "criterion", "learn_prior", "scale_prior"]
+
+CRITERIA = ("leave-one-out", "evidence")
+
+_START = float(np.log(10.0))  # log of the scale at which the search starts: features count ten times the noise
+_LOG_SCALE = (-9.0, 12.0)  # between them the kernel goes from nothing to interpolation
+_LOG_RATIO = 9.0  # largest change of the log of a variance: a group 8000 times weaker is out
+_SCALE_PENALTY = 0.01  # of u^2, the log of the scale: a deviation of 7, felt only where the data say nothing
+_GRADIENT_TOLERANCE = 1e-2  # nats by unit of log theta: far below what a finite sample can tell
+_GRID = 15  # scales tried before the refinement, a factor of 4.5 apart: criteria vary over factors of 10
+_SCALE_TOLERANCE = 1e-3  # of the log of the scale
+_JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6)  # parts of the trace, from the rounding unit to that of float32
+_ROUNDING = 8 * np.finfo(np.float64).eps  # relative spread below which targets are all equal
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a criterion sees of the training rows.
+
+    Attributes
+    ----------
+    kernels : ndarray of shape (G, n, n), float64
+        K_g, symmetric and positive semi-definite. C-contiguous, otherwise each evaluation copies them.
+    targets : ndarray of shape (n, C)
+        Y. A constant added to an output changes nothing, since the intercept is not penalized.
+    weights : ndarray of shape (n,)
+        s > 0; row i has noise v / s_i.
+    multiplicity : ndarray of shape (n,)
+        m >= 1, how many identical images a row stands for.
+    free : int
+        Outputs that are free: C - 1 for one-hot targets, else C.
+    """
+
+    kernels: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    multiplicity: np.ndarray
+    free: int
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """The ridge regression of the centered targets at one theta."""
+
+    m: np.ndarray  # M (n, n)
+    alpha: np.ndarray  # M Y (n, C)
+    targets: np.ndarray  # Y, centered (n, C)
+    logdet: float  # log det(I + S^1/2 K S^1/2) = logdet A + logdet S
+    total: float  # 1' A^-1 1
+
+
+def criterion(rows: Rows, theta: np.ndarray, kind: str = "leave-one-out") -> tuple[float, np.ndarray]:
+    """Criterion of a prior, without hyper-prior, and its gradient.
+
+    Parameters
+    ----------
+    rows : Rows
+        Kernels, targets and weights.
+    theta : ndarray of shape (G,)
+        Prior variances, not negative.
+    kind : {"leave-one-out", "evidence"}, default="leave-one-out"
+        What judges the prior.
+
+    Returns
+    -------
+    value : float
+        Smaller is better; in nats. 0 where the targets are all equal, which tells nothing of the prior.
+    gradient : ndarray of shape (G,)
+        Derivatives with respect to theta, not to its logarithm.
+
+    Raises
+    ------
+    ValueError
+        If ``kind`` is not one of `CRITERIA`.
+    numpy.linalg.LinAlgError
+        If K is not finite, or further from positive semi-definite than rounding in float32 explains.
+
+    Notes
+    -----
+    With A = K + S^-1, M = A^-1 - A^-1 1 1' A^-1 / (1' A^-1 1), alpha = M Y, q_i = 1 / m_i and N = sum_i m_i::
+
+        leave-one-out:  1/2 N free log( sum_i s_i |r_i|^2 ),   r_i = alpha_i / (q_i M_ii + (1 - q_i) s_i)
+        evidence:       free/2 ( (N - 1) log v + logdet A + logdet S + log(1' A^-1 1) ),
+                        v = tr(Y' M Y) / ((N - 1) free)
+
+    r_i is the residual of row i for the fit without one of the m_i images that it stands for [1]_, [2]_. The evidence
+    is the marginal likelihood [2]_ of the contrasts of Y, that is with the intercept integrated out [3]_; logdet S is
+    constant and makes a row of weight 2 and multiplicity 2 equal to the row given twice, to the value.
+
+    Both take copies at their word: equal images with equal targets look like targets without noise, so many of them
+    favor a large theta. Where features can reproduce all targets, the evidence of rows with copies has no lower bound
+    in the scale of theta.
+
+    The derivative of M in the direction K_g is -M K_g M, so each gradient is <K_g, W> with one W for all groups::
+
+        leave-one-out:  W = M diag(w) M - (M Q alpha' + alpha Q' M) / 2,   p_i = q_i M_ii + (1 - q_i) s_i,
+                        Q_i = N free s_i r_i / (p_i sum_j s_j |r_j|^2),   w_i = q_i <Q_i, r_i>
+        evidence:       W = (free M - alpha alpha' / v) / 2
+
+    References
+    ----------
+    .. [1] D. M. Allen, "The relationship between variable selection and data augmentation and a method for prediction",
+       Technometrics 16, 1974.
+    .. [2] C. E. Rasmussen and C. K. I. Williams, "Gaussian Processes for Machine Learning", 2006, sections 5.4.1 and
+       5.4.2.
+    .. [3] H. D. Patterson and R. Thompson, "Recovery of inter-block information when block sizes are unequal",
+       Biometrika 58, 1971.
+    """
+    judge = _judge(kind)
+    groups = len(rows.kernels)
+    targets = _centered(rows)
+    if targets is None:
+        return 0.0, np.zeros(groups)
+    value, weight = judge(rows, _solve(rows, np.asarray(theta, dtype=np.float64), targets))
+    return value, rows.kernels.reshape(groups, -1) @ weight.ravel()
+
+
+def learn_prior(
+    rows: Rows,
+    expected: np.ndarray,
+    *,
+    kind: str = "leave-one-out",
+    deviation: float | np.ndarray = 1.0,
+    total: float | None = None,
+    max_iter: int = 60,
+) -> np.ndarray:
+    """Prior variances of the groups that are most probable given the rows.
+
+    Parameters
+    ----------
+    rows : Rows
+        Kernels, targets and weights.
+    expected : ndarray of shape (G,)
+        Variances expected before any label is seen, positive; only their ratios matter.
+    kind : {"leave-one-out", "evidence"}, default="leave-one-out"
+        What judges the prior; see `criterion`.
+    deviation : float or ndarray of shape (G,), default=1.0
+        How far the log of each variance is expected to be from ``expected``, positive.
+    total : float or None, default=None
+        Sum of theta. None: learned as well.
+    max_iter : int, default=60
+        Largest number of iterations of L-BFGS.
+
+    Returns
+    -------
+    theta : ndarray of shape (G,)
+        Positive. Where rows tell nothing, the ratios of ``expected``.
+
+    Raises
+    ------
+    ValueError
+        If ``kind`` is unknown, or if ``expected``, ``deviation`` or ``total`` are not positive and finite.
+    numpy.linalg.LinAlgError
+        As `criterion`.
+
+    Notes
+    -----
+    With e_g = expected_g / sum(expected), the search is over z and the log u of the scale::
+
+        theta_g = e_g exp(z_g + u),   minimize  criterion(theta) + sum_g z_g^2 / (2 deviation_g^2) + 0.01 u^2
+
+    With ``total``, theta = total softmax(log e + z) and there is no u. |z_g| is at most 9, u in [-9, 12], and L-BFGS
+    starts at z = 0, u = log 10.
+    """
+    shares = _shares(expected, len(rows.kernels), "expected")
+    spread = np.broadcast_to(np.asarray(deviation, dtype=np.float64), shares.shape)
+    _check_positive(spread, "deviation")
+    if total is not None:
+        _check_positive(np.asarray(total, dtype=np.float64), "total")
+    _judge(kind)
+    groups = len(shares)
+
+    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        z = point[:groups]
+        theta = _theta(shares, point, total)
+        value, slope = criterion(rows, theta, kind)
+        slope = slope * theta  # with respect to log theta
+        value += float((z**2 / (2 * spread**2)).sum())
+        if total is not None:
+            return value, slope - theta / total * slope.sum() + z / spread**2
+        u = point[groups]
+        return value + _SCALE_PENALTY * u**2, np.append(slope + z / spread**2, slope.sum() + 2 * _SCALE_PENALTY * u)
+
+    start, bounds = np.zeros(groups), [(-_LOG_RATIO, _LOG_RATIO)] * groups
+    if total is None:
+        start, bounds = np.append(start, _START), [*bounds, _LOG_SCALE]
+    options = {"maxiter": max_iter, "gtol": _GRADIENT_TOLERANCE}
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return _theta(shares, found.x, total)
+
+
+def scale_prior(rows: Rows, shares: np.ndarray, *, kind: str = "leave-one-out") -> float:
+    """Sum of the prior variances that is most probable when their ratios are given.
+
+    Parameters
+    ----------
+    rows : Rows
+        Kernels, targets and weights.
+    shares : ndarray of shape (G,)
+        Ratios of the variances, positive.
+    kind : {"leave-one-out", "evidence"}, default="leave-one-out"
+        What judges the prior; see `criterion`.
+
+    Returns
+    -------
+    scale : float
+        Positive; theta = scale * shares / shares.sum(). 1 where the targets are all equal.
+
+    Raises
+    ------
+    ValueError
+        If ``kind`` is unknown, or if ``shares`` are not positive and finite.
+    numpy.linalg.LinAlgError
+        As `criterion`.
+
+    Notes
+    -----
+    Minimizes criterion(theta) + 0.01 u^2 over u, the log of the scale, in [-9, 12]: the objective of `learn_prior` with
+    z = 0. The best point of a grid is refined between its neighbors, since leave-one-out may have several minima.
+    """
+    ratios = _shares(shares, len(rows.kernels), "shares")
+    _judge(kind)
+    if _centered(rows) is None:
+        return 1.0
+    kernel = _mixture(rows.kernels, ratios)[None]  # summed once, not at each scale
+    joined = Rows(kernel, rows.targets, rows.weights, rows.multiplicity, rows.free)
+
+    def objective(u: float) -> float:
+        return criterion(joined, np.exp([u]), kind)[0] + _SCALE_PENALTY * u**2
+
+    grid = np.linspace(*_LOG_SCALE, _GRID)
+    values = [objective(u) for u in grid]
+    best = int(np.argmin(values))
+    bracket = grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)]
+    found = minimize_scalar(objective, bounds=bracket, method="bounded", options={"xatol": _SCALE_TOLERANCE})
+    # The bounded search never evaluates the ends of its bracket, nor the point of the grid.
+    return float(np.exp(found.x if found.fun < values[best] else grid[best]))
+
+
+def _leave_one_out(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:
+    """Value of the leave-one-out criterion, and W (n, n) of its gradient."""
+    m, alpha = solution.m, solution.alpha
+    left_out = 1 / rows.multiplicity
+    p = left_out * np.diagonal(m) + (1 - left_out) * rows.weights
+    residual = alpha / p[:, None]  # (n, C)
+    squares = max(float(rows.weights @ (residual**2).sum(1)), np.finfo(np.float64).tiny)
+    size = rows.multiplicity.sum() * rows.free
+    q = size / squares * (rows.weights / p)[:, None] * residual  # (n, C)
+    w = left_out * (q * residual).sum(1)
+    outer = (m @ q) @ alpha.T
+    return float(0.5 * size * np.log(squares)), m @ (w[:, None] * m) - 0.5 * (outer + outer.T)
+
+
+def _evidence(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:
+    """Minus the logarithm of the restricted likelihood, up to a constant, and W (n, n) of its gradient."""
+    m, alpha, free = solution.m, solution.alpha, rows.free
+    degrees = rows.multiplicity.sum() - 1  # one goes to the intercept
+    squares = max(float((solution.targets * alpha).sum()), np.finfo(np.float64).tiny)
+    noise = squares / (degrees * free)
+    value = 0.5 * free * (degrees * np.log(noise) + solution.logdet + np.log(solution.total))
+    return float(value), 0.5 * (free * m - alpha @ alpha.T / noise)
+
+
+def _judge(kind: str) -> Callable[[Rows, _Solution], tuple[float, np.ndarray]]:
+    """The function behind the name of a criterion."""
+    if kind not in CRITERIA:
+        raise ValueError(f"kind must be one of {CRITERIA}, got {kind!r}.")
+    return _leave_one_out if kind == "leave-one-out" else _evidence
+
+
+def _solve(rows: Rows, theta: np.ndarray, targets: np.ndarray) -> _Solution:
+    """Ridge regression with unpenalized intercept: theta (G,), targets (n, C)."""
+    root = np.sqrt(rows.weights)
+    kernel = _mixture(rows.kernels, theta)
+    # A^-1 = S^1/2 B^-1 S^1/2 with B = I + S^1/2 K S^1/2, whose eigenvalues are at least 1 whatever the weights are.
+    inverse, logdet = _inverse(root[:, None] * kernel * root + np.eye(len(root)))
+    inverse = root[:, None] * inverse * root
+    sums = inverse.sum(1)  # A^-1 1
+    total = float(sums.sum())
+    m = inverse - np.outer(sums, sums) / total
+    return _Solution(m, m @ targets, targets, logdet, total)
+
+
+def _inverse(b: np.ndarray) -> tuple[np.ndarray, float]:
+    """Inverse (n, n) and log determinant of a symmetric matrix (n, n) with eigenvalues of at least 1."""
+    for jitter in _JITTERS:
+        # Kernels from sketches in float32 have eigenvalues a little below 0: a part of the trace, which bounds the
+        # largest eigenvalue, lifts them. Most matrices need none.
+        lifted = b if jitter == 0 else b + jitter * np.trace(b) * np.eye(len(b))
+        factor, failed = lapack.dpotrf(lifted, lower=1)
+        # Some builds of LAPACK let NaN pass; it has reached the last entry of the diagonal then.
+        if not failed and np.isfinite(factor[-1, -1]):
+            logdet = 2 * float(np.log(np.diagonal(factor)).sum())
+            inverse = lapack.dpotri(factor, lower=1, overwrite_c=1)[0]
+            lower = np.tril(inverse, -1)
+            return lower + lower.T + np.diag(np.diagonal(inverse)), logdet
+    raise np.linalg.LinAlgError(
+        f"The kernel of {len(b)} rows has no Cholesky factor: kernels must be finite and positive semi-definite."
+    )
+
+
+def _mixture(kernels: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """K = sum_g theta_g K_g (n, n)."""
+    return (theta @ kernels.reshape(len(kernels), -1)).reshape(kernels.shape[1:])
+
+
+def _centered(rows: Rows) -> np.ndarray | None:
+    """Targets less their mean (n, C), which M does not see but rounding does; None if they are all equal."""
+    targets = np.asarray(rows.targets, dtype=np.float64)
+    centered = targets - np.average(targets, axis=0, weights=rows.weights)
+    constant = np.ptp(targets, axis=0) <= _ROUNDING * np.abs(targets).max(axis=0)
+    return None if constant.all() else centered
+
+
+def _theta(shares: np.ndarray, point: np.ndarray, total: float | None) -> np.ndarray:
+    """Variances (G,) at a point of the search: z and u, or z alone if the total is given."""
+    weights = shares * np.exp(point[: len(shares)])
+    if total is None:
+        return weights * np.exp(point[len(shares)])
+    return total * weights / weights.sum()
+
+
+def _shares(values: np.ndarray, groups: int, name: str) -> np.ndarray:
+    """Checked ratios (G,), of sum 1."""
+    ratios = np.asarray(values, dtype=np.float64)
+    if ratios.shape != (groups,):
+        raise ValueError(f"{name} must hold one number for each of the {groups} kernels, got shape {ratios.shape}.")
+    _check_positive(ratios, name)
+    return ratios / ratios.sum()
+
+
+def _check_positive(values: np.ndarray, name: str) -> None:
+    """Raise ValueError unless all values are positive and finite."""
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(f"{name} must be positive and finite, got {values}.")
