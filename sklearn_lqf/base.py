@@ -132,7 +132,7 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
                 self._fit_paper(network, inputs, keep, targets[keep], weights[keep], given[keep], seed, progress)
                 return
             # Evaluate.
-            count = int(self.n_directions) if self._reads("directions") else 0
+            count = int(self.n_directions) if self._reads_directions() else 0
             reader = FeatureReader.draw(network, count, self.sketch_size, seed, self._view_names())
             own = keep[group.share(len(keep))]
             features, digests = group.together(self._evaluate, reader, inputs, own, progress)
@@ -144,13 +144,12 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
                 vectors = isinstance(inputs, np.ndarray)
                 self._stored = StoredData(rows, inputs[keep], backbone) if vectors else StoredData(rows)
 
-    def _reads(self, kind: str) -> bool:
-        """Whether a kind of tangents may have a variance."""
+    def _reads_directions(self) -> bool:
+        """Whether tangents along directions may have a variance."""
         if self.model == "paper" or (isinstance(self.prior, str) and self.prior in ("equal", "last")):
             return False
-        if isinstance(self.prior, Mapping) and not any(str(name).endswith(f" {kind}") for name in self.prior):
-            return False
-        return self.tangents in (("local", "both") if kind == "tangents" else ("network", "both"))
+        named = isinstance(self.prior, Mapping) and not any(str(name).endswith(" directions") for name in self.prior)
+        return self.tangents in ("network", "both") and not named
 
     def _new_recipe(self, n_outputs: int) -> Recipe:
         indicators = self._targets_are_indicators()
@@ -237,11 +236,9 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         else:
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             shape = (backbone.in_channels, *rows.size)
-        layers = self.tangent_layers if self.model == "paper" or self._reads("directions") else "head"
-        return PreparedNetwork(
-            backbone, shape, layers, float(self.negative_slope), self.model == "groups", self._reads("tangents"),
-            preprocessing, dtype, device,
-        )  # fmt: skip
+        layers = self.tangent_layers if self.model == "paper" or self._reads_directions() else "head"
+        local = self.model == "groups" and self.tangents in ("local", "both")
+        return PreparedNetwork(backbone, shape, layers, float(self.negative_slope), local, preprocessing, dtype, device)
 
     def _fit_paper(
         self, network: PreparedNetwork, inputs: Any, keep: np.ndarray, targets: np.ndarray, weights: np.ndarray,

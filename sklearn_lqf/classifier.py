@@ -30,19 +30,20 @@ _TEMPERATURES = (0.05, 10.0)  # the lower one when all held-out images are right
 class LQFClassifier(ClassifierMixin, LQFBase):
     """Linear Quadratic Fine-tuning of a pre-trained image network.
 
-    A linear model of what a network computes of an image: its last features, statistics of every stage, and the
-    gradients of its last layers. How much each of these groups counts is learned from the data, by the closed-form
-    leave-one-out error; the weights follow in closed form, too. There is no learning rate, and nothing to tune.
+    A linear model of what a network computes of an image: its last features, and for the layers of every stage the
+    gradient by their weights and the deviation of their input. How much each of these groups counts is learned from
+    the data, by the closed-form leave-one-out error; the weights follow in closed form, too. There is no learning rate,
+    and nothing to tune.
 
     Parameters
     ----------
     <network parameters>
     prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
         Prior variances of the groups of features. ``"leave-one-out"``: those with the smallest squared leave-one-out
-        error, under a hyper-prior that expects as much of the last features as of all other statistics together.
+        error, under a hyper-prior that expects as much of the last features as of all statistics of layers together.
         ``"evidence"``: those with the largest marginal likelihood, under the same hyper-prior. ``"equal"``: one for all
-        statistics, without tangents; ``"last"``: the last features alone, a ridge regression. A dict of group names, as
-        in ``prior_``, or a number for each group, gives relative variances.
+        groups but those of directions; ``"last"``: the last features alone, a ridge regression. A dict of group names,
+        as in ``prior_``, or a number for each group, gives relative variances.
     alpha : float or "auto", default="auto"
         Variance of label noise over the prior variance of an output: the L2 penalty, in a unit that serves every
         backbone. ``"auto"``: the one with the smallest squared leave-one-out error.
@@ -79,7 +80,7 @@ class LQFClassifier(ClassifierMixin, LQFBase):
     (``"network"``), as Kronecker sketches. The directions have the covariance of the network's features of synthetic
     images: they depend on no data.
 
-    The statistics of stages are read because the expansion of a network is, to a good part, a linear model of its
+    Layers are read at their own output because the expansion of a network is, to a good part, a linear model of its
     intermediate features [2]_.
 
     References

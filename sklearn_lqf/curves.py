@@ -298,7 +298,7 @@ class PriorDisplay:
     ----------
     prior : dict of str to float
         Share of each group of features, as ``prior_`` of an estimator: names are ``"last"``, or that of the last module
-        of a stage and ``"mean"``, ``"deviation"`` or ``"tangents"``.
+        of a stage and ``"tangents"``, ``"deviation"`` or ``"directions"``.
     estimator_name : str, default=None
         Title.
 
@@ -318,7 +318,7 @@ class PriorDisplay:
     Examples
     --------
     >>> from sklearn_lqf.plotting import PriorDisplay
-    >>> prior = {"conv1 mean": 0.1, "conv1 deviation": 0.2, "conv2 mean": 0.2, "conv2 tangents": 0.1, "last": 0.4}
+    >>> prior = {"conv1 tangents": 0.1, "conv1 deviation": 0.2, "conv2 tangents": 0.3, "last": 0.4}
     >>> display = PriorDisplay(prior=prior).plot()
     >>> [text.get_text() for text in display.ax_.get_yticklabels()]
     ['conv1', 'conv2', 'last']
@@ -346,7 +346,7 @@ class PriorDisplay:
             The display itself.
         """
         plt = pyplot("PriorDisplay.plot")
-        kinds: dict[str, dict[str, float]] = {"last": {}, "mean": {}, "deviation": {}, "tangents": {}}
+        kinds: dict[str, dict[str, float]] = {"last": {}, "tangents": {}, "deviation": {}, "directions": {}}
         for group, share in self.prior.items():
             place, _, kind = group.rpartition(" ")
             kinds[kind if place else "last"][place or group] = float(share)

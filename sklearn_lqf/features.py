@@ -1,15 +1,17 @@
 """What the linear model reads of an image: groups of features of a prepared network.
 
-The last features, mean and deviation behind each stage, and tangent features by stage: local ones, the gradients of the
-mean of each layer's own output by its weight, and those along directions in the space of the last features, which take
-a backward pass for each. They depend on the image alone: directions and scales come from the network's features of
-images that no data set holds. Hides the evaluation, the layout of the columns and their scale.
+The last features, and by stage: local tangents, the means of the inputs of its layers, which are the gradients of the
+mean of each layer's own output by its weight; the deviations of these inputs; and tangents along directions in the
+space of the last features, which take a backward pass for each. They depend on the image alone: directions and scales
+come from the network's features of images that no data set holds. Hides the evaluation, the layout of the columns and
+their scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,11 @@ from .surgery import is_plain
 
 __all__ = ["Group", "GroupFeatures", "Standardization", "draw_directions", "fit_standardization"]
 
-_LOCAL_COLUMNS = 512  # of the local tangents of a stage: see the study in docs/accuracy.md
-_DEPTHWISE_MAX = (
-    4096  # elements of the kernels of a layer in groups, above which its gradients cost more than they give
-)
+# Columns of all statistics together, evenly by group: solutions for many images take a square matrix of them.
+_COLUMNS = 1 << 14
+_GROUP_COLUMNS = 1024  # of a group at most: more hardly change the inner products
+# Elements of the weight of a convolution in groups, above which its gradients cost more than they give.
+_DEPTHWISE_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Group:
     Attributes
     ----------
     name : str
-        ``"last"``, or the last module of a stage and what is read of it: ``"mean"``, ``"deviation"``, ``"tangents"``
-        (local) or ``"directions"``.
+        ``"last"``, or the last module of a stage and what is read of it: ``"tangents"`` (local), ``"deviation"`` or
+        ``"directions"``.
     parts : tuple of int
         Columns of each part. Parts are scaled apart: the layers of a stage have equal shares.
     sides : tuple of (int, int)
@@ -97,8 +100,8 @@ class GroupFeatures:
     example : sequence of Tensor
         Trunk activations of one image, by which the layers are told that see each image in rows of its own.
     scales : Tensor of shape (parts,) or None
-        Norm of each part of the network's features, by which the local tangents of the layers of a stage are divided
-        before they are put together; see `part_norms`. None: ones.
+        Norm of each part of the network's features, by which those of the layers of a stage are divided before they
+        are put together; see `part_norms`. None: ones.
 
     Attributes
     ----------
@@ -127,8 +130,8 @@ class GroupFeatures:
             return
         for stage, names in self._layers_by_stage(split, example).items():
             sketches = [draw_sketch(self._layer(name), len(directions), sketch_size, generator) for name in names]
-            found = {n: s.to(example[0].device, example[0].dtype) for n, s in zip(names, sketches, strict=True)}
-            self._sketches |= found
+            like = (example[0].device, example[0].dtype)
+            self._sketches |= {name: sketch.to(*like) for name, sketch in zip(names, sketches, strict=True)}
             sides = tuple((s.left.shape[2], s.right.shape[2]) for s in sketches) if sketch_size is not None else ()
             self.groups.append(Group(f"{stage} directions", tuple(s.size for s in sketches), sides))
 
@@ -149,13 +152,17 @@ class GroupFeatures:
 
     def _layers_by_stage(self, split: Split, example: Sequence[Tensor]) -> dict[str, list[str]]:
         """Layers to be sketched, by the last module of their stage; first stage first."""
-        twice = [z[:1].repeat_interleave(2, 0) for z in example]
-        with torch.no_grad(), full_precision():
-            _, values = self._tail.primal(self._laid_out(twice))
+        with full_precision():
+            _, one = self._with_graph(self._laid_out([z[:1] for z in example]))
+            _, two = self._with_graph(self._laid_out([z[:1].repeat_interleave(2, 0) for z in example]))
         tangent, found = set(split.tangent), dict[str, list[str]]()
         for name, m in self._tail.layers().items():
-            calls = self._tail.calls(values, name) if is_plain(m, (nn.Linear, nn.Conv2d)) else []
-            if f"{name}.weight" not in tangent or not calls or not all(_halves_agree(x) for x, _ in calls):
+            if f"{name}.weight" not in tangent or not is_plain(m, (nn.Linear, nn.Conv2d)):
+                continue
+            calls = self._tail.calls(two, name)
+            pairs = zip(self._tail.calls(one, name), calls, strict=True)
+            # Of a layer of learned constants nothing in the image is behind the output.
+            if not calls or not all(y.requires_grad and _is_twice(x, x1) for (x1, _), (x, y) in pairs):
                 continue
             if isinstance(m, nn.Conv2d) and m.groups > 1 and m.weight.numel() > _DEPTHWISE_MAX:
                 continue
@@ -179,7 +186,7 @@ class GroupFeatures:
             return self._tail.primal(self._laid_out(activations))[0].detach()
 
     def part_norms(self, features: Tensor) -> Tensor:
-        """Root of the variance of each part of the network's features (N, ...), (parts,) in float64; 1 where it is 0."""
+        """Root of the variance of each part of the network's features (N, ...), (parts,) in float64; 1 for 0."""
         variance = features.double().var(0, correction=0)
         norms = torch.stack([part.sum().sqrt() for part in variance.split([part.size for part in self._parts])])
         return torch.where(norms > 0, norms, torch.ones_like(norms)).cpu()
@@ -191,29 +198,32 @@ class GroupFeatures:
 
     def _with_directions(self, activations: Sequence[Tensor]) -> Tensor:
         rows = len(activations[0])
-        with torch.enable_grad():  # the graph begins at the activations: no parameter is changed
-            inputs = [z.detach().requires_grad_(z.is_floating_point()) for z in activations]
-            features, values = self._tail.primal(inputs)
+        features, values = self._with_graph(activations)
+        with torch.enable_grad():
             last = features[:, : self._n_last]
-        calls = [(name, x.detach(), out) for name in self._sketches for x, out in self._tail.calls(values, name)]
-        outputs = [out for _, _, out in calls]
+        calls = [(name, x, out) for name in self._sketches for x, out in self._tail.calls(values, name)]
         with torch.no_grad():
             read = [self._sketches[name].inputs(x, rows) for name, x, _ in calls]
         found: dict[str, list[Tensor]] = {name: [] for name in self._sketches}
         for k, u in enumerate(self._directions):
-            more = k < len(self._directions) - 1
-            gradients = torch.autograd.grad(last, outputs, u.expand_as(last), retain_graph=more, allow_unused=True)
-            here: dict[str, Tensor] = {}
+            gradients = torch.autograd.grad(
+                last, [out for _, _, out in calls], u.expand_as(last),
+                retain_graph=k < len(self._directions) - 1, allow_unused=True,
+            )  # fmt: skip
+            here: dict[str, Tensor] = {}  # sums over the calls of a layer
             with torch.no_grad():
                 for (name, _, out), x, g in zip(calls, read, gradients, strict=True):
-                    sketch = self._sketches[name]
-                    part = sketch.features(x, torch.zeros_like(out) if g is None else g, k)
+                    part = self._sketches[name].features(x, torch.zeros_like(out) if g is None else g, k)
                     here[name] = here[name] + part if name in here else part
             for name, part in here.items():
-                found[name] = (
-                    [found[name][0] + part] if found[name] and self._sketches[name].summed else [*found[name], part]
-                )
-        return torch.cat([self._read(features.detach()), *(part for parts in found.values() for part in parts)], 1)
+                found[name].append(part)
+        joined = [self._sketches[name].joined(parts) for name, parts in found.items()]
+        return torch.cat([self._read(features.detach()), *joined], 1)
+
+    def _with_graph(self, activations: Sequence[Tensor]) -> tuple[Tensor, dict[Any, Any]]:
+        """What the network returns, and all values, with a graph that begins at the activations, not at parameters."""
+        with torch.enable_grad():
+            return self._tail.primal([z.detach().requires_grad_(z.is_floating_point()) for z in activations])
 
 
 def _together(
@@ -227,18 +237,19 @@ def _together(
     """
     groups: list[Group] = []
     places, factors = [torch.empty(0)] * len(parts), [torch.empty(0)] * len(parts)
-    start = 0
-    for name in dict.fromkeys(part.name for part in parts):
+    names, start = list(dict.fromkeys(part.name for part in parts)), 0
+    most = min(_GROUP_COLUMNS, _COLUMNS // max(len(names) - 1, 1))
+    for name in names:
         mine = [i for i, part in enumerate(parts) if part.name == name]
         total = sum(parts[i].size for i in mine)
         place, factor = torch.arange(total), torch.ones(total, dtype=torch.float64)
-        if name.endswith(" tangents"):
+        if name != "last":
             norms = torch.ones(len(parts), dtype=torch.float64) if scales is None else scales
             factor = torch.cat([(1 / norms[i]).expand(parts[i].size) for i in mine])
-        if name.endswith(" tangents") and total > _LOCAL_COLUMNS:
-            place = torch.randint(0, _LOCAL_COLUMNS, (total,), generator=generator)
+        if name != "last" and total > most:
+            place = torch.randint(0, most, (total,), generator=generator)
             factor = factor * (torch.randint(0, 2, (total,), generator=generator) * 2 - 1)
-            total = _LOCAL_COLUMNS
+            total = most
         sizes = [parts[i].size for i in mine]
         for i, p, f in zip(mine, (place + start).split(sizes), factor.split(sizes), strict=True):
             places[i], factors[i] = p, f
@@ -247,12 +258,11 @@ def _together(
     return groups, torch.cat(places), torch.cat(factors)
 
 
-def _halves_agree(x: Tensor) -> bool:
-    """Whether the first and the second half of the rows are equal, but for rounding."""
-    if len(x) % 2:
+def _is_twice(x: Tensor, once: Tensor) -> bool:
+    """Whether x has the rows of another tensor, then the same again, but for rounding."""
+    if x.shape != (2 * len(once), *once.shape[1:]):
         return False
-    first, second = x.chunk(2)
-    return bool((first - second).abs().max() <= 1e-3 * x.abs().max())
+    return bool((x - torch.cat([once, once])).abs().max() <= 1e-3 * x.abs().max())
 
 
 # ------------------------------------------------------------------------------------------------------ scale
@@ -289,9 +299,11 @@ def fit_standardization(features: np.ndarray, weights: np.ndarray, groups: Seque
     groups : sequence of Group
     """
     s = weights / weights.sum()
-    mean = s @ features.astype(np.float64)
-    variance = np.zeros(len(mean))
-    for rows in np.array_split(np.arange(len(features)), max(1, features.size >> 24)):  # bounded copies
+    blocks = np.array_split(np.arange(len(features)), max(1, features.size >> 24))  # bounded copies
+    mean, variance = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for rows in blocks:
+        mean += s[rows] @ features[rows].astype(np.float64)
+    for rows in blocks:
         variance += s[rows] @ np.square(features[rows] - mean)
     # The variance of constant features is rounding.
     noise = 10 * np.finfo(features.dtype).eps * np.abs(mean)

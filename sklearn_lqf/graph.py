@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
-from .readout import Part, PositionMean, Statistics, add_readout
+from .readout import LayerInput, Part, Statistics, add_readout
 from .stages import find_head, find_stages, remove_head, tangent_prefixes
 from .surgery import (
     BATCH_NORMS,
@@ -91,7 +91,6 @@ def split_network(
     tangent_layers: Any = 2,
     negative_slope: float = 0.0,
     read_stages: bool = False,
-    read_inputs: bool = False,
 ) -> Split:
     """Prepare a feature extractor for linearization.
 
@@ -106,9 +105,7 @@ def split_network(
     negative_slope : float
         Slope of the leak of piecewise activations; 0 leaves them as they are.
     read_stages : bool
-        Append the statistics of every stage to the features, see `readout`.
-    read_inputs : bool
-        Append the means of the inputs of every layer.
+        Append the statistics of the inputs of the layers of every stage to the features, see `readout`.
 
     Returns
     -------
@@ -132,7 +129,7 @@ def split_network(
         stages = {stage[-1]: stage for stage in find_stages(explicit, example, by_width=True)}
     try:
         make_explicit(explicit, example)
-        graph, parts = _trace(explicit, example, stages if read_stages else {}, stages if read_inputs else {})
+        graph, parts = _trace(explicit, example, stages if read_stages else {})
         if not _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
             raise RuntimeError("the traced graph computes something else")
     except Exception as error:  # whatever tracing raises, the general engine serves
@@ -253,19 +250,16 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, PositionMean, StaticPad, Statistics)):
+        if isinstance(m, (*self.leaves, *BATCH_NORMS, LeakyClamp, StaticPad, Statistics)):
             return True
         opaque = super().is_leaf_module(m, module_qualified_name)
         return opaque and type(m) is not nn.TransformerEncoderLayer
 
 
-def _trace(
-    module: nn.Module, example: Tensor, stages: dict[str, list[str]], layers_of: dict[str, list[str]]
-) -> tuple[fx.GraphModule, list[Part]]:
+def _trace(module: nn.Module, example: Tensor, stages: dict[str, list[str]]) -> tuple[fx.GraphModule, list[Part]]:
     """The graph of a network in evaluation mode, without assertions, dropout and operations in place.
 
-    What is read of the ends of stages, and of the layers of stages, is appended to its features; these parts are
-    returned, too.
+    What is read of the layers of stages is appended to its features; these parts are returned, too.
     """
     leaves: tuple[type, ...] = ()
     functions: tuple[Callable, ...] = ()
@@ -276,10 +270,11 @@ def _trace(
     with TRACING, plain_attention():  # the choice of a fused kernel depends on the input
         tracer = _Tracer(leaves, functions)
         graph = fx.GraphModule(module, tracer.trace(module))
-    outputs = {name: tracer.outputs.get(name) for name in stages}
-    blocks = {name: out.node for name, out in outputs.items() if isinstance(out, fx.Proxy)}
-    inputs = _layer_inputs(graph, layers_of, set(blocks.values()))
-    parts = add_readout(graph, blocks, inputs, node_values(graph, example), example)
+    inputs, values = _layer_inputs(graph, stages), node_values(graph, example)
+    if inputs:
+        longer = node_values(graph, torch.cat([example, example[:1]]))
+        inputs = [i for i in inputs if _follows_batch(values[i.node], longer[i.node])]
+    parts = add_readout(graph, inputs, values, example)
     _make_functional(graph)
     _simplify(graph)
     graph.graph.eliminate_dead_code()
@@ -287,22 +282,25 @@ def _trace(
     return graph, parts
 
 
-def _layer_inputs(
-    graph: fx.GraphModule, stages: dict[str, list[str]], read: set[fx.Node]
-) -> list[tuple[str, fx.Node, bool]]:
-    """Stage, input and whether channels come last, of each layer of the stages; an input that is read comes once."""
-    found = []
+def _layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[LayerInput]:
+    """The inputs of the layers of the stages, each once."""
+    found, seen = [], set()
     for node in graph.graph.nodes:
         if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         layer, source = graph.get_submodule(node.target), node.args[0]
         stage = next((s for s, blocks in stages.items() if _chosen(f"{node.target}.", blocks)), None)
-        if stage is None or source in read or source.op == "placeholder":
+        if stage is None or source in seen or source.op == "placeholder":
             continue
         if is_plain(layer, (nn.Linear, nn.Conv2d)):
-            found.append((stage, source, isinstance(layer, nn.Linear)))
-            read.add(source)
+            found.append(LayerInput(stage, source, isinstance(layer, nn.Linear)))
+            seen.add(source)
     return found
+
+
+def _follows_batch(value: Any, longer: Any) -> bool:
+    """Whether a value has one row more when the batch has; not so a table of constants, or rows of windows."""
+    return isinstance(value, Tensor) and value.ndim > 0 and longer.shape == (len(value) + 1, *value.shape[1:])
 
 
 def _make_functional(graph: fx.GraphModule) -> None:

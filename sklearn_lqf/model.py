@@ -70,7 +70,7 @@ class FeatureReader:
         """
         parts = network.split.parts
         directions, scales = np.empty((0, parts[0].size)), np.ones(len(parts))
-        if n_directions or any(part.name.endswith(" tangents") for part in parts):
+        if n_directions or len(parts) > 1:
             plain = cls(network, directions, sketch_size, seed, scales)._built
             batches = network.reference_inputs(_REFERENCES).split(network.rows_at_once(_REFERENCES))
             found = torch.cat([plain.network_features(network.activations(x)) for x in batches])

@@ -132,7 +132,7 @@ def fit_paper(
     Parameters
     ----------
     network : PreparedNetwork
-        Prepared without ``read_stages`` and ``read_inputs``.
+        Prepared without ``read_stages``.
     batches : sequence of batches
         Trunk activations of n rows.
     targets : ndarray of shape (n, C)

@@ -45,11 +45,11 @@ download : bool, default=True
     Whether weights that are not on this machine are downloaded. False: `fit` fails instead, without asking a server;
     ``python -m sklearn_lqf`` lists what is there.
 tangents : {"local", "network", "both", None}, default="local"
-    Which gradients of the network by its weights are read, beside its last features and the mean and deviation of the
-    activations behind each stage. ``"local"``: of the mean of each layer's own output, for the layers of all stages;
-    they are made of the means of the layers' inputs and cost no backward pass. ``"network"``: of the last features
-    along ``n_directions`` directions, for ``tangent_layers``. A network that cannot be traced has these and the last
-    features only.
+    What is read of the network beside its last features. ``"local"``: of the layers of all stages the gradient of the
+    mean of their own output by their weight, which is made of the mean of their input and costs no backward pass, and
+    the deviation of their input over the positions. ``"network"``: gradients of the last features along
+    ``n_directions`` directions by the weights of ``tangent_layers``. A network that cannot be traced has these and the
+    last features only.
 tangent_layers : {"head", "all"}, int or list of str, default=1
     For ``tangents="network"`` and ``model="paper"``, what is linearized: nothing before the head, everything, this many
     last stages (runs of blocks at one spatial resolution; a stage is one block for transformers; more than there are:

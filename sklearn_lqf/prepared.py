@@ -76,7 +76,7 @@ class PreparedNetwork:
     backbone : Backbone
     shape : tuple of int
         (C, H, W) of an image, or (n_features,) of a vector.
-    tangent_layers, negative_slope, read_stages, read_inputs
+    tangent_layers, negative_slope, read_stages
         As in `graph.split_network`.
     preprocessing : Preprocessing or None
         None for vectors.
@@ -91,7 +91,6 @@ class PreparedNetwork:
         tangent_layers: Any,
         negative_slope: float,
         read_stages: bool,
-        read_inputs: bool,
         preprocessing: Preprocessing | None,
         dtype: torch.dtype,
         device: torch.device,
@@ -106,7 +105,6 @@ class PreparedNetwork:
             "tangent_layers": tangent_layers,
             "negative_slope": negative_slope,
             "read_stages": read_stages,
-            "read_inputs": read_inputs,
         }
         self.preprocessing, self.dtype, self.device = preprocessing, dtype, device
         self._build()

@@ -22,7 +22,7 @@ __all__ = ["PRIORS", "Problem", "Recipe", "Solution", "StoredData", "TrainingRow
 PRIORS = (*CRITERIA, "equal", "last")
 _PRIOR_ROWS = 500  # from which a prior is learned: more hardly change it, and cost the cube of their number
 _PRIOR_ROWS_A_CLASS, _PRIOR_ROWS_MAX = 4, 2000  # of many classes
-_TANGENTS = (" tangents", " directions")  # end the names of groups that are no statistics of stages
+_ALONG = " directions"  # ends the names of groups of tangents that take backward passes
 _DEVIATION = 1.0  # of the log of a variance under the hyper-prior: see the study in docs/accuracy.md
 
 
@@ -225,16 +225,17 @@ class Problem:
         return total * shares / shares.sum()
 
     def _expected(self) -> np.ndarray:
-        """A-priori variances: as much for the last features as for all other groups that are read."""
-        read = sum(not g.name.endswith(_TANGENTS) for g in self.groups) - 1
+        """A-priori variances: as much for the last features as for all statistics of layers together."""
+        read = sum(not g.name.endswith(_ALONG) for g in self.groups) - 1
         return np.array([float(max(read, 1)) if g.name == "last" else 1.0 for g in self.groups])
 
     def _shares(self, prior: Any) -> np.ndarray:
         """Relative variances of the groups of a prior that is given."""
         names = [g.name for g in self.groups]
         if isinstance(prior, str):
-            tangents = np.array([name.endswith(_TANGENTS) for name in names])
-            return np.where(tangents, 0.0, 1.0) if prior == "equal" else np.array([float(n == "last") for n in names])
+            return np.array(
+                [float(name == "last" or (prior == "equal" and not name.endswith(_ALONG))) for name in names]
+            )
         if isinstance(prior, Mapping):
             unknown = sorted(set(prior) - set(names))
             if unknown:

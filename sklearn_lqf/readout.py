@@ -1,7 +1,9 @@
-"""Statistics of the activations behind each stage, beside the network's own features.
+"""What is read of the layers of a network, beside its own features: statistics of their inputs.
 
 Outputs are linear in the weights on them, so they belong to the linear model exactly, and give it what the last layer
-has thrown away. Hides which axes of an activation are positions, and how the statistics get into a traced graph.
+has thrown away. The mean of a layer's input over the positions is the gradient of the mean of its output by a row of
+its weight: a tangent feature that needs no backward pass. Hides which axes of an activation are positions, and how the
+statistics get into a traced graph.
 """
 
 from __future__ import annotations
@@ -13,29 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .stages import channels_last
-
-__all__ = ["Part", "PositionMean", "Statistics", "add_readout"]
+__all__ = ["LayerInput", "Part", "Statistics", "add_readout"]
 
 _VARIANCE_FLOOR = 1e-5  # as in BatchNorm: the standard deviation of a constant channel has no derivative
-_FEATURES_MAX = 8192  # of all parts together: solutions for many images take a square matrix of this size
-
-
-class PositionMean(nn.Module):
-    """Mean over the positions of an activation: (B, ...) -> (B, channels).
-
-    Parameters
-    ----------
-    axes : sequence of int
-        Axes of the positions; none of a vector.
-    """
-
-    def __init__(self, axes: Sequence[int]):
-        super().__init__()
-        self.axes = tuple(axes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(self.axes) if self.axes else x
 
 
 class Statistics(nn.Module):
@@ -43,27 +25,23 @@ class Statistics(nn.Module):
 
     Parameters
     ----------
-    axes : sequence of int
-        Axes of the positions.
-    mean : bool
-        False leaves the means out: (B, channels).
+    last : bool
+        Whether the channels come last, as for Linear layers; else they are the second axis. An activation without
+        positions, (B, channels), is returned as it is.
     """
 
-    def __init__(self, axes: Sequence[int], mean: bool = True):
+    def __init__(self, last: bool):
         super().__init__()
-        self.axes, self.mean = tuple(axes), mean
-        self._channels = 1 if 1 not in axes else -1
+        self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(self.axes, keepdim=True)
-        std = ((x - mean).square().mean(self.axes) + _VARIANCE_FLOOR).sqrt()  # faster here than torch.var_mean
-        return torch.cat([mean.squeeze(self.axes), std], 1) if self.mean else std
-
-    def tangent(self, x: Tensor, y: Tensor, x_dot: Tensor) -> Tensor:
-        """Derivative along a tangent of the activation x with statistics y."""
-        std = y[:, -x.shape[self._channels] :]
-        std_dot = ((x - x.mean(self.axes, keepdim=True)) * x_dot).mean(self.axes) / std
-        return torch.cat([x_dot.mean(self.axes), std_dot], 1) if self.mean else std_dot
+        if x.ndim == 2:
+            return x
+        tokens = x.flatten(1, -2) if self.last else x.flatten(2).mT  # (B, T, channels)
+        mean = tokens.mean(1, keepdim=True)
+        centered = tokens - mean
+        variance = torch.linalg.vecdot(centered, centered, dim=1) / tokens.shape[1]  # the fastest way on a CPU
+        return torch.cat([mean.squeeze(1), (variance + _VARIANCE_FLOOR).sqrt()], 1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +51,7 @@ class Part:
     Attributes
     ----------
     name : str
-        ``"last"``, or the last module of a stage and ``"mean"``, ``"deviation"`` or ``"tangents"``.
+        ``"last"``, or the last module of a stage and ``"tangents"`` or ``"deviation"``.
     size : int
     """
 
@@ -81,27 +59,35 @@ class Part:
     size: int
 
 
-def add_readout(
-    graph: fx.GraphModule,
-    blocks: dict[str, fx.Node],
-    inputs: Sequence[tuple[str, fx.Node, bool]],
-    values: dict[fx.Node, Any],
-    example: Tensor,
-) -> list[Part]:
-    """Append what is read of the stages to the features that a graph returns, in place.
+@dataclass(frozen=True)
+class LayerInput:
+    """The input of a layer of a traced network.
 
-    Of the outputs of blocks mean and deviation over the positions; of the inputs of layers the mean, which is the
-    gradient of the mean of the layer's output by its weight: a tangent feature that needs no backward pass.
+    Attributes
+    ----------
+    stage : str
+        Of the layer.
+    node : fx.Node
+    last : bool
+        Whether its channels come last.
+    """
+
+    stage: str
+    node: fx.Node
+    last: bool
+
+
+def add_readout(
+    graph: fx.GraphModule, inputs: Sequence[LayerInput], values: dict[fx.Node, Any], example: Tensor
+) -> list[Part]:
+    """Append the statistics of the inputs of layers to the features that a graph returns, in place.
 
     Parameters
     ----------
     graph : fx.GraphModule
         Returns features (B, D).
-    blocks : dict of str to fx.Node
-        The outputs of the stages by name, first stage first. Those without positions are passed over, and some of the
-        others where their statistics would be too many, evenly.
-    inputs : sequence of (str, fx.Node, bool)
-        The inputs of layers: name of the stage, and whether the channels come last.
+    inputs : sequence of LayerInput
+        Those that do not have one row for each image, such as windows, are passed over.
     values : dict of fx.Node to value
         The value of every node for the example.
     example : Tensor of shape (B, ...)
@@ -109,52 +95,24 @@ def add_readout(
     Returns
     -------
     list of Part
-        The network's own features, then those of each block that is read, then those of each layer.
+        The network's own features, then those of each layer: means ("tangents"), and deviations where there are
+        positions.
     """
     *_, output = graph.graph.nodes
     source = cast(fx.Node, output.args[0])
-    features = values[source]
-    found = [(k, n, m) for k, n in blocks.items() if (m := _statistics(values[n], features, example)) is not None]
-    sizes = [m(values[n]).shape[1] for _, n, m in found]
-    count = len(found)
-    kept: list[int] = []
-    while count:
-        kept = [round((i + 1) * len(found) / count) - 1 for i in range(count)]  # evenly, up to the last
-        if features.shape[1] + sum(sizes[i] for i in kept) <= _FEATURES_MAX:
-            break
-        count -= 1
-    parts, nodes = [Part("last", features.shape[1])], [source]
-    for i in kept[:count]:
-        name, node, module = found[i]
-        graph.add_submodule(f"_readout_{i}", module)
-        with graph.graph.inserting_after(node):
-            nodes.append(graph.graph.call_module(f"_readout_{i}", (node,)))
-        statistics = ("mean", "deviation") if module.mean else ("deviation",)
-        parts += [Part(f"{name} {statistic}", sizes[i] // len(statistics)) for statistic in statistics]
-    for i, (name, node, last) in enumerate(inputs):
-        x = values[node]
-        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != len(example):  # such as windows of images
+    parts, nodes = [Part("last", values[source].shape[1])], [source]
+    for i, found in enumerate(inputs):
+        x = values[found.node]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) != len(example):
             continue
-        axes = range(1, x.ndim - 1) if last else range(2, x.ndim)
-        graph.add_submodule(f"_input_{i}", PositionMean(list(axes)))
-        with graph.graph.inserting_after(node):
-            nodes.append(graph.graph.call_module(f"_input_{i}", (node,)))
-        parts.append(Part(f"{name} tangents", x.shape[-1 if last else 1]))
+        graph.add_submodule(f"_readout_{i}", Statistics(found.last))
+        with graph.graph.inserting_after(found.node):
+            nodes.append(graph.graph.call_module(f"_readout_{i}", (found.node,)))
+        channels = x.shape[-1 if found.last else 1]
+        parts.append(Part(f"{found.stage} tangents", channels))
+        if x.ndim > 2:
+            parts.append(Part(f"{found.stage} deviation", channels))
     if len(nodes) > 1:
         with graph.graph.inserting_before(output):
             output.args = (graph.graph.call_function(torch.cat, (tuple(nodes), 1)),)
     return parts
-
-
-def _statistics(activation: Tensor, features: Tensor, example: Tensor) -> Statistics | None:
-    """The statistics of an activation (B, ...); None when it has no positions."""
-    if not isinstance(activation, Tensor) or activation.ndim not in (3, 4):
-        return None
-    axes: tuple[int, ...] = (1,)  # tokens (B, T, channels)
-    if activation.ndim == 4:
-        axes = (1, 2) if channels_last(activation.shape, example) else (2, 3)
-    if all(activation.shape[a] == 1 for a in axes):
-        return None
-    mean = activation.mean(axes)
-    known = mean.shape == features.shape and torch.allclose(mean, features, rtol=1e-4, atol=1e-5)
-    return Statistics(axes, mean=not known)

@@ -26,7 +26,7 @@ def reference_images(count: int, channels: int, height: int, width: int) -> Tens
     ----------
     count : int
     channels : int
-        Three are colors; any other number has the same leaves, each channel shifted.
+        One is the first of three colors; channels of any other number are alike, and share the edges of the leaves.
     height, width : int
 
     Returns

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import singledispatch
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .features import GroupFeatures
 from .graph import Split
@@ -59,9 +59,11 @@ class LinearizedModule(nn.Module):
 
     Notes
     -----
-    Called as a module it has gradients evaluated by autograd, under ``torch.no_grad`` and ``torch.inference_mode``
-    too; its outputs require none. ``torch.export.export`` with ``strict=False`` makes a program without autograd of it,
-    for any number of images; a network whose forward depends on the values of its input cannot be exported.
+    Tangent features take backward passes, which autograd makes here, under ``torch.no_grad`` and
+    ``torch.inference_mode`` too; the outputs require no gradient. ``torch.export.export`` with ``strict=False`` makes a
+    program of it without autograd, for any number of images. The program has the operations of each backward pass: the
+    export takes seconds for each direction. A network whose forward depends on the values of its input, or that
+    has no traced graph and LayerNorm under the model of the paper, is exported for one number of images or not at all.
     """
 
     weight: Tensor
@@ -70,7 +72,7 @@ class LinearizedModule(nn.Module):
     def __init__(
         self,
         trunk: nn.Module,
-        features: _TangentFeatures | _WalkedFeatures,
+        features: _GroupFeatures | _WalkedFeatures,
         preprocessing: Preprocessing | None,
         views: Sequence[str],
         weight: Tensor,
@@ -79,8 +81,8 @@ class LinearizedModule(nn.Module):
         super().__init__()
         self.trunk, self.features = trunk, features
         self._preprocessing, self._views = preprocessing, tuple(views)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.register_buffer("weight", _own(weight))
+        self.register_buffer("bias", _own(bias))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class _Tail(nn.Module):
         self._bind()
 
     def _bind(self) -> None:
-        self._walker, self._default_layout = walker(self._split)
+        self._walker, _ = walker(self._split)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_walker"}  # has nodes of the graph for keys
@@ -118,46 +120,49 @@ class _Tail(nn.Module):
         self._bind()
 
 
-class _TangentFeatures(_Tail):
-    """Last features, statistics of stages and tangent features: activations to (B, D)."""
-
-    directions: Tensor
+class _GroupFeatures(_Tail):
+    """`features.GroupFeatures` as a module whose tensors are buffers: activations to (B, D)."""
 
     def __init__(self, split: Split, fitted: GroupFeatures):
         super().__init__(split)
-        self._fitted, self._names = copy.copy(fitted), fitted.layers
-        self.register_buffer("directions", fitted._directions.clone())
-        for i, sketch in enumerate(fitted._sketches.values()):
-            self.register_buffer(f"left_{i}", sketch.left.clone())
-            self.register_buffer(f"right_{i}", sketch.right.clone())
-        # The tail is put in place at each call, and nothing of the fitted one is kept.
-        self._sketches = [replace(s, layer=self._layer(n), **_NOTHING) for n, s in fitted._sketches.items()]
-        self._fitted._tail, self._fitted._sketches = cast(Any, None), {}
+        layers = self._walker.layers()
+        self._sketches = {
+            name: replace(sketch, layer=layers[name], **self._kept(f"sketch_{i}", vars(sketch)))
+            for i, (name, sketch) in enumerate(fitted._sketches.items())
+        }
+        # Without what evaluates the fitted network, which is put in the place of it at each call.
+        self._fitted = copy.copy(fitted)
+        vars(self._fitted).update(self._kept("features", vars(fitted)), _tail=None, _sketches={})
 
-    def _layer(self, name: str) -> Any:
-        return self._walker.layers()[name]
+    def _kept(self, prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
+        """Register the tensors of an object as buffers; nothing in their place."""
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            self.register_buffer(f"{prefix}_{name.strip('_')}", _own(value))
+        return dict.fromkeys(tensors, torch.empty(0))
+
+    def _now(self, prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
+        """The buffers of an object by the names of its attributes."""
+        names = [name for name, value in values.items() if isinstance(value, Tensor)]
+        return {name: self.get_buffer(f"{prefix}_{name.strip('_')}") for name in names}
 
     def forward(self, *activations: Tensor) -> Tensor:
         """Features (B, D)."""
         features = copy.copy(self._fitted)  # of this call: threads may share a module
-        features._tail, features._directions = self._walker, self.directions
-        features._sketches = {
-            name: replace(sketch, left=self.get_buffer(f"left_{i}"), right=self.get_buffer(f"right_{i}"))
-            for i, (name, sketch) in enumerate(zip(self._names, self._sketches, strict=True))
+        sketches = {
+            name: replace(sketch, **self._now(f"sketch_{i}", vars(sketch)))
+            for i, (name, sketch) in enumerate(self._sketches.items())
         }
+        vars(features).update(self._now("features", vars(features)), _tail=self._walker, _sketches=sketches)
         return features(activations)
 
     def exported(self, *activations: Tensor) -> Tensor:
-        """The same in forward operations."""
-        if not self._names:  # no mode of autograd is switched, which would be part of the program
-            return self._walker.primal(activations)[0]
+        """The same as ``forward`` in operations without autograd, within a trace of torch.export."""
+        activations = tuple(z.contiguous() for z in activations)  # as they are in the trace that is made here
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        with ThreadPoolExecutor(1) as other:  # the trace that is going on is one of this thread
-            program = other.submit(_without_autograd, self, state, activations).result()
+        with _disable_current_modes(), torch._C.DisableTorchFunction():  # the modes of that trace
+            program = _without_autograd(self, state, activations)
         return program(state, activations)
-
-
-_NOTHING = {"left": torch.empty(0), "right": torch.empty(0)}
 
 
 class _WalkedFeatures(_Tail):
@@ -167,16 +172,18 @@ class _WalkedFeatures(_Tail):
         super().__init__(split)
         self._names = list(change)
         for i, value in enumerate(change.values()):
-            self.register_buffer(f"change_{i}", value.clone())
+            self.register_buffer(f"change_{i}", _own(value))
 
     def forward(self, *activations: Tensor) -> Tensor:
         """Features and tangents (B, 2 D)."""
-        features, values = self._walker.primal(activations)
+        walker: Any = self._walker
+        features, values = walker.primal(activations)
         direction = {name: self.get_buffer(f"change_{i}") for i, name in enumerate(self._names)}
         if not direction:
             return torch.cat([features, torch.zeros_like(features)], 1)
-        walk = self._walker.walk if isinstance(self._walker, TracedTail) else self._walker.tangents
-        return torch.cat([features, cast(Tensor, walk(values, direction))], 1)
+        # Without switches of autograd's mode, which would be part of a program, where there is such a walk.
+        walk = walker.walk if isinstance(walker, TracedTail) else walker.tangents
+        return torch.cat([features, walk(values, direction)], 1)
 
     exported = forward  # the change is a constant, so that forward operations are all there is
 
@@ -203,25 +210,28 @@ def to_module(model: Any) -> LinearizedModule:
 
 @to_module.register
 def _(model: GroupedModel) -> LinearizedModule:
-    network, like = model.network, {"device": model.network.device, "dtype": model.network.dtype}
-    split = _copied(network.split)
-    weight, bias = torch.tensor(model.weight.T, **like), torch.tensor(model.bias, **like)
-    features = _TangentFeatures(split, model.reader._built)
-    return LinearizedModule(split.trunk, features, network.preprocessing, model.reader.views, weight, bias)
+    network, split = model.network, _copied(model.network.split)
+    weight, bias = (torch.tensor(v).to(network.device, network.dtype) for v in (model.weight, model.bias))
+    features = _GroupFeatures(split, model.reader._built)
+    return LinearizedModule(split.trunk, features, network.preprocessing, model.reader.views, weight.T, bias)
 
 
 @to_module.register
 def _(model: PaperModel) -> LinearizedModule:
     linearized = model.linearized
-    like = {"device": linearized.weight.device, "dtype": linearized.weight.dtype}
-    body, weight, bias = linearized.views(torch.tensor(model.coef, **like))
-    unit = torch.tensor(model.unit, **like)
+    coef, unit = (torch.tensor(v).to(linearized.weight) for v in (model.coef, model.unit))
+    body, weight, bias = linearized.views(coef)
     split = _copied(model.network.split)
     features = _WalkedFeatures(split, body if any(bool(v.any()) for v in body.values()) else {})
     # f_w0 + J d: the head and its change on the features, the head on their tangent.
     weight = unit[:, None] * torch.cat([linearized.weight + weight, linearized.weight], 1)
     bias = unit * (linearized.bias + bias)
     return LinearizedModule(split.trunk, features, model.network.preprocessing, ("identity",), weight, bias)
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy, laid out as stored programs ask for."""
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _copied(split: Split) -> Split:
@@ -253,14 +263,20 @@ def _without_autograd(
     fake_state = {name: stand_in(x.shape, x, DimDynamic.STATIC) for name, x in state.items()}
     fake_inputs = [stand_in((_ROWS, *x.shape[1:]), x, DimDynamic.DYNAMIC) for x in inputs]
     trace = make_fx(lambda s, x: functional_call(module, s, tuple(x)), _backward_operations())
-    with ordinary_arithmetic(inputs[0].device), plain_attention(), mode, enable_python_dispatcher():
+    with plain_attention(), mode, enable_python_dispatcher():
         return trace(fake_state, fake_inputs)
 
 
 def _backward_operations() -> dict[Any, Callable[..., Any]]:
     """Backward operations of torch in terms of forward ones."""
     known = {op: f for op, f in core_aten_decompositions().items() if "backward" in str(op)}
-    return {**known, _aten.convolution_backward.default: _convolution_backward}
+    return {
+        **known,
+        _aten.convolution_backward.default: _convolution_backward,
+        _aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+        _aten.avg_pool2d_backward.default: _avg_pool_backward,
+        _aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool_backward,
+    }
 
 
 def _convolution_backward(
@@ -287,3 +303,49 @@ def _convolution_backward(
         )
     ]
     return _aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups), None, None
+
+
+def _max_pool_backward(gradient: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """Each element of the gradient (B, C, h, w) to the place in x (B, C, H, W) of its index, the last argument."""
+    zeros = torch.zeros_like(x).flatten(2)
+    return zeros.scatter_add(2, rest[-1].flatten(2), gradient.flatten(2)).view(x.shape)
+
+
+def _avg_pool_backward(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """P_h' g P_w with the matrices P of the means along the two axes."""
+    sides = []
+    for axis in (2, 3):
+        n, (k, s, p) = x.shape[axis], (v[-1] if axis == 3 else v[0] for v in (kernel, stride or kernel, padding))
+        first = torch.arange(gradient.shape[axis], device=x.device) * s - p
+        last = (first + k).clamp(max=n + p)
+        count = last - first if count_include_pad else last.clamp(max=n) - first.clamp(min=0)
+        sides.append(_means(first, last, torch.ones_like(count) if divisor_override else count, x, axis))
+    found = sides[0].mT @ gradient @ sides[1]
+    return found / divisor_override if divisor_override else found
+
+
+def _adaptive_avg_pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The same where windows follow from the sizes."""
+    sides = []
+    for axis in (2, 3):
+        n, m = x.shape[axis], gradient.shape[axis]
+        i = torch.arange(m, device=x.device)
+        first, last = i * n // m, ((i + 1) * n + m - 1) // m
+        sides.append(_means(first, last, last - first, x, axis))
+    return sides[0].mT @ gradient @ sides[1]
+
+
+def _means(first: Tensor, last: Tensor, count: Tensor, x: Tensor, axis: int) -> Tensor:
+    """The matrix (m, n) of sums over windows from ``first`` to before ``last`` of an axis of x, over a count each."""
+    at = torch.arange(x.shape[axis], device=x.device)
+    inside = (at >= first[:, None]) & (at < last[:, None])
+    return inside.to(x.dtype) / count[:, None]

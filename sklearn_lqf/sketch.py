@@ -9,7 +9,7 @@ expectation. The sketches of all directions, each with matrices of its own, are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,23 +50,23 @@ class LayerSketch:
         Parameters
         ----------
         x : Tensor
-            Input of the layer, for ``rows`` images one after the other.
+            Input of the layer, for ``rows`` images one after the other; each may have several rows, as of windows.
         rows : int
 
         Returns
         -------
         Tensor of shape (rows, T, K, q) or, of a convolution in groups, (rows, groups, m, T)
         """
-        if isinstance(self.layer, nn.Linear):
-            return (x.reshape(rows, -1, x.shape[-1]) @ self._beside(self.right)).unflatten(2, (len(self.right), -1))
-        conv = self.layer
-        if conv.groups > 1:
-            return _patches(x, conv).view(rows, conv.groups, self.right.shape[1], -1)
-        # The products of all patches with R_a are a convolution.
-        kernel = self._beside(self.right).T.view(-1, conv.in_channels, *conv.kernel_size)
-        padded = _padded(x, conv)
-        found = nn.functional.conv2d(padded, kernel, None, conv.stride, 0, conv.dilation)
-        return found.flatten(2).mT.unflatten(2, (len(self.right), -1))
+        layer, beside = self.layer, self.right.transpose(0, 1).flatten(1)  # (m, K q)
+        if isinstance(layer, nn.Linear):
+            found = x.reshape(rows, -1, x.shape[-1]) @ beside
+        elif layer.groups > 1:
+            return _by_image(_patches(x, layer), rows).unflatten(1, (layer.groups, -1))
+        else:  # the products of all patches with R_a are a convolution
+            kernel = beside.T.view(-1, layer.in_channels, *layer.kernel_size)
+            found = nn.functional.conv2d(_padded(x, layer), kernel, None, layer.stride, 0, layer.dilation)
+            found = _by_image(found.flatten(2), rows).mT
+        return found.unflatten(2, (len(self.right), -1))
 
     def features(self, inputs: Tensor, gradient: Tensor, k: int) -> Tensor:
         """R_o' G R_a for direction k, (rows, p q).
@@ -82,22 +82,21 @@ class LayerSketch:
         rows, left = len(inputs), self.left[k]
         if isinstance(self.layer, nn.Linear):
             g = gradient.reshape(rows, -1, gradient.shape[-1])
-            return ((g @ left).mT @ inputs[:, :, k]).flatten(1)
-        if self.layer.groups == 1:
-            g = gradient.flatten(2).mT  # (rows, T, o)
-            return ((g @ left).mT @ inputs[:, :, k]).flatten(1)
-        g = gradient.view(rows, self.layer.groups, -1, inputs.shape[3])
-        whole = (g @ inputs.mT).flatten(1, 2)  # (rows, o, m): in groups the gradient itself is small
-        return (left.T @ whole @ self.right[k]).flatten(1)
+        else:
+            g = _by_image(gradient.flatten(2), rows).mT  # (rows, T, o)
+            if self.layer.groups > 1:
+                grouped = g.mT.unflatten(1, (self.layer.groups, -1))
+                whole = (grouped @ inputs.mT).flatten(1, 2)  # (rows, o, m): in groups the gradient itself is small
+                return (left.T @ whole @ self.right[k]).flatten(1)
+        return ((g @ left).mT @ inputs[:, :, k]).flatten(1)
 
-    @staticmethod
-    def _beside(matrices: Tensor) -> Tensor:
-        """(K, m, q) as (m, K q)."""
-        return matrices.transpose(0, 1).flatten(1)
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Columns (rows, size) of the `features` of each direction."""
+        return torch.stack(list(parts)).sum(0) if self.summed else torch.cat(list(parts), 1)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LayerSketch:
         """The same on a device."""
-        return LayerSketch(self.layer, self.left.to(device, dtype), self.right.to(device, dtype), self.summed)
+        return replace(self, left=self.left.to(device, dtype), right=self.right.to(device, dtype))
 
 
 def sketch_size(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
@@ -127,12 +126,11 @@ def draw_sketch(
         In float64 on the CPU.
     """
     o, m = sketch_size(layer)
-    summed = size is not None
-    sides = [_side(d, n_directions, size, generator) for d in (o, m)]
-    if summed and o <= size and m <= size:  # neither is random: signs keep the directions apart
-        signs = torch.randint(0, 2, (n_directions, 1, 1), generator=generator).double() * 2 - 1
-        sides[0] = sides[0] * signs
-    return LayerSketch(layer, *sides, summed)
+    left, right = (_side(d, n_directions, size, generator) for d in (o, m))
+    if size is not None and max(o, m) <= size:
+        # Unlike that of normal matrices, the mean of rotations from a QR decomposition is not zero: signs make it so.
+        left = left * (torch.randint(0, 2, (n_directions, 1, 1), generator=generator).double() * 2 - 1)
+    return LayerSketch(layer, left, right, size is not None)
 
 
 def _side(d: int, k: int, size: int | None, generator: torch.Generator) -> Tensor:
@@ -145,6 +143,11 @@ def _side(d: int, k: int, size: int | None, generator: torch.Generator) -> Tenso
     return torch.randn(k, d, size, generator=generator, dtype=torch.float64) / size**0.5
 
 
+def _by_image(x: Tensor, rows: int) -> Tensor:
+    """(rows W, c, T) as (rows, c, W T)."""
+    return x if len(x) == rows else x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
+
+
 def _padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The input with the padding of the convolution around it."""
     if conv.padding_mode == "zeros" and not any(conv._reversed_padding_repeated_twice):
@@ -154,5 +157,5 @@ def _padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Patches (rows, in_channels kernel, T)."""
+    """Patches (B, in_channels * elements of a kernel, T)."""
     return nn.functional.unfold(_padded(x, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
