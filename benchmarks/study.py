@@ -46,9 +46,9 @@ class Dataset:
         self.X, self.codes = read_images(name, data_dir, SIZES.get(name, DEFAULT_SIZE))
         self._backbone, self._shape = load_backbone(backbone), (3, *self.X.shape[1:3])
 
-    def network(self, layers: Any, inputs: bool) -> PreparedNetwork:
+    def network(self, layers: Any) -> PreparedNetwork:
         return PreparedNetwork(
-            self._backbone, self._shape, layers, 0.0, True, inputs, self._backbone.preprocessing, torch.float32,
+            self._backbone, self._shape, layers, 0.0, True, self._backbone.preprocessing, torch.float32,
             torch.device("cpu"),
         )  # fmt: skip
 
@@ -87,15 +87,11 @@ class Task:
         return 100 * float((found == self.codes[n:]).mean())
 
 
-def is_tangent(name: str) -> bool:
-    return name.endswith((" tangents", " directions"))
-
-
 def learned(kind: str, last: float, deviation: float) -> Callable[[Rows, list[str]], np.ndarray]:
     """A prior that is learned, as the estimators do; ``last`` times the a-priori variance of the last features."""
 
     def prior(rows: Rows, names: list[str]) -> np.ndarray:
-        read = max(1, sum(not is_tangent(n) for n in names) - 1)
+        read = max(1, sum(not n.endswith(" directions") for n in names) - 1)
         expected = np.array([last * read if n == "last" else 1.0 for n in names])
         return learn_prior(rows, expected, kind=kind, deviation=deviation)
 
@@ -129,13 +125,13 @@ def splits(data: Dataset, counts: Sequence[int]) -> Any:
 
 def study_prior(data: Dataset) -> list[dict[str, Any]]:
     """Ways to learn the prior of all groups of the default, beside the probe and equal variances."""
-    reader = FeatureReader.draw(data.network("head", True), 0, SKETCH, 0, ("identity",))
+    reader = FeatureReader.draw(data.network("head"), 0, SKETCH, 0, ("identity",))
     features, rows = data.read(reader), []
     for per_class, number, chosen, n in splits(data, (5, 10, 30)):
         task = Task(features[chosen], reader.groups, data.codes[chosen], n)
-        everything, statistics = range(len(task.names)), chosen_groups(task.names, ("last", "mean", "deviation"))
+        everything = range(len(task.names))
         found = {"last features alone": task.accuracy(chosen_groups(task.names, ("last",)), fixed)}
-        found["equal variances, no tangents"] = task.accuracy(statistics, fixed)
+        found["equal variances"] = task.accuracy(everything, fixed)
         found |= {name: task.accuracy(everything, learned(*way)) for name, way in PRIORS.items()}
         rows.append({"per_class": per_class, "split": number, "accuracy": found})
     return rows
@@ -143,10 +139,10 @@ def study_prior(data: Dataset) -> list[dict[str, Any]]:
 
 def study_groups(data: Dataset) -> list[dict[str, Any]]:
     """What is read, with the default prior."""
-    network = data.network("head", True)
+    network = data.network("head")
     reader = FeatureReader.draw(network, 0, SKETCH, 0, ("identity",))
     mirrored = FeatureReader.draw(network, 0, SKETCH, 0, ("identity", "flip"))
-    along = FeatureReader.draw(data.network(1, True), DIRECTIONS, SKETCH, 0, ("identity",))
+    along = FeatureReader.draw(data.network(1), DIRECTIONS, SKETCH, 0, ("identity",))
     views, plain = data.read(mirrored), data.read(along)
     rows = []
     for per_class, number, chosen, n in splits(data, (10, 30, 80)):
@@ -157,21 +153,21 @@ def study_groups(data: Dataset) -> list[dict[str, Any]]:
             return task.accuracy(chosen_groups(task.names, kinds), DEFAULT)
 
         rows.append({"per_class": per_class, "split": number, "accuracy": {
-            "default": of("last", "mean", "deviation", "tangents"),
-            "without tangents": of("last", "mean", "deviation"),
-            "network tangents instead": of("last", "mean", "deviation", "directions"),
-            "network tangents beside": of("last", "mean", "deviation", "tangents", "directions"),
-            "last features and local tangents": of("last", "tangents"),
+            "default": of("last", "tangents", "deviation"),
+            "without tangents": of("last", "deviation"),
+            "without deviations": of("last", "tangents"),
+            "network tangents instead": of("last", "deviation", "directions"),
+            "network tangents beside": of("last", "tangents", "deviation", "directions"),
             "last features and network tangents": of("last", "directions"),
             "last features alone": of("last"),
-            "default, averaged over the mirrored image": of("last", "mean", "deviation", "tangents", task=both),
+            "default, averaged over the mirrored image": of("last", "tangents", "deviation", task=both),
         }})  # fmt: skip
     return rows
 
 
 def study_directions(data: Dataset) -> list[dict[str, Any]]:
-    """Directions of network tangents, beside the statistics of stages; the two last stages of blocks are linearized."""
-    network = data.network(1, False)
+    """Directions of network tangents of the last stage, beside last features and deviations."""
+    network = data.network(1)
     drawn = FeatureReader.draw(network, DIRECTIONS, SKETCH, 0, ("identity",))
     last = drawn.groups[0].size
     generator = torch.Generator().manual_seed(0)
@@ -206,8 +202,8 @@ def study_directions(data: Dataset) -> list[dict[str, Any]]:
         accuracies = {}
         for name, features in found.items():
             task = Task(features, drawn.groups, codes, n)
-            accuracies[name] = task.accuracy(range(len(task.names)), DEFAULT)
-        accuracies["none"] = task.accuracy(chosen_groups(task.names, ("last", "mean", "deviation")), DEFAULT)
+            accuracies[name] = task.accuracy(chosen_groups(task.names, ("last", "deviation", "directions")), DEFAULT)
+        accuracies["none"] = task.accuracy(chosen_groups(task.names, ("last", "deviation")), DEFAULT)
         rows.append({"per_class": per_class, "split": number, "accuracy": accuracies})
     return rows
 

@@ -135,8 +135,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
             count = int(self.n_directions) if self._reads_directions() else 0
             reader = FeatureReader.draw(network, count, self.sketch_size, seed, self._view_names())
             own = keep[group.share(len(keep))]
-            features, digests = group.together(self._evaluate, reader, inputs, own, progress)
-            features, digests = (group.all_gather_rows(v).numpy() for v in (features, digests))
+            found = group.together(self._evaluate, reader, inputs, own, progress)
+            features, digests = (group.all_gather_rows(v).numpy() for v in found)
             rows = TrainingRows(features, targets[keep], given[keep], digests)
             # Pose and solve.
             self._solve(reader, rows, group, keep, len(inputs))
@@ -571,7 +571,7 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         with ordinary_arithmetic(reader.network.device):
             if stored.vectors is not None:  # whose standardization follows from all of them
                 stored = replace(stored, backbone=copy.deepcopy(stored.backbone))
-                assert stored.backbone is not None
+                assert stored.backbone is not None and stored.vectors is not None
                 everything = np.arange(len(rows))
                 standardize_vectors(stored.backbone, stored.vectors, self._weigh_classes(rows.targets, rows.given))
                 network = reader.network.of(stored.backbone)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .linearize import full_precision, walker
 from .readout import Part
 from .sketch import LayerSketch, draw_sketch
 from .surgery import is_plain
+from .tangents import TracedTail
 
 __all__ = ["Group", "GroupFeatures", "Standardization", "draw_directions", "fit_standardization"]
 
@@ -119,7 +120,7 @@ class GroupFeatures:
         scales: Tensor | None = None,
     ):
         self._tail, self._default_layout = walker(split)
-        self._parts, self._n_last = split.parts, split.parts[0].size
+        self._parts = split.parts
         generator = torch.Generator().manual_seed(seed)
         self.groups, place, factor = _together(split.parts, scales, generator)
         self._place, self._factor = place.to(example[0].device), factor.to(example[0])
@@ -199,8 +200,7 @@ class GroupFeatures:
     def _with_directions(self, activations: Sequence[Tensor]) -> Tensor:
         rows = len(activations[0])
         features, values = self._with_graph(activations)
-        with torch.enable_grad():
-            last = features[:, : self._n_last]
+        last = self._last(features, values)
         calls = [(name, x, out) for name in self._sketches for x, out in self._tail.calls(values, name)]
         with torch.no_grad():
             read = [self._sketches[name].inputs(x, rows) for name, x, _ in calls]
@@ -219,6 +219,16 @@ class GroupFeatures:
                 found[name].append(part)
         joined = [self._sketches[name].joined(parts) for name, parts in found.items()]
         return torch.cat([self._read(features.detach()), *joined], 1)
+
+    def _last(self, features: Tensor, values: dict[Any, Any]) -> Tensor:
+        """The last features (B, D), as they are before the statistics are appended.
+
+        The gradient of their columns of all features would go back through the statistics, too, though it is zero there.
+        """
+        if isinstance(self._tail, TracedTail) and len(self._parts) > 1:
+            appended = cast(Any, self._tail.output.args[0])  # of torch.cat, see `readout.add_readout`
+            return values[appended[0]]
+        return features
 
     def _with_graph(self, activations: Sequence[Tensor]) -> tuple[Tensor, dict[Any, Any]]:
         """What the network returns, and all values, with a graph that begins at the activations, not at parameters."""

@@ -213,16 +213,22 @@ class Problem:
     # ---------------------------------------------------------------------------------------------- prior
 
     def _choose_prior(self) -> np.ndarray:
-        prior, sample = self._recipe.prior, self._prior_rows()
-        rows = Rows(
-            self._kernels(sample), self.targets[sample], self.weights[sample], self.multiplicity[sample],
+        prior = self._recipe.prior
+        if isinstance(prior, str) and prior in CRITERIA:
+            everything = np.ones(len(self.groups), dtype=bool)
+            return learn_prior(self._seen_by_prior(everything), self._expected(), kind=prior, deviation=_DEVIATION)
+        shares = self._shares(prior)
+        used = shares > 0
+        total = scale_prior(self._seen_by_prior(used), shares[used], kind=CRITERIA[0])
+        return total * shares / shares.sum()
+
+    def _seen_by_prior(self, used: np.ndarray) -> Rows:
+        """Kernels of the groups in use (G,), targets and weights of the rows from which the prior is learned."""
+        sample = self._prior_rows()
+        return Rows(
+            self._kernels(sample, used), self.targets[sample], self.weights[sample], self.multiplicity[sample],
             self._recipe.free,
         )  # fmt: skip
-        if isinstance(prior, str) and prior in CRITERIA:
-            return learn_prior(rows, self._expected(), kind=prior, deviation=_DEVIATION)
-        shares = self._shares(prior)
-        total = scale_prior(rows, shares, kind=CRITERIA[0])
-        return total * shares / shares.sum()
 
     def _expected(self) -> np.ndarray:
         """A-priori variances: as much for the last features as for all statistics of layers together."""
@@ -271,14 +277,11 @@ class Problem:
         chosen = np.lexsort((np.arange(len(first)), place))[:size]
         return np.flatnonzero(np.isin(unit, chosen))
 
-    def _kernels(self, sample: np.ndarray) -> np.ndarray:
-        """Of each group between some rows, (G, n, n)."""
-        x, found, start = self._features[sample], [], 0
-        for group in self.groups:
-            part = x[:, start : start + group.size]
-            found.append(part @ part.T)
-            start += group.size
-        return np.stack(found)
+    def _kernels(self, sample: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """Of each group in use between some rows, (used, n, n)."""
+        ends = np.cumsum([group.size for group in self.groups])
+        parts = [self._features[sample, end - g.size : end] for g, end in zip(self.groups, ends, strict=True)]
+        return np.stack([x @ x.T for x, is_used in zip(parts, used, strict=True) if is_used])
 
     # ------------------------------------------------------------------------------------------- solution
 
@@ -294,10 +297,8 @@ class Problem:
         active = scale > 0
         features = torch.from_numpy(self._features[:, active] * scale[active])
         weights, recipe = torch.from_numpy(self.weights), self._recipe
-        closed = recipe.solver == "closed" or (
-            recipe.solver == "auto" and closed_form_fits(*features.shape, recipe.budget)
-        )
-        if closed:
+        fits = closed_form_fits(len(features), features.shape[1], recipe.budget)
+        if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
             return factorize(features, weights, recipe.budget)
         return EstimatedForm(features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter)
 

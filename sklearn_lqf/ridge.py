@@ -433,7 +433,7 @@ def factorize(features: Tensor, weights: Tensor, budget: int) -> Factorization:
     if not closed_form_fits(n, d, budget):
         raise ValueError(
             f"The closed form of {n} rows and {d} features takes {_COPIES} square matrices of {min(n, d)} rows, more "
-            f"than the {budget / 2**30:.1f} GiB meant for them: use solver='pcg' or 'auto', or fewer images or features."
+            f"than the {budget / 2**30:.1f} GiB meant for them: use solver='pcg' or 'auto', or fewer images."
         )
     return RowForm(features, weights) if n <= d else ColumnForm(features, weights)
 

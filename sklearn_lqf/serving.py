@@ -125,7 +125,7 @@ class _GroupFeatures(_Tail):
 
     def __init__(self, split: Split, fitted: GroupFeatures):
         super().__init__(split)
-        layers = self._walker.layers()
+        layers: dict[str, Any] = self._walker.layers()
         self._sketches = {
             name: replace(sketch, layer=layers[name], **self._kept(f"sketch_{i}", vars(sketch)))
             for i, (name, sketch) in enumerate(fitted._sketches.items())
@@ -134,14 +134,14 @@ class _GroupFeatures(_Tail):
         self._fitted = copy.copy(fitted)
         vars(self._fitted).update(self._kept("features", vars(fitted)), _tail=None, _sketches={})
 
-    def _kept(self, prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    def _kept(self, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
         """Register the tensors of an object as buffers; nothing in their place."""
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
             self.register_buffer(f"{prefix}_{name.strip('_')}", _own(value))
         return dict.fromkeys(tensors, torch.empty(0))
 
-    def _now(self, prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    def _now(self, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
         """The buffers of an object by the names of its attributes."""
         names = [name for name, value in values.items() if isinstance(value, Tensor)]
         return {name: self.get_buffer(f"{prefix}_{name.strip('_')}") for name in names}
