@@ -223,7 +223,7 @@ class GroupFeatures:
     def _last(self, features: Tensor, values: dict[Any, Any]) -> Tensor:
         """The last features (B, D), as they are before the statistics are appended.
 
-        The gradient of their columns of all features would go back through the statistics, too, though it is zero there.
+        A gradient of the columns of all features would go back through the statistics, too, though it is zero there.
         """
         if isinstance(self._tail, TracedTail) and len(self._parts) > 1:
             appended = cast(Any, self._tail.output.args[0])  # of torch.cat, see `readout.add_readout`

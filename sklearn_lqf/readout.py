@@ -2,8 +2,9 @@
 
 Outputs are linear in the weights on them, so they belong to the linear model exactly, and give it what the last layer
 has thrown away. The mean of a layer's input over the positions is the gradient of the mean of its output by a row of
-its weight: a tangent feature that needs no backward pass. Hides which axes of an activation are positions, and how the
-statistics get into a traced graph.
+its weight: a tangent feature that needs no backward pass. (Exactly so for Linear layers and 1 x 1 kernels; wider
+kernels leave out what moves over the border.) Hides which axes of an activation are positions, and how the statistics
+get into a traced graph.
 """
 
 from __future__ import annotations

@@ -61,9 +61,10 @@ class LinearizedModule(nn.Module):
     -----
     Tangent features take backward passes, which autograd makes here, under ``torch.no_grad`` and
     ``torch.inference_mode`` too; the outputs require no gradient. ``torch.export.export`` with ``strict=False`` makes a
-    program of it without autograd, for any number of images. The program has the operations of each backward pass: the
-    export takes seconds for each direction. A network whose forward depends on the values of its input, or that
-    has no traced graph and LayerNorm under the model of the paper, is exported for one number of images or not at all.
+    program without autograd of it, for any number of images. The program holds the operations of each backward pass:
+    with many layers the export takes several seconds for each direction. A network whose forward depends on the values
+    of its input cannot be exported. Under the model of the paper, a network with layers whose tangent has no rule, such
+    as LayerNorm, is exported for one number of images.
     """
 
     weight: Tensor
@@ -182,7 +183,7 @@ class _WalkedFeatures(_Tail):
         if not direction:
             return torch.cat([features, torch.zeros_like(features)], 1)
         # Without switches of autograd's mode, which would be part of a program, where there is such a walk.
-        walk = walker.walk if isinstance(walker, TracedTail) else walker.tangents
+        walk: Any = walker.walk if isinstance(walker, TracedTail) else walker.tangents
         return torch.cat([features, walk(values, direction)], 1)
 
     exported = forward  # the change is a constant, so that forward operations are all there is

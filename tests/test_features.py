@@ -146,6 +146,17 @@ def test_exact_gradients_of_single_images(make, missing):
     torch.testing.assert_close(torch.cat(columns, 1), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("make", [Twice, Windows, vit])
+def test_statistics_do_not_change_the_gradients(make):
+    net, x = built(make), rand(3, 3, 8, 8)
+    found = []
+    for read_stages in (False, True):
+        split, activations = prepared(net, x, read_stages=read_stages)
+        features = grouped(split, activations, rand(2, split.parts[0].size, seed=1))
+        found.append(features(activations)[:, -sum(g.size for g in features.groups if g.name.endswith("directions")) :])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-12)
+
+
 def test_attention_has_the_kernel_of_its_weights():
     net, x = built(vit), rand(3, 3, 8, 8)
     split, activations = prepared(net, x)
