@@ -194,11 +194,11 @@ class GroupFeatures:
 
     def _read(self, features: Tensor) -> Tensor:
         """Columns of the groups, from those of the network."""
-        read = features.new_zeros(len(features), self._n_read)
+        read = features.new_zeros(features.shape[0], self._n_read)
         return read.index_add_(1, self._place, features * self._factor)
 
     def _with_directions(self, activations: Sequence[Tensor]) -> Tensor:
-        rows = len(activations[0])
+        rows = activations[0].shape[0]  # len would be a constant of an exported program
         features, values = self._with_graph(activations)
         last = self._last(features, values)
         calls = [(name, x, out) for name in self._sketches for x, out in self._tail.calls(values, name)]

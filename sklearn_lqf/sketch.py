@@ -79,7 +79,7 @@ class LayerSketch:
             Gradient of u_k . phi with respect to the output of this call.
         k : int
         """
-        rows, left = len(inputs), self.left[k]
+        rows, left = inputs.shape[0], self.left[k]
         if isinstance(self.layer, nn.Linear):
             g = gradient.reshape(rows, -1, gradient.shape[-1])
         else:
@@ -145,7 +145,7 @@ def _side(d: int, k: int, size: int | None, generator: torch.Generator) -> Tenso
 
 def _by_image(x: Tensor, rows: int) -> Tensor:
     """(rows W, c, T) as (rows, c, W T)."""
-    return x if len(x) == rows else x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
+    return x if x.shape[0] == rows else x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
 
 
 def _padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
