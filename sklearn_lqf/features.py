@@ -228,7 +228,7 @@ class GroupFeatures:
         if isinstance(self._tail, TracedTail) and len(self._parts) > 1:
             appended = cast(Any, self._tail.output.args[0])  # of torch.cat, see `readout.add_readout`
             return values[appended[0]]
-        return features
+        return features if isinstance(self._tail, TracedTail) else values["last"]
 
     def _with_graph(self, activations: Sequence[Tensor]) -> tuple[Tensor, dict[Any, Any]]:
         """What the network returns, and all values, with a graph that begins at the activations, not at parameters."""

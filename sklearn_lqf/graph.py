@@ -11,7 +11,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,6 +34,7 @@ from .surgery import (
     plain_attention,
     replace_module,
 )
+from .tangents import GeneralTail
 from .threads import TRACING
 
 __all__ = ["Split", "find_head", "remove_head", "split_network"]
@@ -57,6 +58,8 @@ class Split:
         Of the features: the network's own, then those of the stages that are read.
     stages : dict of str to list of str
         Names of the modules of each stage, first stage first, by that of the last of them.
+    read : list of (str, bool)
+        Of a network that does not trace, the layers whose inputs are read, and whether their channels come last.
     traced : bool
         False when the network does not trace and torch.func serves.
     folded, swapped : int
@@ -71,6 +74,7 @@ class Split:
     traced: bool = True
     folded: int = 0
     swapped: int = 0
+    read: list[tuple[str, bool]] = field(default_factory=list)
 
     @property
     def n_features(self) -> int:
@@ -136,8 +140,11 @@ def split_network(
         _warn_untraced(error)
         whole = _private_copy(module, example.dtype)
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
-        parts = [Part("last", reference.shape[1])]
-        return Split(NoTrunk().eval(), whole, _tangent_names(whole, prefixes), parts, stages, False, 0, swapped)
+        split = Split(
+            NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [Part("last", reference.shape[1])], stages, False,
+            0, swapped,
+        )  # fmt: skip
+        return _with_inputs(split, example) if read_stages else split
     modularize_activations(graph)
     folded = _fold_batch_norms(graph, example, prefixes)
     swapped = swap_activations(graph, negative_slope)
@@ -146,6 +153,29 @@ def split_network(
     graph.recompile()
     trunk, tail = cut(graph, _tangent_names(graph, prefixes), example)
     return Split(trunk, tail, _tangent_names(tail, prefixes), parts, stages, True, folded, swapped)
+
+
+def _with_inputs(split: Split, example: Tensor) -> Split:
+    """The same untraced network with the statistics of the inputs of its layers, each at its first call."""
+    tail = GeneralTail(split.tail, split.tangent)
+    with torch.no_grad(), plain_attention():
+        _, few = tail.primal([example])
+        _, more = tail.primal([torch.cat([example, example[:1]])])
+    parts, read, seen = list(split.parts), [], set[int]()
+    for name, calls in few["calls"].items():
+        layer, x = split.tail.get_submodule(name), calls[0][0]
+        longer = more["calls"].get(name, calls)[0][0]
+        grows = x.ndim > 1 and len(x) == len(example) and len(longer) == len(example) + 1
+        if not grows or not isinstance(layer, nn.Linear | nn.Conv2d) or id(x) in seen or torch.equal(x, example):
+            continue
+        seen.add(id(x))
+        last = isinstance(layer, nn.Linear)
+        read.append((name, last))
+        channels, stage = x.shape[-1 if last else 1], split.stage_of(name)
+        parts.append(Part(f"{stage} tangents", channels))
+        if x.ndim > 2:
+            parts.append(Part(f"{stage} deviation", channels))
+    return replace(split, parts=parts, read=read)
 
 
 def _private_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -161,8 +191,7 @@ def _agree(value: Tensor, reference: Tensor) -> bool:
 def _warn_untraced(error: Exception) -> None:
     warnings.warn(
         f"The backbone cannot be traced by torch.fx ({type(error).__name__}: {error}). It is linearized as a whole "
-        "through torch.func: exact, but slower, without folding BatchNorm, without caching a frozen trunk and without "
-        "reading its stages.",
+        "through torch.func: exact, but slower, without folding BatchNorm and without caching a frozen trunk.",
         UserWarning,
         stacklevel=3,
     )

@@ -77,7 +77,7 @@ def walker(split: Split) -> tuple[TracedTail | GeneralTail, bool]:
         split.tail.to(memory_format=torch.contiguous_format)
     if split.traced:
         return TracedTail(cast(fx.GraphModule, split.tail), split.tangent), default_layout
-    return GeneralTail(split.tail, split.tangent), default_layout
+    return GeneralTail(split.tail, split.tangent, split.read), default_layout
 
 
 class Point:

@@ -48,8 +48,7 @@ tangents : {"local", "network", "both", None}, default="local"
     What is read of the network beside its last features. ``"local"``: of the layers of all stages the gradient of the
     mean of their own output by their weight, which is made of the mean of their input and costs no backward pass, and
     the deviation of their input over the positions. ``"network"``: gradients of the last features along
-    ``n_directions`` directions by the weights of ``tangent_layers``. A network that cannot be traced has these and the
-    last features only.
+    ``n_directions`` directions by the weights of ``tangent_layers``. None: nothing.
 tangent_layers : {"head", "all"}, int or list of str, default=1
     For ``tangents="network"`` and ``model="paper"``, what is linearized: nothing before the head, everything, this many
     last stages (runs of blocks at one spatial resolution; a stage is one block for transformers; more than there are:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .activations import LeakyClamp
 from .depthwise import is_wide_depthwise, weight_gradient
+from .readout import Statistics
 from .surgery import CONVS, StaticPad, is_plain, plain_attention
 from .threads import DUAL_NUMBERS
 
@@ -355,14 +356,19 @@ def _leaky_clamp_tangent(m: LeakyClamp, x: Tensor, y: Tensor, x_dot: Tensor, *_:
 
 
 class GeneralTail:
-    """The same walks through torch.func, for a network that does not trace."""
+    """The same walks through torch.func, for a network that does not trace.
 
-    def __init__(self, module: nn.Module, tangent: Sequence[str]):
+    Statistics of the inputs of some layers, by name, follow the features of the primal: whether channels come last is
+    told for each.
+    """
+
+    def __init__(self, module: nn.Module, tangent: Sequence[str], read: Sequence[tuple[str, bool]] = ()):
         self.module = module
         self.tangent = list(tangent)
+        self.read = list(read)
 
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """Features (B, D); the inputs and the evaluations of every layer are kept."""
+        """Features (B, D) and statistics; the inputs and the evaluations of every layer are kept."""
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
         def see(name: str, args: tuple, kwargs: dict[str, Any], out: Tensor) -> Tensor:
@@ -382,7 +388,9 @@ class GeneralTail:
             finally:
                 for hook in hooks:
                     hook.remove()
-        return features, {"inputs": tuple(inputs), "calls": calls}
+        values = {"inputs": tuple(inputs), "calls": calls, "last": features}
+        statistics = [Statistics(last)(calls[name][0][0]) for name, last in self.read]
+        return torch.cat([features, *statistics], 1) if statistics else features, values
 
     def tangents(self, values: dict[str, Any], direction: dict[str, Tensor]) -> Tensor | None:
         """Tangent of the features along a direction of the parameters."""
