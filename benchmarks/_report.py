@@ -1,14 +1,15 @@
 """Tables and figures of README.md and the pages in docs, made from the JSON files in benchmarks/results.
 
-A table stands between the comments ``<!-- NAME -->`` and ``<!-- end -->``; what is between them is replaced.
+A table stands between the comments ``<!-- NAME -->`` and ``<!-- end -->``; what is between them is replaced. Results
+that are not there yet are left out.
 
     make report
 """
 
-import itertools
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,208 +17,372 @@ import _report_speed
 import _report_trust
 import matplotlib.pyplot as plt
 import numpy as np
-from _report_speed import table
+from _report_speed import read, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
-METHODS = {"ridge": "ridge probe", "logistic": "logistic probe", "nft": "fine-tuning", "lqf": "LQF"}
-DATASETS = {"trashnet": "TrashNet", "digits": "digits", "dtd10": "DTD, 10 classes"}
-COLORS = {"ridge": "tab:gray", "logistic": "tab:olive", "nft": "tab:orange", "lqf": "tab:blue"}
-FEW = 20  # images a class
+METHODS = {
+    "ridge": "ridge probe", "logistic": "logistic probe", "version1": "version 0.1", "nft": "fine-tuning", "lqf": "LQF",
+}  # fmt: skip
+VARIANTS = {
+    "lqf-no-tangents": "`tangents=None`", "lqf-network-tangents": '`tangents="both"`',
+    "lqf-evidence": '`prior="evidence"`', "lqf-mirrored": '`views=("identity", "flip")`',
+}  # fmt: skip
+NEAR = {
+    "monkeys": "monkeys", "caltech101": "Caltech, 20 classes", "grocery": "groceries", "intelscenes": "Intel scenes"
+}  # fmt: skip
+FAR = {
+    "seedlings": "seedlings", "rsscn7": "RSSCN7", "neusteel": "NEU steel", "trashnet": "TrashNet",
+    "dtd10": "DTD, 10 classes", "digits": "digits",
+}  # fmt: skip
+DATASETS = NEAR | FAR
+COLORS = {
+    "ridge": "tab:gray", "logistic": "tab:olive", "version1": "tab:purple", "nft": "tab:orange", "lqf": "tab:blue"
+}  # fmt: skip
+_MANY = 30  # images a class from which tangents are judged
 
-Cells = dict[tuple[str, int], dict[str, list[dict[str, Any]]]]
+Rows = list[dict[str, Any]]
+Cell = dict[str, dict[int, dict[str, Any]]]  # method -> split -> row
+Cells = dict[tuple[str, int], Cell]  # by data set and images a class
 
 
-def percent(values: list[float]) -> str:
-    """Mean and standard error, in per cent."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{100 * np.mean(values):.1f} ± {100 * error:.1f}"
+# ---------------------------------------------------------------------------------------------------- accuracy
+
+
+def folder_of(dataset: str) -> str:
+    """Of a data set, or of the folder whose classes a pair is made of."""
+    return dataset.partition(":")[0]
+
+
+def label(dataset: str) -> str:
+    folder, _, pair = dataset.partition(":")
+    return DATASETS[folder] + (f", classes {pair.replace('+', ' and ')}" if pair else "")
 
 
 def read_cells() -> Cells:
-    """Rows of every cell by method."""
-    cells: Cells = defaultdict(dict)
-    for dataset, method in itertools.product(DATASETS, METHODS):
-        path = RESULTS / "accuracy" / f"{dataset}-{method}.json"
-        for row in json.loads(path.read_text())["rows"] if path.exists() else []:
-            cells[dataset, row["per_class"]].setdefault(method, []).append(row)
-    return dict(sorted(cells.items(), key=lambda c: (list(DATASETS).index(c[0][0]), c[0][1])))
+    """All rows that were measured."""
+    cells: Cells = defaultdict(lambda: defaultdict(dict))
+    for path in sorted((RESULTS / "accuracy").glob("*.json")):
+        report = json.loads(path.read_text())
+        if report["method"] not in METHODS | VARIANTS or folder_of(report["dataset"]) not in DATASETS:
+            continue
+        for row in report["rows"]:
+            cells[report["dataset"], row["per_class"]][report["method"]][row["split"]] = row
+    order = list(DATASETS)
+    return dict(sorted(cells.items(), key=lambda c: (order.index(folder_of(c[0][0])), c[0])))
 
 
-def values(cell: dict[str, list[dict[str, Any]]], method: str, key: str) -> list[float]:
-    return [row[key] for row in cell.get(method, [])]
+def values(cell: Cell, method: str, key: str) -> list[float]:
+    """Of all splits; none where the method was not measured."""
+    return [row[key] for row in cell.get(method, {}).values() if key in row]
+
+
+def mean_and_error(found: Sequence[float], scale: float = 100.0) -> str:
+    """Mean and standard error, in per cent."""
+    if not found:
+        return ""
+    error = f" ± {scale * np.std(found, ddof=1) / len(found) ** 0.5:.1f}" if len(found) > 1 else ""
+    return f"{scale * np.mean(found):.1f}{error}"
+
+
+def by_cell(cells: Cells, shown: dict[str, str], entry: Callable[[Cell, str], str]) -> str:
+    """A table with a row for each cell in which LQF was measured, and a column for each method that was."""
+    methods = [m for m in shown if any(m in cell for cell in cells.values())]
+    rows = [
+        [label(dataset), str(per_class), *(entry(cell, m) for m in methods)]
+        for (dataset, per_class), cell in cells.items()
+    ]
+    return table(["data", "images a class", *(shown[m] for m in methods)], rows)
 
 
 def accuracy_table(cells: Cells) -> str:
-    rows = []
-    for (dataset, per_class), cell in cells.items():
-        found = [percent(v) if (v := values(cell, m, "accuracy")) else "" for m in METHODS]
-        rows.append([DATASETS[dataset], str(per_class), *found])
-    return table(["data", "images a class", *METHODS.values()], rows)
+    return by_cell(cells, METHODS, lambda cell, m: mean_and_error(values(cell, m, "accuracy")))
 
 
-def compared(cells: Cells) -> dict[tuple[str, int], dict[str, float]]:
-    """Mean accuracies of the cells in which probe, NFT and LQF were all measured on the same splits."""
-    return {
-        key: {m: float(np.mean(values(cell, m, "accuracy"))) for m in METHODS}
-        for key, cell in cells.items()
-        if len({len(cell.get(m, [])) for m in METHODS}) == 1
-    }
-
-
-def summary_table(cells: Cells) -> str:
-    means = compared(cells)
-    few = {k: v for k, v in means.items() if k[1] <= FEW}
-
-    def gain(group: dict, method: str) -> float:
-        return 100 * float(np.mean([v["lqf"] - v[method] for v in group.values()]))
-
-    worst, where = min((100 * (v["lqf"] - v["nft"]), k) for k, v in means.items())
-    seconds = {
-        m: [float(np.mean(values(cells[k], m, "fit_cpu_seconds"))) for k in means] for m in ("lqf", "nft")
-    }  # the search for NFT's learning rate is not counted
-    ratios = np.divide(seconds["lqf"], seconds["nft"])
-    rows = [
-        [f"LQF minus fine-tuning, points, up to {FEW} images a class ({len(few)})", f"{gain(few, 'nft'):+.1f}", "+1.0"],
-        [f"LQF minus fine-tuning, points, all cells ({len(means)})", f"{gain(means, 'nft'):+.1f}", "-0.5"],
-        ["LQF minus ridge probe, points, all cells", f"{gain(means, 'ridge'):+.1f}", "+1.5"],
-        [f"worst cell against fine-tuning ({DATASETS[where[0]]}, {where[1]})", f"{worst:+.1f}", "-2.5"],
-        ["time to fit over that of one fine-tuning, median", f"{np.median(ratios):.2f}", "0.33"],
-        ["time to fit over that of one fine-tuning, largest", f"{ratios.max():.2f}", "0.33"],
-    ]
-    return table(["", "measured", "target"], rows)
+def variants_by_cell(cells: Cells) -> str:
+    chosen = {k: c for k, c in cells.items() if any(v in c for v in VARIANTS)}
+    return by_cell(
+        chosen, {"lqf": "LQF"} | VARIANTS, lambda cell, m: mean_and_error(values(cell, m, "accuracy"))
+    )  # fmt: skip
 
 
 def seconds_table(cells: Cells) -> str:
-    rows = []
-    for (dataset, per_class), cell in cells.items():
-        found = [f"{np.mean(v):.0f}" if (v := values(cell, m, "fit_cpu_seconds")) else "" for m in METHODS]
-        rows.append([DATASETS[dataset], str(per_class), *found])
-    return table(["data", "images a class", *METHODS.values()], rows)
+    def entry(cell: Cell, method: str) -> str:
+        found = values(cell, method, "fit_cpu_seconds")
+        return f"{np.mean(found):.1f}" if found else ""
+
+    return by_cell(cells, METHODS, entry)
 
 
 def calibration_table(cells: Cells) -> str:
-    methods = [m for m in METHODS if m != "ridge"]
+    methods = [m for m in METHODS if m != "ridge" and any(m in cell for cell in cells.values())]
     rows = []
     for (dataset, per_class), cell in cells.items():
-        if not all(m in cell for m in methods):
-            continue
-        pairs = [f"{np.mean(values(cell, m, k)):.3f}" for k in ("log_loss", "ece") for m in methods]
-        rows.append([DATASETS[dataset], str(per_class), *pairs])
-    names = [METHODS[m] for m in methods]
-    return table(["data", "images a class", *(f"log-loss, {n}" for n in names), *(f"ECE, {n}" for n in names)], rows)
+        found = [values(cell, m, k) for k in ("log_loss", "ece") for m in methods]
+        rows.append([label(dataset), str(per_class), *(f"{np.mean(v):.3f}" if v else "" for v in found)])
+    names = [f"{kind}, {METHODS[m]}" for kind in ("log-loss", "ECE") for m in methods]
+    return table(["data", "images a class", *names], rows)
 
 
-def recipe_table() -> str:
-    rows = json.loads((RESULTS / "recipe.json").read_text())["rows"]
-    columns = sorted({(r["dataset"], r["per_class"]) for r in rows}, reverse=True)
-    levers: dict[str, dict] = defaultdict(dict)
-    for r in rows:
-        levers[r["lever"]].setdefault((r["dataset"], r["per_class"]), []).append(r)
-    lines = []
-    for lever, found in levers.items():
-        if set(found) != set(columns):
-            continue
-        accuracies = [100 * np.mean([r["accuracy"] for r in found[c]]) for c in columns]
-        every = [r for c in columns for r in found[c]]
-        loss = np.mean([np.mean([r["log_loss"] for r in found[c]]) for c in columns])
-        seconds, iterations = (sum(r[k] for r in every) for k in ("fit_cpu_seconds", "n_iter"))
-        lines.append(
-            [lever, *(f"{a:.1f}" for a in accuracies), f"{np.mean(accuracies):.1f}", f"{loss:.3f}",
-             f"{iterations / len(every):.0f}", f"{seconds / len(every):.0f}"]
-        )  # fmt: skip
-    lines.sort(key=lambda line: line[0] != "default")
-    names = [f"{DATASETS[d]} {k}" for d, k in columns]
-    return table(["lever", *names, "mean", "log-loss", "iterations", "seconds"], lines)
+def differences(cells: Cells, one: str, other: str, key: str = "accuracy") -> dict[tuple[str, int], float]:
+    """Mean differences over the splits in which both methods were measured, by cell."""
+    found = {}
+    for place, cell in cells.items():
+        both = sorted(cell.get(one, {}).keys() & cell.get(other, {}).keys())
+        pairs = [(cell[one][s], cell[other][s]) for s in both]
+        if pairs and all(key in row for pair in pairs for row in pair):
+            found[place] = float(np.mean([a[key] - b[key] for a, b in pairs]))
+    return found
 
 
-def readout_table() -> str:
-    groups: dict[str, dict] = defaultdict(lambda: defaultdict(list))
-    for r in json.loads((RESULTS / "readout.json").read_text())["rows"]:
-        groups[r["readout"]][r["dataset"], r["per_class"]].append(r)
-    columns = list(dict.fromkeys(c for found in groups.values() for c in found))
+def against_better_probe(cells: Cells) -> dict[tuple[str, int], float]:
+    """LQF less the better of the two probes, by cell."""
+    ridge, logistic = differences(cells, "lqf", "ridge"), differences(cells, "lqf", "logistic")
+    return {place: min(ridge[place], logistic[place]) for place in ridge.keys() & logistic.keys()}
+
+
+def points(found: Iterable[float]) -> str:
+    """Mean of differences over cells with its standard error, in points."""
+    v = 100 * np.array(list(found))
+    return f"{v.mean():+.1f}" + (f" ± {v.std(ddof=1) / len(v) ** 0.5:.1f}" if len(v) > 1 else "")
+
+
+def mean_row(what: str, found: dict[tuple[str, int], float], target: str) -> list[list[str]]:
+    return [[f"{what} ({len(found)} cells)", points(found.values()), target]] if found else []
+
+
+def worst_row(what: str, found: dict[tuple[str, int], float], target: str) -> list[list[str]]:
+    if not found:
+        return []
+    (dataset, per_class), worst = min(found.items(), key=lambda item: item[1])
+    return [[f"{what} ({label(dataset)}, {per_class} a class)", f"{100 * worst:+.1f}", target]]
+
+
+def near(found: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
+    return {k: v for k, v in found.items() if folder_of(k[0]) in NEAR}
+
+
+def ratio_of_seconds(cells: Cells, other: str) -> list[float]:
+    """LQF's seconds of a fit over another's, by cell."""
+    pairs = [(values(c, "lqf", "fit_cpu_seconds"), values(c, other, "fit_cpu_seconds")) for c in cells.values()]
+    return [float(np.mean(a) / np.mean(b)) for a, b in pairs if a and b]
+
+
+def summary_table(cells: Cells) -> str:
+    version1, ridge, nft = (differences(cells, "lqf", m) for m in ("version1", "ridge", "nft"))
+    tangents = differences({k: c for k, c in cells.items() if k[1] >= _MANY}, "lqf", "lqf-no-tangents")
     rows = [
-        [name, *(f"{100 * np.mean([r['accuracy'] for r in found[c]]):.1f} "
-                 f"({np.mean([r['leave_one_out_error'] for r in found[c]]):.3f})" for c in columns)]
-        for name, found in groups.items()
-    ]  # fmt: skip
-    return table(["readout", *(f"{DATASETS[d]} {k}" for d, k in columns)], rows)
+        *mean_row("LQF minus version 0.1, points", version1, "+0.7"),
+        *mean_row("LQF minus version 0.1, folders near to ImageNet", near(version1), "+2.0"),
+        *mean_row("LQF minus ridge probe", ridge, "+4.0"),
+        *worst_row("worst cell against the better of both probes", against_better_probe(cells), "-1.0"),
+        *mean_row("LQF minus fine-tuning", nft, "+1.5"),
+        *worst_row("worst cell against fine-tuning", nft, "-2.5"),
+        *mean_row(f"LQF minus the same without tangents, from {_MANY} images a class on", tangents, "+0.7"),
+        *worst_row("worst of these cells", tangents, "-1.0"),
+    ]
+    ece = differences(cells, "lqf", "version1", "ece")
+    if ece:
+        both = [float(np.mean([np.mean(values(cells[k], m, "ece")) for k in ece])) for m in ("lqf", "version1")]
+        rows.append(["mean calibration error of LQF, and of version 0.1", f"{both[0]:.3f}, {both[1]:.3f}", "no larger"])
+    for method in ("version1", "nft"):
+        found = ratio_of_seconds(cells, method)
+        if found:
+            what = f"seconds of a fit over those of {METHODS[method]}, median and largest"
+            rows.append([what, f"{np.median(found):.2f}, {max(found):.2f}", ""])
+    return table(["", "measured", "target"], rows)
+
+
+def variants_table(cells: Cells) -> str:
+    """LQF with other settings less LQF at its defaults."""
+    rows = []
+    for method, name in VARIANTS.items():
+        found = differences(cells, method, "lqf")
+        if not found:
+            continue
+        far = {k: v for k, v in found.items() if k not in near(found)}
+        cost = [float(np.mean(values(cells[k], method, "fit_cpu_seconds"))) for k in found]
+        base = [float(np.mean(values(cells[k], "lqf", "fit_cpu_seconds"))) for k in found]
+        shares = [points(part.values()) if part else "" for part in (found, near(found), far)]
+        extremes = [f"{100 * f(found.values()):+.1f}" for f in (min, max)]
+        rows.append([name, str(len(found)), *shares, *extremes, f"{np.median(np.divide(cost, base)):.2f}"])
+    header = ["setting", "cells", "mean difference, points", "near", "far", "lowest", "highest", "seconds over default"]
+    return table(header, rows)
+
+
+# ------------------------------------------------------------------------------------------------------- study
+
+
+def study_means(rows: Rows) -> dict[str, dict[tuple[str, int], float]]:
+    """Accuracies in per cent, over the splits: way -> (data set, images a class) -> mean."""
+    found: dict[str, dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for way, accuracy in row["accuracy"].items():
+            found[way][row["dataset"], row["per_class"]].append(accuracy)
+    return {way: {k: float(np.mean(v)) for k, v in cells.items()} for way, cells in found.items()}
+
+
+def study_table(rows: Rows, against: Sequence[str]) -> str:
+    """Means by way over near and far folders and numbers of images, and the worst cell against some of the ways."""
+    means = study_means(rows)
+    against = [name for name in against if name in means]
+    counts = sorted({k for cells in means.values() for _, k in cells})
+    found = []
+    for way, cells in means.items():
+        groups = [
+            list(cells.values()),
+            [v for (d, _), v in cells.items() if d in NEAR],
+            [v for (d, _), v in cells.items() if d not in NEAR],
+            *([v for (_, k), v in cells.items() if k == count] for count in counts),
+        ]
+        worst = [f"{min(v - means[name][k] for k, v in cells.items()):+.1f}" for name in against]
+        found.append([way, *(f"{np.mean(g):.1f}" if g else "" for g in groups), *worst])
+    header = ["", "mean", "near", "far", *(f"{k} a class" for k in counts)]
+    return table([*header, *(f"worst against {name}" for name in against)], found)
+
+
+def left_out_table(study: dict[str, Any]) -> str:
+    means = study_means(study.get("prior", []))
+    rows = []
+    for dataset, found in study.get("prior, left out", {}).items():
+        others = ("leave-one-out, last 1, deviation 1", "equal variances", "last features alone")
+        beside = [np.mean([v for (d, _), v in means.get(w, {}).items() if d == dataset]) for w in others]
+        rows.append([label(dataset), found["chosen"], *(f"{v:.1f}" for v in (found["accuracy"], *beside))])
+    if rows:
+        columns = [f"{np.mean([float(r[i]) for r in rows]):.1f}" for i in range(2, len(rows[0]))]
+        rows.append(["mean", "", *columns])
+    header = ["data set left out", "best on the others", "its accuracy here", "the default's"]
+    return table([*header, "equal variances", "last features alone"], rows)
+
+
+# -------------------------------------------------------------------------- ablation, leak and robustness
 
 
 def ablation_table() -> str:
-    report = json.loads((RESULTS / "ablation.json").read_text())
+    rows = read("ablation").get("rows", [])
     groups: dict[tuple, list[dict[str, float]]] = defaultdict(list)
-    for r in report["rows"]:
+    for r in rows:
         groups[r["slope"], r["loss"], r["kfac"]].append(r["accuracy"])
-    rows = []
-    for (slope, loss, kfac), found in groups.items():
-        at = [f"{100 * np.mean([f[i] for f in found]):.1f}" for i in found[0]]
-        rows.append([f"{slope:g}", loss, "yes" if kfac else "no", *at])
-    iterations = [f"after {i}" for i in report["rows"][0]["accuracy"]]
-    return table(["slope of the leak", "loss", "K-FAC", *iterations], rows)
+    found = []
+    for (slope, loss, kfac), accuracies in groups.items():
+        at = [f"{100 * np.mean([f[i] for f in accuracies]):.1f}" for i in accuracies[0]]
+        found.append([f"{slope:g}", loss, "yes" if kfac else "no", *at])
+    iterations = [f"after {i}" for i in rows[0]["accuracy"]] if rows else []
+    return table(["slope of the leak", "loss", "K-FAC", *iterations], found)
 
 
-def read_robustness() -> list[dict[str, Any]]:
-    reports = [json.loads((RESULTS / f"robustness-{m}.json").read_text()) for m in ("nft", "lqf")]
-    return [{"method": report["method"], **row} for report in reports for row in report["rows"]]
+def leak_table() -> str:
+    groups: dict[tuple[float, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in read("leak").get("rows", []):
+        groups[r["slope"], r["repair"]][r["dataset"]].append(r["accuracy"])
+    datasets = list(dict.fromkeys(d for found in groups.values() for d in found))
+    rows = [
+        [f"{slope:g}", "yes" if repair else "no", *(mean_and_error(found.get(d, [])) for d in datasets)]
+        for (slope, repair), found in sorted(groups.items())
+    ]
+    return table(["slope of the leak", "repaired", *(label(d) for d in datasets)], rows)
+
+
+def read_robustness() -> Rows:
+    reports = [read(f"robustness-{m}") for m in ("nft", "lqf")]
+    return [{"method": report["method"], **row} for report in reports for row in report.get("rows", [])]
 
 
 def robustness_table() -> str:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str], Rows] = defaultdict(list)
     for r in read_robustness():
         groups[r["method"], r["parameter"]].append(r)
     rows = []
     for (method, parameter), found in groups.items():
         accuracies = [100 * r["accuracy"] for r in found]
-        tried = ", ".join(f"{r['value']:g}" for r in found)
+        tried = ", ".join(v if isinstance(v := r["value"], str) else f"{v:g}" for r in found)
         rows.append([METHODS[method], parameter, tried, f"{min(accuracies):.1f}", f"{max(accuracies):.1f}"])
     return table(["method", "parameter", "values", "lowest accuracy", "highest accuracy"], rows)
 
 
+# ----------------------------------------------------------------------------------------------------- figures
+
+
 def draw_accuracy(cells: Cells) -> None:
+    """One small plot for each folder, with one legend for all."""
     shown = [d for d in DATASETS if any(k[0] == d for k in cells)]
-    fig, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.6), layout="constrained")
-    for ax, dataset in zip(np.atleast_1d(axes), shown, strict=True):
+    if not shown:
+        return
+    n_columns = min(5, len(shown))
+    n_rows = -(-len(shown) // n_columns)
+    fig, axes = plt.subplots(
+        n_rows, n_columns, figsize=(2.5 * n_columns, 2.5 * n_rows + 0.5), layout="constrained", squeeze=False
+    )
+    handles: dict[str, Any] = {}
+    for ax in axes.flat[len(shown) :]:
+        ax.set_axis_off()
+    for ax, dataset in zip(axes.flat, shown, strict=False):
+        ticks = sorted(k[1] for k in cells if k[0] == dataset)
         for method, name in METHODS.items():
-            points = [(k[1], values(c, method, "accuracy")) for k, c in cells.items() if k[0] == dataset]
-            points = [(n, v) for n, v in points if v]
-            if points:
-                x, means = [n for n, _ in points], [100 * np.mean(v) for _, v in points]
-                errors = [100 * np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for _, v in points]
-                ax.errorbar(x, means, errors, marker="o", capsize=2, color=COLORS[method], label=name)
+            found = [(k, v) for k in ticks if (v := values(cells[dataset, k], method, "accuracy"))]
+            if not found:
+                continue
+            errors = [100 * np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for _, v in found]
+            x, means = [k for k, _ in found], [100 * np.mean(v) for _, v in found]
+            width = 2.0 if method == "lqf" else 1.2
+            line = ax.errorbar(x, means, errors, marker="o", ms=3, lw=width, capsize=2, color=COLORS[method])
+            handles.setdefault(name, line)
         ax.set_xscale("log")
-        ticks = sorted({k[1] for k in cells if k[0] == dataset})
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()
-        ax.set(title=DATASETS[dataset], xlabel="images a class")
+        ax.set_title(DATASETS[dataset] + (" (near)" if dataset in NEAR else ""), fontsize=10)
+        ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
-    np.atleast_1d(axes)[0].set_ylabel("test accuracy, %")
-    np.atleast_1d(axes)[0].legend()
+    fig.supxlabel("images a class", fontsize=10)
+    fig.supylabel("test accuracy, %", fontsize=10)
+    names = [n for n in METHODS.values() if n in handles]
+    fig.legend([handles[n] for n in names], names, loc="outside upper center", ncols=len(names), fontsize=10)
     fig.savefig(IMAGES / "accuracy.png", dpi=110)
+    plt.close(fig)
 
 
 def draw_robustness() -> None:
+    """Rates and penalties on the left, numbers of things on the right."""
     rows = read_robustness()
-    fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    marks = {("nft", "lr"): "tab:orange", ("lqf", "alpha"): "tab:blue", ("lqf", "tail_weight"): "tab:cyan",
-             ("lqf", "damping"): "tab:purple"}  # fmt: skip
-    for (method, parameter), color in marks.items():
-        points = [
-            (r["value"], 100 * r["accuracy"]) for r in rows if (r["method"], r["parameter"]) == (method, parameter)
-        ]
-        label = f"{METHODS[method]}: {'learning rate' if parameter == 'lr' else parameter}"
-        ax.semilogx(*zip(*sorted(points), strict=True), marker="o", color=color, label=label)
-    ax.set(xlabel="value of the parameter", ylabel="test accuracy, %", title="TrashNet, 20 images a class")
-    ax.grid(alpha=0.3)
-    ax.legend()
+    if not rows:
+        return
+    marks = (
+        {("nft", "lr"): ("tab:orange", "learning rate"), ("lqf", "alpha"): ("tab:blue", "alpha")},
+        {("lqf", "prior_rows"): ("tab:blue", "images for the prior"),
+         ("lqf", "group_columns"): ("tab:cyan", "columns of a group"),
+         ("lqf", "n_directions"): ("tab:green", "n_directions"),
+         ("lqf", "sketch_size"): ("tab:purple", "sketch_size")},
+    )  # fmt: skip
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for ax, chosen in zip(axes, marks, strict=True):
+        for (method, parameter), (color, name) in chosen.items():
+            found = sorted(
+                (r["value"], 100 * r["accuracy"]) for r in rows if (r["method"], r["parameter"]) == (method, parameter)
+            )
+            if found:
+                ax.semilogx(*zip(*found, strict=True), marker="o", color=color, label=f"{METHODS[method]}: {name}")
+        ax.set_xlabel("value of the parameter")
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8)
+    axes[0].set_ylabel("test accuracy, %")
+    fig.suptitle("TrashNet, 20 images a class", fontsize=10)
     fig.savefig(IMAGES / "robustness.png", dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------------- pages
 
 
 def fill(path: Path, tables: dict[str, str]) -> None:
     """Replace the tables of a page; every marker in it must be known."""
     text = path.read_text()
     for name in re.findall(r"<!-- (?!end)(\S+) -->", text):
+        if name not in tables:
+            raise SystemExit(
+                f"{path} has a place for the table '{name}', which is not made; there are {sorted(tables)}"
+            )
         block = f"<!-- {name} -->\n\n{tables[name]}\n\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, count=1, flags=re.S)
     path.write_text(text)
@@ -225,15 +390,20 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    cells = read_cells()
+    cells, study = read_cells(), read("study")
     tables = {
         "accuracy": accuracy_table(cells),
         "summary": summary_table(cells),
         "seconds": seconds_table(cells),
         "calibration": calibration_table(cells),
-        "readout": readout_table(),
-        "recipe": recipe_table(),
+        "variants": variants_table(cells),
+        "variants-by-cell": variants_by_cell(cells),
+        "study-prior": study_table(study.get("prior", []), ("last features alone", "equal variances")),
+        "study-left-out": left_out_table(study),
+        "study-groups": study_table(study.get("groups", []), ("default",)),
+        "study-directions": study_table(study.get("directions", []), ("none",)),
         "ablation": ablation_table(),
+        "leak": leak_table(),
         "robustness": robustness_table(),
         **_report_speed.tables(),
         **_report_trust.tables(),

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from _common import read_folder, split, write_report
 
@@ -49,13 +50,14 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--dataset", default="trashnet", help="sub-folder of the data with one folder for each class")
     args = parser.parse_args()
-    steps = {}
+    steps: dict[str, dict[str, Any]] = {}
+    report = {"benchmark": "newcomer", "dataset": args.dataset, "cpus": os.cpu_count(), "steps": steps}
     with tempfile.TemporaryDirectory() as name:
         clone = Path(name) / "sklearn_lqf"
         run(["git", "clone", "-q", "--no-hardlinks", str(ROOT), str(clone)], ROOT)
         program = clone / "first_fit.py"
         program.write_text(_PROGRAM.findall((clone / "docs" / "start.md").read_text(encoding="utf-8"))[0])
-        n = link_images(args.data_dir / args.dataset, clone / "images")
+        report["n"] = link_images(args.data_dir / args.dataset, clone / "images")
         for step, command in (
             ("install", ["make", ".venv/.installed"]),
             ("demo", ["make", "demo"]),
@@ -64,9 +66,8 @@ def main() -> None:
         ):
             seconds, said = run(command, clone)
             steps[step] = {"seconds": seconds, "last_line": said}
+            write_report(RESULTS, report, "cpu")
             print(step, seconds, said, flush=True)
-    report = {"benchmark": "newcomer", "dataset": args.dataset, "n": n, "cpus": os.cpu_count(), "steps": steps}
-    write_report(RESULTS, report, "cpu")
 
 
 if __name__ == "__main__":

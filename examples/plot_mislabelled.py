@@ -4,7 +4,7 @@ Finding mislabelled images
 
 Some labels of a training set are wrong. A network that was fitted on them has learned them too; the model that did not
 see an image has not. For the linearized network the outputs of that model are known in closed form, for each image,
-from one fit: where they disagree with a label, the label deserves a look.
+from one fit, with the prior held fixed: where they disagree with a label, the label deserves a look.
 """
 
 import os

@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from sklearn_lqf import LQFClassifier
+from sklearn_lqf import LQFClassifier, PriorDisplay
 
 # %%
 # 20 images of each digit to learn from, all others to test on. Pixels are 0..16 in the original.
@@ -39,13 +39,13 @@ start = time.perf_counter()
 clf.fit(X[train], y[train])
 seconds = time.perf_counter() - start
 accuracy = clf.score(X[test], y[test])
-last = clone(clf).set_params(readout="last", tangent_layers="head").fit(X[train], y[train])
+last = clone(clf).set_params(tangents=None).fit(X[train], y[train])
 probe = RidgeClassifierCV(alphas=np.logspace(-4, 4, 17)).fit(last.features(X[train]), y[train])
 probe_accuracy = probe.score(last.features(X[test]), y[test])
 print(f"ridge linear probe  accuracy {probe_accuracy:.3f}")
 print(
-    f"LQF                 accuracy {accuracy:.3f}   {clf.n_iter_} iterations, relative gradient "
-    f"{clf.residual_norms_[-1]:.1e}, {seconds:.0f} s for {len(train)} images"
+    f"LQF                 accuracy {accuracy:.3f}   {clf.coef_.shape[1]} features in {len(clf.prior_)} groups, "
+    f"{seconds:.0f} s for {len(train)} images"
 )
 
 # %%
@@ -68,11 +68,11 @@ assert np.array_equal(twin.predict_proba(X[some]), clf.predict_proba(X[some]))
 print("pickle              equal predictions")
 
 # %%
-# Test images with their probabilities, and how the solver converged.
+# Test images with their probabilities, and what is read of the network: the learned prior over its depth.
 proba = clf.predict_proba(X[some])
 shown = np.r_[np.flatnonzero(proba.argmax(1) == y[some])[:5], np.flatnonzero(proba.argmax(1) != y[some])[:3]]
-fig = plt.figure(figsize=(11, 4), layout="constrained")
-left, right = fig.subfigures(1, 2, width_ratios=[2, 1])
+fig = plt.figure(figsize=(13, 4), layout="constrained")
+left, right = fig.subfigures(1, 2, width_ratios=[8, 5])
 axes = left.subplots(2, 8, squeeze=False, height_ratios=[1, 3])
 for i, (image_ax, bar_ax) in zip(shown, axes.T, strict=False):
     image_ax.imshow(X[some][i].reshape(8, 8), cmap="gray_r")
@@ -81,15 +81,12 @@ for i, (image_ax, bar_ax) in zip(shown, axes.T, strict=False):
     bar_ax.barh(np.arange(10), proba[i], color=colors)
     bar_ax.set(xlim=(0, 1), xticks=[0, 1], yticks=range(10), ylim=(9.5, -0.5))
 left.suptitle("Test images and predicted probabilities (last three: errors)")
-ax = right.subplots()
-ax.semilogy(clf.residual_norms_, marker="o")
-ax.axhline(clf.tol, color="tab:gray", linestyle="--", label="tol")
-ax.set(xlabel="iteration", ylabel="relative gradient")
-ax.legend()
-right.suptitle("From the head's own solution: the gradient\nmay rise while the objective falls", fontsize=11)
+PriorDisplay.from_estimator(clf, ax=right.subplots(), name="")
+right.suptitle("What the model reads of the network")
 path = Path(sys.argv[0]).parent / "output" / "quickstart.png"
 path.parent.mkdir(exist_ok=True)
 fig.savefig(path, dpi=120)
 print(f"figure              {os.path.relpath(path)}")
 
 assert accuracy > probe_accuracy + 0.03, "LQF should be clearly above the linear probe"
+assert clf.prior_["last"] < 0.5, "digits are far from photographs: most should be read from the layers before the last"

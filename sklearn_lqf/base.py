@@ -209,7 +209,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         self.noise_variance_ = solution.noise
         self.solver_ = solution.method
         self.tangent_layers_ = reader.tangent_layers
-        self._set_course(solution.n_iter, solution.residual_norms, solution.status)
+        n_iter = 1 if solution.status is None else solution.n_iter
+        self._set_course(n_iter, solution.residual_norms, solution.status)
 
     def _set_course(self, n_iter: int, residual_norms: Any, status: Any) -> None:
         self.n_iter_ = n_iter

@@ -38,6 +38,7 @@ class LQFClassifier(ClassifierMixin, LQFBase):
     Parameters
     ----------
     <network parameters>
+    <model parameter>
     prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
         Prior variances of the groups of features. ``"leave-one-out"``: those with the smallest squared leave-one-out
         error, under a hyper-prior that expects as much of the last features as of all statistics of layers together.

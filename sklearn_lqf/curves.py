@@ -17,6 +17,11 @@ from sklearn.utils.validation import check_is_fitted
 __all__ = ["ConvergenceDisplay", "PriorDisplay", "RegularizationPathDisplay", "check_estimator", "pyplot"]
 
 _TOL_GID = "sklearn_lqf.tol"  # marks the line of tol, which displays on one Axes share
+# Label and color of each kind of features: those of several models can be compared.
+_KINDS = {
+    "last": ("last features", "tab:blue"), "tangents": ("local tangents", "tab:orange"),
+    "deviation": ("deviations", "tab:green"), "directions": ("tangents along directions", "tab:red"),
+}  # fmt: skip
 
 
 class ConvergenceDisplay:
@@ -129,9 +134,16 @@ class ConvergenceDisplay:
         ------
         TypeError
             The estimator is of another kind.
+        ValueError
+            Its solution is in closed form.
         """
         pyplot("ConvergenceDisplay.from_estimator")
         check_estimator(cls, estimator, "residual_norms_", "tol")
+        if not len(estimator.residual_norms_):
+            raise ValueError(
+                "ConvergenceDisplay needs a solver that iterates, but this solution is in closed form: fit with "
+                "solver='pcg' to see its convergence."
+            )
         name = type(estimator).__name__ if name is None else name
         display = cls(residual_norms=estimator.residual_norms_, tol=estimator.tol, estimator_name=name)
         return display.plot(ax, **line_kw)
@@ -346,27 +358,29 @@ class PriorDisplay:
             The display itself.
         """
         plt = pyplot("PriorDisplay.plot")
-        kinds: dict[str, dict[str, float]] = {"last": {}, "tangents": {}, "deviation": {}, "directions": {}}
-        for group, share in self.prior.items():
-            place, _, kind = group.rpartition(" ")
-            kinds[kind if place else "last"][place or group] = float(share)
+        kinds = _by_kind(self.prior)
         places = list(dict.fromkeys(group.rpartition(" ")[0] or group for group in self.prior))
         if ax is None:
-            ax = plt.subplots(figsize=(6.4, 1.2 + 0.3 * len(places)), layout="constrained")[1]
-        at, before = np.arange(len(places)), np.zeros(len(places))
+            ax = plt.subplots(figsize=(6.4, 1.4 + 0.3 * len(places)), layout="constrained")[1]
+        before = np.zeros(len(places))
         self.bars_ = {}
         for kind, found in kinds.items():
             if found:
-                widths = np.array([found.get(place, 0.0) for place in places])
-                label = "last features" if kind == "last" else kind
-                self.bars_[kind] = ax.barh(at, widths, left=before, **{"label": label, **bar_kw})
-                before += widths
-        ax.set_yticks(at, places)
+                label, color = _KINDS[kind]
+                rows, widths = [places.index(place) for place in found], np.array(list(found.values()))
+                style = {"label": label, "color": color, **bar_kw}
+                self.bars_[kind] = ax.barh(rows, widths, left=before[rows], **style)
+                before[rows] += widths
+        ax.set_yticks(range(len(places)), places)
         if not ax.yaxis_inverted():
             ax.invert_yaxis()
-        title = self.estimator_name if name is None else name
-        ax.set(xlabel="Share of the prior variance of an output", ylabel="Last module of the stage", title=title or "")
-        ax.legend()
+        ax.set(xlabel="Share of the prior variance of an output", ylabel="Last module of the stage")
+        # Above the bars, which may be anywhere; the title makes room for it.
+        ax.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1), borderaxespad=0.1, ncols=len(self.bars_), frameon=False,
+            fontsize="small", handlelength=1, columnspacing=1.2,
+        )  # fmt: skip
+        ax.set_title((self.estimator_name if name is None else name) or "", pad=24)
         self.ax_, self.figure_ = ax, ax.figure
         return self
 
@@ -394,11 +408,27 @@ class PriorDisplay:
         ------
         TypeError
             The estimator is of another kind.
+        ValueError
+            It was fitted with ``model="paper"``, which has no prior of groups.
         """
         pyplot("PriorDisplay.from_estimator")
         check_estimator(cls, estimator, "prior_")
+        if not estimator.prior_:
+            raise ValueError("PriorDisplay needs groups of features, which model='paper' does not have.")
         name = type(estimator).__name__ if name is None else name
         return cls(prior=estimator.prior_, estimator_name=name).plot(ax, **bar_kw)
+
+
+def _by_kind(prior: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Shares by kind of features, and by stage."""
+    kinds: dict[str, dict[str, float]] = {kind: {} for kind in _KINDS}
+    for group, share in prior.items():
+        place, _, kind = group.rpartition(" ")
+        kind = kind if place else "last"
+        if kind not in kinds:
+            raise ValueError(f"prior names {group!r}, which is neither 'last' nor ends in one of {list(kinds)[1:]}.")
+        kinds[kind][place or group] = float(share)
+    return kinds
 
 
 def _alphas_searched(estimator: Any) -> tuple[np.ndarray, np.ndarray, float | None, str]:

@@ -69,10 +69,6 @@ class Group:
         dist.broadcast_object_list(found, 0, device=self._device)
         return cast(T, found[0])
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true on any process."""
-        return flag if self.size == 1 else bool(self.all_reduce(torch.tensor(float(flag))))
-
     def together(self, function: Callable[..., T], *args: Any) -> T:
         """The value of ``function(*args)``; when it raises on one process, an error on all instead of a wait.
 

@@ -59,6 +59,8 @@ n_directions : int, default=8
 sketch_size : int or None, default=16
     For ``tangents="network"``: the gradient of a layer's weight is projected to a matrix of this many rows and columns.
     None: exact gradients, for small networks.
+"""
+_MODEL_PARAMETER = """
 model : {"groups", "paper"}, default="groups"
     ``"groups"``: features in groups with a learned prior, see Notes. ``"paper"``: one change of all linearized weights,
     shared by all classes, at a random head, as Achille et al. have it; see the page on the method.
@@ -142,7 +144,7 @@ solver_ : str
 tangent_layers_ : list of str
     Names of the layers with tangents along directions; with ``model="paper"`` of the modules that are linearized.
 n_iter_ : int
-    Iterations of the solver; 0 of a closed form.
+    Iterations of the solver; 1 of a closed form, which is one step of Newton's method.
 residual_norms_ : ndarray of shape (n_iter_ + 1,)
     Relative norm of the gradient before the first and after each iteration; empty for a closed form.
 converged_ : bool
@@ -156,7 +158,8 @@ def with_shared_parameters(cls: Class) -> Class:
     """Fill in what the docstring of an estimator shares with the others."""
     text = inspect.cleandoc(cls.__doc__ or "")
     for name, shared in (
-        ("network parameters", _NETWORK_PARAMETERS), ("fit parameters", _FIT_PARAMETERS), ("attributes", _ATTRIBUTES),
+        ("network parameters", _NETWORK_PARAMETERS), ("model parameter", _MODEL_PARAMETER),
+        ("fit parameters", _FIT_PARAMETERS), ("attributes", _ATTRIBUTES),
     ):  # fmt: skip
         text = text.replace(f"<{name}>", shared.strip())
     cls.__doc__ = f"{text}\n"

@@ -300,7 +300,10 @@ class Problem:
         fits = closed_form_fits(len(features), features.shape[1], recipe.budget)
         if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
             return factorize(features, weights, recipe.budget)
-        return EstimatedForm(features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter)
+        return EstimatedForm(
+            features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter,
+            multiplicity=torch.from_numpy(self.multiplicity),
+        )  # fmt: skip
 
     def _blocks(self, variances: np.ndarray) -> list[Block]:
         """Of the preconditioner: a group, or a sketch of one layer, each."""

@@ -28,6 +28,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
     Parameters
     ----------
     <network parameters>
+    <model parameter>
     prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
         As in `LQFClassifier`.
     alpha : float or "auto", default="auto"

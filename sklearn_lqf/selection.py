@@ -36,6 +36,8 @@ class LQFClassifierCV(LQFClassifier):
     Parameters
     ----------
     <network parameters>
+    prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
+        As in `LQFClassifier`.
     alphas : array-like of float, default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
         Penalties to choose from, positive, each once, in the units of the ``alpha`` of `LQFClassifier`.
     cv : int, cross-validation generator, iterable or None, default=None
@@ -44,8 +46,6 @@ class LQFClassifierCV(LQFClassifier):
     scoring : str, callable or None, default=None
         A scorer as in scikit-learn, of predictions for images left out. None: the accuracy of folds, and the negative
         squared error of leave-one-out.
-    prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
-        As in `LQFClassifier`.
     class_weight : dict, "balanced" or None, default=None
         As in `LQFClassifier`.
     <fit parameters>

@@ -12,19 +12,18 @@ PACKAGE = ROOT / "sklearn_lqf"
 
 # From the bottom to the top. A module imports only from rows above its own.
 LAYERS = [
-    {"threads", "depthwise"},
-    {"images", "offline", "progress", "preprocessing"},
-    {"activations", "surgery", "cut", "cache", "distributed", "header"},
+    {"threads", "depthwise", "sketch", "solvers", "prior", "ridge"},
+    {"images", "offline", "progress", "preprocessing", "header", "reference"},
+    {"activations", "surgery", "cut", "cache", "distributed", "readout", "kfac"},
     {"weights", "versions", "stages", "reader"},
-    {"backbones", "readout", "archive"},
+    {"backbones", "archive"},
     {"tangents"},
     {"graph"},
     {"linearize"},
-    {"kfac", "solvers", "head"},
-    {"objective", "model"},
-    {"kernel", "problem"},
-    {"influence", "forgetting", "parameters"},
-    {"uncertainty", "certificate", "persistence", "serving", "inputs"},
+    {"features", "prepared", "objective"},
+    {"problem"},
+    {"model", "paper", "answers", "parameters"},
+    {"persistence", "serving", "inputs"},
     {"base"},
     {"classifier", "regressor"},
     {"selection"},
@@ -33,7 +32,7 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 # Linear algebra: these import no other module of the package and no library of images, networks or estimators.
-PURE = {"depthwise", "kfac", "solvers", "head"}
+PURE = {"depthwise", "kfac", "prior", "ridge", "sketch", "solvers"}
 PURE_LIBRARIES = {"numpy", "scipy", "torch"}
 
 MODULES = sorted(path.stem for path in PACKAGE.rglob("*.py"))

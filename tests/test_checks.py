@@ -8,9 +8,9 @@ from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
 # The number of checks that apply to each, which must not fall unseen.
 ESTIMATORS = {
     "classifier": (LQFClassifier(), 55),
-    "sgd": (LQFClassifier(solver="sgd"), 55),
-    "others": (LQFClassifier(damping=0.0, target_scale=15.0, negative_slope=0.1, tangent_layers="all"), 55),
-    "partial_fit": (LQFClassifier(store_data=True), 56),
+    "others": (LQFClassifier(tangents="both", tangent_layers="all", negative_slope=0.1, store_data=True), 56),
+    "iterative": (LQFClassifier(solver="pcg", prior="equal"), 55),
+    "paper": (LQFClassifier(model="paper"), 55),
     "cv": (LQFClassifierCV(alphas=[0.1, 1.0], cv=2), 55),
     "leave one out": (LQFClassifierCV(alphas=[0.1, 1.0], store_data=True), 56),
     "regressor": (LQFRegressor(store_data=True), 50),

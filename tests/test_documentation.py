@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import sklearn_lqf
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-SLOW = {"README.md", "docs/influence.md"}  # more than ten seconds on one thread
+SLOW = {"README.md", "docs/guide.md"}  # more than ten seconds on one thread
 BLOCKS_MIN = 12  # of Python in all pages, that run: fewer would mean that they are no longer found
 
 _FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=fence) *$", re.M | re.S)
@@ -137,12 +138,41 @@ def test_table_of_layers_has_every_module_with_a_summary(conf):
     assert not [name for name, summary in rows if not summary]
 
 
-def test_legend_is_that_of_the_code():
+def _section(page: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_legend_names_what_is_in_the_code():
+    rows = re.findall(r"^\| \S.*? \| `(\w+)\.([\w.]+)` \|", _section("method.md", "Legend"), re.M)
+    assert len(rows) > 15
+    for module, path in rows:
+        value, *names = path.split(".")
+        owner = getattr(importlib.import_module(f"sklearn_lqf.{module}"), value)
+        for name in names:  # attributes of instances are annotated, or described
+            described = re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)* :", owner.__doc__ or "", re.M)
+            set_by_init = f"self.{name} = " in inspect.getsource(owner)
+            assert hasattr(owner, name) or described or set_by_init, f"{module}.{path}"
+
+
+def test_legend_has_the_letters_of_the_prior():
+    from sklearn_lqf import prior
+
+    letters = re.findall(r"^    (\S+(?:, \S+)?) {2,}\S.*? {2,}(\([\w, ]+\)) {2,}", prior.__doc__ or "", re.M)
+    rows = re.findall(r"^\| (\S.*?) \| `[^`]+` \| (.*?) \|", _section("method.md", "Legend"), re.M)
+    shapes = {symbol: shape for symbols, shape in rows for symbol in symbols.split(", ")}
+    assert len(letters) > 3
+    for symbols, shape in letters:
+        assert {shapes[symbol] for symbol in symbols.split(", ")} == {shape}
+
+
+def test_legend_of_the_papers_model_is_that_of_the_code():
     from sklearn_lqf import objective
 
     rows = re.findall(r"^(\S+) +``([^`]+)``", objective.__doc__ or "", re.M)
-    legend = (DOCS / "method.md").read_text(encoding="utf-8").partition("## Formulas")[0]
     assert rows
+    legend = _section("method.md", "The paper's model").partition("| what |")[0]
     assert re.findall(r"^\| (\S+) \| `([^`]+)` \|", legend, re.M) == rows
 
 

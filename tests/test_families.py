@@ -1,4 +1,4 @@
-"""Networks of torchvision really run: randomly initialized, fitted for one iteration."""
+"""Networks of torchvision really run: randomly initialized, fitted to a few images."""
 
 import warnings
 
@@ -17,16 +17,11 @@ CONVOLUTIONAL = [
 TRANSFORMERS = ["vit_b_16", "swin_t"]
 
 
-def fit_one_iteration(backbone, tangent_layers, size):
+def fit(backbone, size, **parameters):
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
-    clf = LQFClassifier(
-        backbone, weights=None, tangent_layers=tangent_layers, max_iter=1, tol=0, random_state=0, device="cpu"
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # one iteration
-        clf.fit(X, [0, 1, 0, 1])
-    assert clf.n_iter_ == 1
+    clf = LQFClassifier(backbone, weights=None, device="cpu", **parameters)
+    clf.fit(X, [0, 1, 0, 1])
     assert np.isfinite(clf.coef_).all()
     assert np.any(clf.coef_ != 0)
     assert np.isfinite(clf.decision_function(X)).all()
@@ -34,19 +29,27 @@ def fit_one_iteration(backbone, tangent_layers, size):
 
 
 @pytest.mark.parametrize("backbone", CONVOLUTIONAL + TRANSFORMERS)
-def test_last_stage(backbone):
-    clf = fit_one_iteration(backbone, 1, 224 if backbone in TRANSFORMERS else 64)
-    head = 2 * (clf._model.split.n_features + 1)
-    assert clf.n_parameters_ > head
+def test_groups(backbone):
+    """Every family has groups of features beside the last ones; layers without backward passes, and with."""
+    clf = fit(backbone, 224 if backbone in TRANSFORMERS else 64, tangents="both", tangent_layers=1, n_directions=2)
+    names = list(clf.prior_)
+    assert names[-1] == "last"
+    for kind in ("tangents", "deviation", "directions"):
+        assert any(name.endswith(f" {kind}") for name in names), names
+    assert clf.tangent_layers_
+    assert sum(clf.prior_.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("backbone", CONVOLUTIONAL)
-def test_all_layers(backbone):
-    everything = fit_one_iteration(backbone, "all", 64)
-    assert everything.n_parameters_ > 2 * (everything._model.split.n_features + 1)
+def test_all_layers_of_the_papers_model(backbone):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # one iteration
+        clf = fit(backbone, 64, model="paper", tangent_layers="all", max_iter=1, tol=0)
+    assert clf.n_iter_ == 1
+    assert clf.coef_.size > 2 * (clf._model.network.split.n_features + 1)  # more than the head
 
 
 def test_two_heads_are_refused():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="head_dist"):
-        fit_one_iteration("timm:deit_tiny_distilled_patch16_224", 1, 224)
+        fit("timm:deit_tiny_distilled_patch16_224", 224)

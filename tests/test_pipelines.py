@@ -20,7 +20,6 @@ from sklearn.model_selection import (
     StratifiedKFold,
     TunedThresholdClassifierCV,
     cross_validate,
-    learning_curve,
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -77,17 +76,6 @@ def test_column_of_paths_equals_arrays(fitted, table):
         assert np.array_equal(pipeline.fit(table, Y).decision_function(table), expected)
         pipeline = clone(pipeline).set_output(transform="pandas")
         assert np.array_equal(pipeline.fit(table, Y).decision_function(table), expected)
-
-
-def test_column_transformer_puts_pixels_beside_numbers(table):
-    both = make_column_transformer(
-        (ImageReader(2, raveled=True), ["path"]),
-        (StandardScaler(), ["length", "weight"]),
-        verbose_feature_names_out=False,
-    ).set_output(transform="pandas")
-    frame = both.fit_transform(table)
-    assert list(frame.columns) == [*(f"pixel_{i}_{j}_{k}" for i, j, k in np.ndindex(2, 2, 3)), "length", "weight"]
-    assert np.array_equal(frame.iloc[:, :12], ImageReader(2, raveled=True).transform(X))
 
 
 def test_stacking_of_images_and_a_table(fitted, table):
@@ -154,13 +142,17 @@ def test_bagging_of_raveled_images(table):
 
 
 def test_halving_search(table):
-    for parameters in ({"min_resources": 18}, {"resource": "max_iter", "max_resources": 64}):
+    for resource, options in (
+        ({"min_resources": 18}, {}),
+        ({"resource": "max_iter", "max_resources": 64}, {"solver": "pcg"}),
+    ):
         search = HalvingGridSearchCV(
-            classifier(), {"alpha": [1e-2, 1e6]}, factor=2, cv=StratifiedKFold(2), random_state=0, **parameters
-        ).fit(list(table["path"]), Y)
+            classifier(**options), {"alpha": [1e-2, 1e6]}, factor=2, cv=StratifiedKFold(2), scoring="neg_log_loss",
+            random_state=0, **resource,
+        ).fit(list(table["path"]), Y)  # fmt: skip
         assert search.n_iterations_ == 2
         assert search.best_params_["alpha"] == 1e-2
-        assert search.score(TEST, LABELS) > 0.9
+        assert (search.predict(TEST) == LABELS).mean() > 0.9
 
 
 def test_cross_validation_with_several_scorers():
@@ -172,22 +164,6 @@ def test_cross_validation_with_several_scorers():
         assert found["test_roc_auc_ovr"][k] > 0.9
         loss = log_loss(Y[held_out], clf.predict_proba(X[held_out]))
         assert found["test_neg_log_loss"][k] == pytest.approx(-loss)
-
-
-def test_learning_curve():
-    sizes, train, test = learning_curve(
-        classifier(),
-        X,
-        Y,
-        train_sizes=[3, 18],
-        cv=StratifiedKFold(2, shuffle=True, random_state=0),
-        shuffle=True,
-        random_state=4,
-    )
-    assert list(sizes) == [3, 18]
-    assert train.min() > 0.9
-    assert test[1].mean() > 0.9
-    assert test[1].mean() >= test[0].mean()
 
 
 def test_thresholds():

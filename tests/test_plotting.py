@@ -20,11 +20,11 @@ from sklearn.preprocessing import StandardScaler
 from test_docstrings import IGNORED
 
 from sklearn_lqf import LQFClassifier, LQFRegressor, curves, plotting
-from sklearn_lqf.plotting import ConvergenceDisplay, InfluenceDisplay, RegularizationPathDisplay
+from sklearn_lqf.plotting import ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay
 
 X, Y = make_images(15)
 NEW_X, NEW_Y = make_images(3, seed=1)
-DISPLAYS = [ConvergenceDisplay, InfluenceDisplay, RegularizationPathDisplay]
+DISPLAYS = [ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def closed():
 
 
 def classifier(**parameters) -> LQFClassifier:
-    return LQFClassifier(tiny_net(), **{"tangent_layers": "head", "tol": 1e-6, **parameters})
+    return LQFClassifier(tiny_net(), **{"solver": "pcg", "tol": 1e-6, **parameters})
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,55 @@ def test_solvers_are_compared_on_one_axes(clf):
 
 def test_convergence_without_names_has_no_legend():
     assert ConvergenceDisplay(residual_norms=[1, 0.1]).plot().ax_.get_legend() is None
+
+
+def test_a_closed_form_has_no_convergence():
+    with pytest.raises(ValueError, match="solver='pcg'"):
+        ConvergenceDisplay.from_estimator(classifier(solver="auto").fit(X, Y))
+
+
+# ------------------------------------------------------------------------------------------------------------- prior
+
+
+def test_prior_is_drawn_over_the_depth(clf):
+    display = PriorDisplay.from_estimator(clf, linewidth=2)
+    ax = display.ax_
+    assert display.prior is clf.prior_ and display.figure_ is ax.figure
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["block1.1", "block2.1", "last"]
+    assert ax.yaxis_inverted()  # the first stage at the top
+    drawn, ends = {}, {}
+    for kind, bars in display.bars_.items():
+        for bar in bars:
+            row = round(bar.get_y() + bar.get_height() / 2)
+            drawn[("block1.1", "block2.1", "last")[row], kind] = bar.get_width()
+            assert bar.get_x() == pytest.approx(ends.get(row, 0.0))  # bars of a stage do not overlap
+            ends[row] = bar.get_x() + bar.get_width()
+            assert bar.get_linewidth() == 2
+    assert sum(ends.values()) == pytest.approx(1)
+    expected = {(name.rpartition(" ")[0] or "last", name.rpartition(" ")[2]): v for name, v in clf.prior_.items()}
+    assert drawn == pytest.approx(expected)
+    assert ax.get_title() == "LQFClassifier"
+    assert texts(ax.get_legend()) == ["last features", "local tangents", "deviations"]
+
+
+def test_bars_are_under_no_legend_and_within_the_axes():
+    prior = {"a tangents": 0.3, "a deviation": 0.3, "b deviation": 0.1, "b directions": 0.2, "last": 0.1}
+    display = PriorDisplay(prior=prior).plot(name="one")
+    display.figure_.canvas.draw()
+    ax, legend = display.ax_, display.ax_.get_legend().get_window_extent()
+    assert not legend.overlaps(ax.title.get_window_extent())
+    for bars in display.bars_.values():
+        assert not any(legend.overlaps(bar.get_window_extent()) for bar in bars)
+    assert ax.get_xlim()[1] > 0.6
+    other = PriorDisplay(prior={"last": 1.0}).plot(ax, color="k")
+    assert other.ax_ is ax and ax.yaxis_inverted()
+
+
+def test_what_is_no_prior_of_groups():
+    with pytest.raises(ValueError, match=r"'a mode'.*'tangents'"):
+        PriorDisplay(prior={"a mode": 1.0}).plot()
+    with pytest.raises(ValueError, match="model='paper'"):
+        PriorDisplay.from_estimator(LQFClassifier(tiny_net(), model="paper", tangent_layers="head").fit(X, Y))
 
 
 # --------------------------------------------------------------------------------------------------------- influence
@@ -189,7 +238,7 @@ def test_mixed_and_large_images_are_made_smaller(monkeypatch):
 
 def test_other_numbers_of_channels_are_averaged():
     rows = np.concatenate([X, X[..., :2]], 3)
-    clf = LQFClassifier(tiny_net(channels=5), tangent_layers="head", preprocessing={"mean": 0.5, "std": 0.5})
+    clf = LQFClassifier(tiny_net(channels=5), preprocessing={"mean": 0.5, "std": 0.5})
     clf.fit(rows, Y)
     display = InfluenceDisplay.from_estimator(clf, rows, Y, rows[0], n_images=1)
     assert_allclose(shown(display)[0], rows[0].mean(2) / 255, atol=1e-6)
@@ -197,7 +246,7 @@ def test_other_numbers_of_channels_are_averaged():
 
 def test_regressor_with_several_targets():
     targets = np.c_[X.mean((1, 2, 3)), X.std((1, 2, 3))]
-    reg = LQFRegressor(tiny_net(), tangent_layers="head").fit(X, targets)
+    reg = LQFRegressor(tiny_net()).fit(X, targets)
     display = InfluenceDisplay.from_estimator(reg, X, targets, X[0], targets[0], n_images=1)
     assert display.ax_.get_title().endswith(f"label {targets[0, 0]:.3g}, {targets[0, 1]:.3g}")
     with pytest.raises(ValueError, match="give y_test"):

@@ -56,7 +56,6 @@ CASES = {
     "plain": ({}, Y, False, [None, hits, certainty]),
     "scorers": ({}, Y, False, ["balanced_accuracy", "roc_auc_ovr", "neg_log_loss"]),
     "balanced": ({"class_weight": "balanced", "views": BOTH_VIEWS}, Y, True, [hits]),
-    "weights of classes": ({"class_weight": {"ant": 1.0, "bee": 2.0, "cow": 0.5}}, Y, False, [None, hits]),
     "two classes": ({"prior": "evidence"}, np.where(Y == "cow", "ant", Y), False, ["roc_auc", hits]),
     "labels": ({"prior": {"last": 2.0, "block2.1 tangents": 1.0}}, LABELS, False, [None, hits, certainty]),
     "directions": ({"tangents": "both"}, Y, True, [certainty]),
@@ -127,31 +126,24 @@ def test_weights_are_multiplicities_also_in_scores(scoring):
         assert not np.allclose(scores[0], scores[2])
 
 
-def test_rows_without_a_weight_are_in_no_fold():
-    weights = np.where(np.arange(N) % 6 == 1, 0.0, WEIGHTS)
-    found = search(cv=2, scoring=hits).fit(X, Y, weights)
-    expected = search(cv=2, scoring=hits).fit(X[weights > 0], Y[weights > 0], weights[weights > 0])
-    for key, value in expected.cv_results_.items():
-        np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
-
-
-@pytest.mark.parametrize("masks", [False, True])
-def test_folds_that_are_given_count_rows_without_a_weight(masks):
+@pytest.mark.parametrize("kind", ["splitter", "indices", "masks"])
+def test_rows_without_a_weight_are_in_no_fold(kind):
+    """Splitters count the rows that have one, folds that are given count all."""
     weights, place = np.where(np.arange(N) % 6 == 1, 0.0, WEIGHTS), np.arange(N) % 2
-    parts = [(place != k, place == k) for k in (0, 1)]
-    if not masks:
-        parts = [tuple(map(np.flatnonzero, part)) for part in parts]
-    found = search(cv=parts, scoring=hits).fit(X, Y, weights)
     kept = weights > 0
-    rest = [(np.flatnonzero(place[kept] != k), np.flatnonzero(place[kept] == k)) for k in (0, 1)]
-    expected = search(cv=rest, scoring=hits).fit(X[kept], Y[kept], weights[kept])
+
+    def folds(place: np.ndarray):
+        parts = [(place != k, place == k) for k in (0, 1)]
+        return {"splitter": 2, "masks": parts, "indices": [tuple(map(np.flatnonzero, part)) for part in parts]}[kind]
+
+    found = search(cv=folds(place), scoring=hits).fit(X, Y, weights)
+    expected = search(cv=folds(place[kept]), scoring=hits).fit(X[kept], Y[kept], weights[kept])
     for key, value in expected.cv_results_.items():
         np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
     with pytest.raises(IndexError):
         search(cv=[(np.arange(N), [N])]).fit(X, Y, weights)
-    gone = np.flatnonzero(weights == 0)
     with pytest.raises(ValueError, match="Fold 0 of cv has"):
-        search(cv=[(np.setdiff1d(np.arange(N), gone), gone)]).fit(X, Y, weights)
+        search(cv=[(np.flatnonzero(kept), np.flatnonzero(~kept))]).fit(X, Y, weights)
 
 
 def test_given_folds_do_not_outlive_their_rows():
@@ -251,15 +243,12 @@ def test_attributes(cv):
     assert model.score(X, Y) > 0.5
 
 
-def test_among_equal_scores_the_first_wins():
+def test_among_equal_scores_the_first_wins_and_nan_is_last():
     model = search(cv=2, scoring=lambda *_: 0.5).fit(X, Y)
     assert (model.best_index_, model.best_alpha_) == (0, ALPHAS[0])
     assert model.cv_results_["rank_test_score"].tolist() == [1, 1, 1]
-
-
-def test_a_score_that_is_nan_ranks_last():
     scores = iter([1.0, np.nan, 2.0])
-    model = search(tol=1e-2, scoring=lambda *_: next(scores)).fit(X, Y)
+    model = search(scoring=lambda *_: next(scores)).fit(X, Y)
     assert model.best_index_ == 2
     assert model.cv_results_["rank_test_score"].tolist() == [2, 3, 1]
 
@@ -296,19 +285,14 @@ def test_forgetting_and_adding_choose_again(cv):
 BAD_PARAMETERS = {
     "no penalty": ({"alphas": []}, "alphas must be some different numbers"),
     "one number": ({"alphas": 1.0}, "alphas must be"),
-    "two axes": ({"alphas": [[1.0, 2.0]]}, "alphas must be"),
     "twice": ({"alphas": [1.0, 2, 1]}, "different"),
     "negative": ({"alphas": [1.0, -1.0]}, r"Each of alphas must be a number > 0, got -1\.0"),
-    "zero": ({"alphas": [0.0]}, "Each of alphas"),
     "nan": ({"alphas": [np.nan]}, "Each of alphas"),
-    "infinite": ({"alphas": [1.0, np.inf]}, "Each of alphas"),
     "text": ({"alphas": ["auto"]}, "auto"),
     "one fold": ({"cv": 1}, "at least one train/test split"),
-    "text for folds": ({"cv": "five"}, "cv"),
     "no fold": ({"cv": iter([])}, "yields no folds"),
     "unknown scorer": ({"scoring": "acuracy"}, "acuracy"),
     "no score": ({"scoring": lambda *_: np.nan}, "nan for each of alphas"),
-    "what all have": ({"tol": -1}, "tol"),
 }
 
 
