@@ -49,7 +49,10 @@ def costs_table(rows: Rows) -> str:
     }  # fmt: skip
     found = [[name, *(f"{r['fits'][key]:.2f}" for r in chosen)] for key, name in names.items()]
     found.append(["one fit, seconds", *(f"{r['seconds']['fit']:.1f}" for r in chosen)])
-    heads = [f"{r['dataset']}, {r['n']} images" for r in chosen]
+    memory = [f"{r['host_bytes'] / 2**20:.0f}" if "host_bytes" in r else "" for r in chosen]
+    found.append(["memory of all of it, MiB", *memory])
+    classes = [f" of {r['n_classes']} classes" if "n_classes" in r else "" for r in chosen]
+    heads = [f"{r['dataset']}, {r['n']} images{c}" for r, c in zip(chosen, classes, strict=True)]
     return table(["in units of a fit", *heads], found)
 
 

@@ -29,7 +29,7 @@ from scipy.stats import norm
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
-from speed import peak_memory
+from speed import in_own_process, peak_memory
 
 from sklearn_lqf import LQFClassifier, LQFRegressor
 
@@ -148,7 +148,8 @@ def costs(X: np.ndarray, codes: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def many() -> dict[str, Any]:
-    """The same once, for many images of many classes: a pattern for each class, and noise."""
+    """The same once, for many images of many classes: a pattern for each class, and noise. In its own process."""
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     patterns = rng.random((MANY_CLASSES, MANY_SIZE // 4, MANY_SIZE // 4, 3)).repeat(4, 1).repeat(4, 2)
     y = np.arange(MANY + N_QUERIES) % MANY_CLASSES
@@ -212,7 +213,7 @@ def main() -> None:
                 row = {"section": section, "dataset": dataset, "split": seed, "image_size": size}
                 keep(row | measure(X, codes, seed))
     if "many" in args.only and ("many", "synthetic", 0) not in done:
-        keep({"section": "many", "dataset": "synthetic", "split": 0, "image_size": MANY_SIZE} | many())
+        keep({"section": "many", "dataset": "synthetic", "split": 0, "image_size": MANY_SIZE} | in_own_process(many))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         found.update(f"{len(name)}:{name}{value.dtype}{tuple(value.shape)}".encode())
-        found.update(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
+        if value.numel():
+            found.update(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
     return found.hexdigest()
 
 

@@ -38,7 +38,7 @@ class LQFClassifierCV(LQFClassifier):
     <network parameters>
     prior : {"leave-one-out", "evidence", "equal", "last"}, dict or array-like, default="leave-one-out"
         As in `LQFClassifier`.
-    alphas : array-like of float, default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    alphas : array-like of float, default=(1e-05, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
         Penalties to choose from, positive, each once, in the units of the ``alpha`` of `LQFClassifier`.
     cv : int, cross-validation generator, iterable or None, default=None
         Folds, as in scikit-learn, of the images with a positive weight; an iterable counts all rows of X. None:
@@ -107,7 +107,7 @@ class LQFClassifierCV(LQFClassifier):
         n_directions: int = 8,
         sketch_size: int | None = 16,
         prior: Any = "leave-one-out",
-        alphas: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        alphas: Sequence[float] = (1e-05, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         cv: Any = None,
         scoring: Any = None,
         class_weight: Any = None,
