@@ -238,7 +238,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             shape = (backbone.in_channels, *rows.size)
         layers = self.tangent_layers if self.model == "paper" or self._reads_directions() else "head"
-        local = self.model == "groups" and self.tangents in ("local", "both")
+        alone = isinstance(self.prior, str) and self.prior == "last"
+        local = self.model == "groups" and self.tangents in ("local", "both") and not alone
         return PreparedNetwork(backbone, shape, layers, float(self.negative_slope), local, preprocessing, dtype, device)
 
     def _fit_paper(

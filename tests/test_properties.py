@@ -31,7 +31,7 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-CHEAP, FITS = settings(max_examples=150), settings(max_examples=25)
+CHEAP, FITS = settings(max_examples=100), settings(max_examples=12)
 
 
 def tiny(channels: int = 3) -> nn.Module:
@@ -469,12 +469,12 @@ def labels(X: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 CASES: dict[str, tuple[Callable, Callable | None, Any, list[int], float]] = {
     "vectors": (vectors, None, LQFClassifier(), [SOME, MANY], 1e-6),
-    "balanced": (vectors, None, LQFClassifier(class_weight="balanced"), [SOME, MANY], 1e-6),
-    "one variance": (vectors, None, LQFClassifier(prior="equal", alpha=0.3), [SOME, MANY], 1e-6),
+    "balanced": (vectors, None, LQFClassifier(class_weight="balanced"), [SOME], 1e-6),
+    "one variance": (vectors, None, LQFClassifier(prior="equal", alpha=0.3), [SOME], 1e-6),
     "evidence": (vectors, None, LQFClassifier(prior="evidence"), [MANY], 1e-6),  # of few copies it has no bound
     "targets": (vectors, target, LQFRegressor(), [SOME, MANY], 1e-6),
-    "labels": (vectors, labels, LQFClassifier(), [SOME, MANY], 1e-6),
-    "folds": (vectors, None, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME, MANY], 1e-6),
+    "labels": (vectors, labels, LQFClassifier(), [SOME], 1e-6),
+    "folds": (vectors, None, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
     "images": (noise, None, LQFClassifier(tiny_net(), dtype="float32"), [SOME, MANY], 1e-4),
     "directions": (noise, None, LQFClassifier(tiny_net(), tangents="both", dtype="float32"), [SOME], 1e-4),
 }

@@ -9,7 +9,6 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
-from test_influence import jacobian
 
 from sklearn_lqf import LQFClassifier, LQFRegressor
 
@@ -19,38 +18,39 @@ Y = X[:, :6, :6, 0].mean((1, 2)) + RNG.normal(0, 5, 20)  # of the order of 100
 TWO = np.c_[Y, 1e-3 * X[:, 6:, :6, 1].mean((1, 2))]
 LABELS = (np.c_[X[:, :6, :6, 0].mean((1, 2)), X[:, :6, 6:, 1].mean((1, 2)), X[:, 6:, :6, 2].mean((1, 2))] > 100) * 1
 WEIGHTS = np.where(np.arange(20) % 5 == 1, 2.0, np.where(np.arange(20) % 7 == 3, 0.0, 1.0))
-OPTIONS = {"dtype": "float64", "tol": 1e-12, "max_iter": 1000, "batch_size": 7}
+OPTIONS = {"dtype": "float64", "batch_size": 7}
 
 
 def regressor(**parameters) -> LQFRegressor:
     return LQFRegressor(tiny_net(), **{**OPTIONS, **parameters})
 
 
-def least_squares(model, values: np.ndarray, weights: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Outputs for new images of the explicit least squares solution, by the dense Jacobian."""
-    mean = weights @ values / weights.sum()
-    unit = model._unit
-    keep = weights > 0
-    rows = jacobian(model, X[keep])
-    t, s = ((values - mean) / unit)[keep], weights[keep]
-    h = np.einsum("n,ncp,ncq->pq", s, rows, rows) + model.alpha_ * np.eye(rows.shape[2])
-    d = np.linalg.solve(h, np.einsum("n,ncp,nc->p", s, rows, t))
-    return mean + unit * (jacobian(model, new) @ d)
+def least_squares(model, values, weights, new, without=None) -> np.ndarray:
+    """Outputs for new images of scikit-learn's ridge regression on the scaled features, without one image of a row."""
+    theta = [model.prior_[group.name] / model.alpha_ for group in model._model.reader.groups]
+    root = np.sqrt(np.repeat(theta, [group.size for group in model._model.reader.groups]))
+    numbers = np.maximum(weights, weights > 0)  # of images that a row stands for
+    s = weights * (numbers.sum() / weights.sum())
+    if without is not None and weights[without]:
+        s[without] *= 1 - 1 / numbers[without]
+    return Ridge(1.0).fit(model.features(X) * root, values, s).predict(model.features(new) * root)
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["equal", "weighted"])
 @pytest.mark.parametrize("y", [Y, TWO], ids=["one", "two"])
-def test_predictions_equal_least_squares(y, weights):
+def test_predictions_equal_ridge_regression(y, weights):
     model = regressor().fit(X, y, weights)
     s = np.ones(20) if weights is None else weights
     new = make_images(5, seed=1)[0]
-    expected = least_squares(model, y.reshape(20, -1), s, new).reshape(5, *y.shape[1:])
-    np.testing.assert_allclose(model.predict(new), expected, rtol=1e-8)
     assert model.predict(new).shape == (5, *y.shape[1:])
+    np.testing.assert_allclose(model.predict(new), least_squares(model, y, s, new), rtol=1e-8)
     mean = np.average(y, axis=0, weights=s)
-    np.testing.assert_allclose(model.intercept_, np.atleast_1d(mean))
+    np.testing.assert_allclose(model.intercept_, np.atleast_1d(mean))  # features have mean zero
     np.testing.assert_allclose(
         model.target_scale_, np.sqrt(np.atleast_1d(np.average((y - mean) ** 2, axis=0, weights=s)))
+    )
+    np.testing.assert_allclose(
+        model.predict(new).reshape(5, -1), model.features(new) @ model.coef_.T + model.intercept_, rtol=1e-9
     )
 
 
@@ -61,11 +61,16 @@ def test_units_and_origin_of_y_do_not_matter():
     assert other.alpha_ == pytest.approx(model.alpha_, rel=1e-9)
 
 
-def test_head_only_equals_ridge():
-    model = regressor(tangent_layers="head").fit(X, Y)
-    features = np.c_[model.features(X), np.ones(20)]  # the bias has the penalty of the weights
-    ridge = Ridge(model.alpha_, fit_intercept=False).fit(features, Y - Y.mean())
-    np.testing.assert_allclose(model.predict(X), Y.mean() + ridge.predict(features), rtol=1e-8)
+@pytest.mark.parametrize("prior", ["equal", "last"])
+def test_a_prior_that_is_given(prior):
+    model = regressor(prior=prior, alpha=0.1).fit(X, Y)
+    assert model.alpha_ == pytest.approx(0.1)
+    ends = np.cumsum([group.size for group in model._model.reader.groups])
+    names = [group.name for group in model._model.reader.groups]
+    columns = slice(None) if prior == "equal" else slice(0, ends[names.index("last")])
+    features = model.features(X)[:, columns] / np.sqrt(len(names) if prior == "equal" else 1)
+    assert names[0] == "last"
+    np.testing.assert_allclose(model.predict(X), Ridge(0.1).fit(features, Y).predict(features), rtol=1e-8)
 
 
 def test_column_and_row_of_targets():
@@ -80,9 +85,7 @@ def test_leave_one_out_and_influence_are_in_the_units_of_y():
     assert effect.shape == (2, 20, 2)
     before = model.predict(X[:2])
     for i in (0, 1, 6):
-        without = WEIGHTS.copy()
-        without[i] -= min(1.0, without[i])
-        f = least_squares(model, TWO, without, X[[i, 0, 1]])
+        f = least_squares(model, TWO, WEIGHTS, X[[i, 0, 1]], without=i)
         np.testing.assert_allclose(held_out[i], f[0], rtol=1e-7)
         np.testing.assert_allclose(effect[:, i], f[1:] - before, rtol=1e-5, atol=1e-9)
         expected = ((f[1:] - TWO[:2]) ** 2).sum(1) - ((before - TWO[:2]) ** 2).sum(1)
@@ -92,13 +95,42 @@ def test_leave_one_out_and_influence_are_in_the_units_of_y():
     assert one.leave_one_out(X, Y).shape == (20,)
 
 
+@pytest.mark.parametrize("y", [Y, TWO], ids=["one", "two"])
+def test_predictive_deviation(y):
+    """Against Bayesian linear regression on the scaled features."""
+    model = regressor(store_data=True).fit(X, y)
+    new = make_images(5, seed=1)[0]
+    mean, std = model.predict(new, return_std=True)
+    assert mean.shape == std.shape == (5, *y.shape[1:])
+    np.testing.assert_array_equal(mean, model.predict(new))
+    theta = [model.prior_[group.name] / model.alpha_ for group in model._model.reader.groups]
+    root = np.sqrt(np.repeat(theta, [group.size for group in model._model.reader.groups]))
+    phi, phi_new = (np.c_[model.features(Z) * root, np.ones(len(Z))] for Z in (X, new))
+    inverse = np.linalg.inv(phi.T @ phi + np.diag(np.append(np.ones(len(root)), 0)))  # of free intercept
+    t = ((y - y.mean(0)) / y.std(0)).reshape(20, -1)
+    noise = np.trace(t.T @ (t - phi @ inverse @ phi.T @ t)) / (19 * t.shape[1])
+    assert model.noise_variance_ == pytest.approx(noise, rel=1e-8)
+    variance = ((phi_new @ inverse) * phi_new).sum(1)
+    expected = np.sqrt(noise * (1 + variance))[:, None] * np.atleast_1d(y.std(0))
+    np.testing.assert_allclose(std.reshape(5, -1), expected, rtol=1e-8)
+
+
+def test_updates_equal_a_fit():
+    model = regressor(store_data=True).fit(X[:12], TWO[:12]).partial_fit(X[12:], TWO[12:])
+    np.testing.assert_allclose(model.predict(X), regressor().fit(X, TWO).predict(X), rtol=1e-6)
+    model.forget([0, 5])
+    rest = np.delete(np.arange(20), [0, 5])
+    np.testing.assert_allclose(model.predict(X), regressor().fit(X[rest], TWO[rest]).predict(X), rtol=1e-6)
+    np.testing.assert_allclose(regressor(store_data=True).partial_fit(X, Y).predict(X), regressor().fit(X, Y).predict(X))
+
+
 def test_in_scikit_learn():
-    model = make_pipeline(FunctionTransformer(np.ascontiguousarray), regressor(tol=1e-3))
+    model = make_pipeline(FunctionTransformer(np.ascontiguousarray), regressor())
     assert model.fit(X, Y).score(X, Y) > 0.9
-    assert cross_val_score(regressor(tol=1e-3), X, Y, cv=4).mean() > 0.3
-    search = GridSearchCV(regressor(tol=1e-3), {"alpha": [1e-2, 1.0]}, cv=2).fit(X, Y)
+    assert cross_val_score(regressor(), X, Y, cv=4).mean() > 0.3
+    search = GridSearchCV(regressor(), {"alpha": [1e-2, 10.0]}, cv=2).fit(X, Y)
     assert search.best_params_["alpha"] == 1e-2
-    assert clone(regressor()).get_params()["tol"] == 1e-12
+    assert clone(regressor()).get_params()["batch_size"] == 7
 
 
 def test_bad_targets():
@@ -126,12 +158,13 @@ def classifier(**parameters) -> LQFClassifier:
     return LQFClassifier(tiny_net(), **{**OPTIONS, **parameters})
 
 
-@pytest.mark.parametrize("parameters", [{}, {"target_scale": 15.0}, {"views": ("identity", "flip")}])
+@pytest.mark.parametrize("parameters", [{}, {"views": ("identity", "flip")}, {"tangents": "both"}])
 def test_several_labels(parameters):
     model = classifier(**parameters).fit(X, LABELS)
-    if "views" not in parameters:
-        expected = least_squares(model, LABELS.astype(float), np.ones(20), X)
-        np.testing.assert_allclose(model.decision_function(X) + 0.5, expected, atol=1e-8)
+    theta = [model.prior_[group.name] / model.alpha_ for group in model._model.reader.groups]
+    features = model.features(X) * np.sqrt(np.repeat(theta, [group.size for group in model._model.reader.groups]))
+    expected = Ridge(1.0).fit(features, LABELS).predict(features)
+    np.testing.assert_allclose(model.decision_function(X) + 0.5, expected, atol=1e-8)
     np.testing.assert_array_equal(model.predict(X), model.decision_function(X) > 0)
     probabilities = model.predict_proba(X)
     assert probabilities.shape == LABELS.shape
