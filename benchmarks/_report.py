@@ -366,6 +366,9 @@ def draw_robustness() -> None:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=8)
+    counts = [4**i for i in range(1, 7)]
+    axes[1].set_xticks(counts, [str(c) for c in counts])
+    axes[1].minorticks_off()
     axes[0].set_ylabel("test accuracy, %")
     fig.suptitle("TrashNet, 20 images a class", fontsize=10)
     fig.savefig(IMAGES / "robustness.png", dpi=110)

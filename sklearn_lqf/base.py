@@ -22,7 +22,7 @@ from .cache import Fingerprint, TrunkCache, memory_budget
 from .distributed import ALONE, Group, default_group
 from .inputs import Inputs, evaluate_rows, select_rows, standardize_vectors
 from .model import FeatureReader, GroupedModel
-from .paper import fit_paper
+from .paper import PaperModel, fit_paper
 from .persistence import PersistenceMixin
 from .prepared import PreparedNetwork, choose_device, ordinary_arithmetic
 from .problem import Problem, Recipe, StoredData, TrainingRows
@@ -253,7 +253,11 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
             return activations(select_rows(inputs, keep[start:stop]))
 
         def report(number: int, residual: float, x: Tensor) -> bool:
-            return progress.iteration(number, residual, lambda: {"coef_": x.cpu().numpy()})
+            def attributes() -> dict[str, Any]:
+                model = PaperModel.at(network, seed, self._paper_unit(unit), x)
+                return {"_model": model, "coef_": model.coef}
+
+            return progress.iteration(number, residual, attributes)
 
         # Its outputs for the training images know their labels; those of the ridge regression without the image do not.
         reader = FeatureReader.draw(network, 0, None, seed, ("identity",))
@@ -511,7 +515,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
                 features, digests = self._evaluate(self._model.reader, inputs, keep)
             rows = TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy())
         weights = self._weigh_classes(rows.targets, rows.given)
-        if Fingerprint.of(torch.from_numpy(rows.digests), rows.targets, weights) != self._fingerprint:
+        digests = torch.tensor(rows.digests)  # a copy: arrays of joblib may be read-only
+        if Fingerprint.of(digests, rows.targets, weights) != self._fingerprint:
             raise ValueError(
                 "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
                 "any order."

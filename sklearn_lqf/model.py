@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .features import Group, GroupFeatures, draw_directions
-from .prepared import PreparedNetwork
+from .prepared import PREPARED_OTHERWISE, PreparedNetwork
 from .problem import Solution
 
 __all__ = ["FeatureReader", "GroupedModel"]
@@ -112,7 +112,13 @@ class FeatureReader:
 
     def _build(self) -> GroupFeatures:
         network = self.network
-        directions, scales = torch.from_numpy(self.directions), torch.from_numpy(self.scales)
+        if len(self.scales) != len(network.split.parts):
+            raise ValueError(
+                f"The model reads {len(self.scales)} parts of features, and the network has "
+                f"{len(network.split.parts)}. {PREPARED_OTHERWISE}"
+            )
+        # Copies: arrays of joblib may be read-only.
+        directions, scales = torch.tensor(self.directions), torch.tensor(self.scales)
         example = network.example_activations()
         return GroupFeatures(network.split, directions, self.sketch_size, self.seed, example, scales)
 
@@ -141,6 +147,14 @@ class GroupedModel:
     solution: Solution
     unit: np.ndarray
 
+    def __post_init__(self) -> None:
+        columns = sum(group.size for group in self.reader.groups)
+        if len(self.solution.weight) != columns:
+            raise ValueError(
+                f"The model has weights on {len(self.solution.weight)} features, and the network gives {columns}. "
+                f"{PREPARED_OTHERWISE}"
+            )
+
     @property
     def network(self) -> PreparedNetwork:
         """What evaluates images."""
@@ -158,7 +172,8 @@ class GroupedModel:
 
     def outputs(self, features: np.ndarray) -> np.ndarray:
         """f(x) in the units of y, (n, C), for raw features (n, D)."""
-        return features @ self.weight + self.bias
+        with np.errstate(invalid="ignore", over="ignore"):  # callers say which rows are not finite
+            return features @ self.weight + self.bias
 
     def evaluator(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
         """Images (B, ...) to outputs (B, C); trunk activations are kept in a joblib.Memory, or None of them."""
@@ -170,6 +185,7 @@ class GroupedModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.__post_init__()
 
 
 def __getattr__(name: str) -> Any:

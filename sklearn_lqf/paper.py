@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import TrunkCache
 from .linearize import LinearizedNetwork, full_precision
 from .objective import Quadratic, build_kfac
-from .prepared import PreparedNetwork
+from .prepared import PREPARED_OTHERWISE, PreparedNetwork
 from .prior import Rows, scale_prior
 from .solvers import Callback, SolverResult, Status, pcg, sgd
 
@@ -53,10 +53,22 @@ class PaperModel:
     coef: np.ndarray
     unit: np.ndarray
 
+    @classmethod
+    def at(cls, network: PreparedNetwork, seed: int, unit: np.ndarray, d: Tensor) -> PaperModel:
+        """The network with the head that `fit_paper` draws by a seed, and a change d of its weights."""
+        head = _random_head(len(unit), network.split.n_features, torch.Generator().manual_seed(seed))
+        return cls(network, head, d.cpu().numpy(), np.asarray(unit, dtype=np.float64))
+
     @cached_property
     def linearized(self) -> LinearizedNetwork:
         """The network with its head."""
-        return _linearized(self.network, self.head)
+        found = _linearized(self.network, self.head)
+        if self.coef.shape != (found.n_parameters,):
+            raise ValueError(
+                f"The model has a change of shape {self.coef.shape}, and the network {found.n_parameters} linearized "
+                f"weights. {PREPARED_OTHERWISE}"
+            )
+        return found
 
     def evaluator(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
         """Images to outputs in the units of y.

@@ -25,7 +25,7 @@ from .features import Standardization
 from .header import decode, encode
 from .model import FeatureReader, GroupedModel
 from .paper import PaperModel
-from .prepared import PREPARED_OTHERWISE, PreparedNetwork, choose_device
+from .prepared import PreparedNetwork, choose_device
 from .preprocessing import Preprocessing
 from .problem import Recipe, Solution, StoredData, TrainingRows
 from .versions import __version__, installed_versions
@@ -148,7 +148,7 @@ def _signature(cls: type) -> dict[str, inspect.Parameter]:
 def _header(estimator: Any, include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the file says, in JSON; tensors are collected."""
     parameters = estimator.get_params(deep=False)
-    kept = {k: v for k, v in vars(estimator).items() if k not in parameters and k not in _APART}
+    kept = {k: v for k, v in vars(estimator).items() if _is_fitted(k) and k not in parameters and k not in _APART}
     stored = getattr(estimator, "_stored", None)
     backbone = parameters["backbone"]
     return {
@@ -164,6 +164,11 @@ def _header(estimator: Any, include_backbone: bool, tensors: dict[str, Tensor]) 
         "stored": None if stored is None else encode(_stored_fields(stored), "stored", tensors),
         "stored_backbone": stored is not None and stored.backbone is not None,
     }
+
+
+def _is_fitted(name: str) -> bool:
+    """Whether an attribute is a result of fit, by its name."""
+    return (name.endswith("_") or name.startswith("_")) and not name.startswith("__")
 
 
 def _stored_fields(stored: StoredData) -> dict[str, Any]:
@@ -284,7 +289,7 @@ def _without_network(cls: Any, header: Mapping[str, Any], tensors: Mapping[str, 
     if unknown:
         raise ValueError(f"{cls.__name__} cannot take the parameters {unknown} from a file")
     attributes = {k: decode(v, tensors) for k, v in header["attributes"].items()}
-    foreign = [k for k in attributes if not (k.endswith("_") or k.startswith("_")) or k.startswith("__") or k in _APART]
+    foreign = [k for k in attributes if not _is_fitted(k) or k in _APART]
     if foreign:
         raise ValueError(f"{foreign} are no fitted attributes")
     estimator = cls(**parameters, device=device)
@@ -357,15 +362,11 @@ def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> Pr
 def _model(network: PreparedNetwork, fields: dict[str, Any]) -> GroupedModel | PaperModel:
     """The fitted model of a network."""
     if fields["kind"] == "paper":
-        return PaperModel(network, fields["head"], fields["coef"], fields["unit"])
+        paper = PaperModel(network, fields["head"], fields["coef"], fields["unit"])
+        _ = paper.linearized  # which is compared with the weights
+        return paper
     reader = FeatureReader(network, **fields["reader"])
     solution = Solution(Standardization(**fields["standardization"]), **fields["solution"])
-    columns = sum(group.size for group in reader.groups)
-    if len(solution.weight) != columns:
-        raise ValueError(
-            f"the model has weights on {len(solution.weight)} features, and the network gives {columns}. "
-            f"{PREPARED_OTHERWISE}"
-        )
     return GroupedModel(reader, solution, fields["unit"])
 
 

