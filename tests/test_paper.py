@@ -35,7 +35,7 @@ NOISY = TARGETS + 1.5 * np.random.default_rng(0).standard_normal((N, C))  # for 
 def prepared(tangent_layers=1, dtype: torch.dtype = F64) -> PreparedNetwork:
     backbone = load_backbone(tiny_net(), "auto")
     return PreparedNetwork(
-        backbone, (3, 12, 12), tangent_layers, negative_slope=0.0, read_stages=False, read_inputs=False,
+        backbone, (3, 12, 12), tangent_layers, negative_slope=0.0, read_stages=False,
         preprocessing=backbone.preprocessing, dtype=dtype, device=CPU,
     )  # fmt: skip
 
