@@ -169,9 +169,20 @@ def ratio_of_seconds(cells: Cells, other: str) -> list[float]:
     return [float(np.mean(a) / np.mean(b)) for a, b in pairs if a and b]
 
 
+def gain_of_tangents() -> dict[tuple[str, int], float]:
+    """The default less the same without the means of the layers' inputs, by cell of the study."""
+    path = RESULTS / "study.json"
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in json.loads(path.read_text()).get("groups", []) if path.exists() else []:
+        if row["per_class"] >= _MANY:
+            gain = row["accuracy"]["default"] - row["accuracy"]["without tangents"]
+            found[row["dataset"], row["per_class"]].append(gain / 100)
+    return {place: float(np.mean(gains)) for place, gains in found.items()}
+
+
 def summary_table(cells: Cells) -> str:
     version1, ridge, nft = (differences(cells, "lqf", m) for m in ("version1", "ridge", "nft"))
-    tangents = differences({k: c for k, c in cells.items() if k[1] >= _MANY}, "lqf", "lqf-no-tangents")
+    tangents = gain_of_tangents()
     rows = [
         *mean_row("LQF minus version 0.1, points", version1, "+0.7"),
         *mean_row("LQF minus version 0.1, folders near to ImageNet", near(version1), "+2.0"),

@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--datasets", nargs="+", default=[*NEAR, *FAR])
-    parser.add_argument("--methods", nargs="+", default=["ridge", "logistic", "lqf", "lqf-no-tangents", "nft"])
+    parser.add_argument("--methods", nargs="+", default=["ridge", "logistic", "lqf", "nft"])
     parser.add_argument("--backbone", default=BACKBONE)
     parser.add_argument("--per-class", nargs="+", type=int, default=list(PER_CLASS))
     parser.add_argument("--splits", type=int, default=2)
