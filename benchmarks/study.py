@@ -28,7 +28,7 @@ from sklearn_lqf.prior import Rows, learn_prior, scale_prior
 from sklearn_lqf.ridge import RowForm
 
 RESULTS = Path(__file__).parent / "results" / "study.json"
-BACKBONE, SPLITS, N_TEST, PRIOR_ROWS = "efficientnet_lite0", 2, 1000, 500
+BACKBONE, N_TEST, PRIOR_ROWS = "efficientnet_lite0", 1000, 500
 DIRECTIONS, SKETCH = 8, 16
 # name -> (criterion, a-priori variance of the last features over that of all other statistics, deviation of its log)
 PRIORS = {
@@ -112,22 +112,22 @@ def chosen_groups(names: list[str], kinds: Sequence[str]) -> list[int]:
     return [i for i, name in enumerate(names) if name.rpartition(" ")[2] in kinds]
 
 
-def splits(data: Dataset, counts: Sequence[int]) -> Any:
+def splits(data: Dataset, counts: Sequence[int], n_splits: int) -> Any:
     """(images a class, number, rows of training and then test images, number of training images)."""
     for per_class in counts:
         if per_class >= np.bincount(data.codes).min():
             continue
-        for number in range(SPLITS):
+        for number in range(n_splits):
             train, test = split(data.codes, per_class, number)
             test = np.random.default_rng(0).permutation(test)[:N_TEST]
             yield per_class, number, np.concatenate([train, test]), len(train)
 
 
-def study_prior(data: Dataset) -> list[dict[str, Any]]:
+def study_prior(data: Dataset, n_splits: int) -> list[dict[str, Any]]:
     """Ways to learn the prior of all groups of the default, beside the probe and equal variances."""
     reader = FeatureReader.draw(data.network("head"), 0, SKETCH, 0, ("identity",))
     features, rows = data.read(reader), []
-    for per_class, number, chosen, n in splits(data, (5, 10, 30)):
+    for per_class, number, chosen, n in splits(data, (5, 10, 30), n_splits):
         task = Task(features[chosen], reader.groups, data.codes[chosen], n)
         everything = range(len(task.names))
         found = {"last features alone": task.accuracy(chosen_groups(task.names, ("last",)), fixed)}
@@ -137,7 +137,7 @@ def study_prior(data: Dataset) -> list[dict[str, Any]]:
     return rows
 
 
-def study_groups(data: Dataset) -> list[dict[str, Any]]:
+def study_groups(data: Dataset, n_splits: int) -> list[dict[str, Any]]:
     """What is read, with the default prior."""
     network = data.network("head")
     reader = FeatureReader.draw(network, 0, SKETCH, 0, ("identity",))
@@ -145,7 +145,7 @@ def study_groups(data: Dataset) -> list[dict[str, Any]]:
     along = FeatureReader.draw(data.network(1), DIRECTIONS, SKETCH, 0, ("identity",))
     views, plain = data.read(mirrored), data.read(along)
     rows = []
-    for per_class, number, chosen, n in splits(data, (10, 30, 80)):
+    for per_class, number, chosen, n in splits(data, (10, 30, 80), n_splits):
         task = Task(plain[chosen], along.groups, data.codes[chosen], n)
         both = Task(views[chosen], reader.groups, data.codes[chosen], n)
 
@@ -165,7 +165,7 @@ def study_groups(data: Dataset) -> list[dict[str, Any]]:
     return rows
 
 
-def study_directions(data: Dataset) -> list[dict[str, Any]]:
+def study_directions(data: Dataset, n_splits: int) -> list[dict[str, Any]]:
     """Directions of network tangents of the last stage, beside last features and deviations."""
     network = data.network(1)
     drawn = FeatureReader.draw(network, DIRECTIONS, SKETCH, 0, ("identity",))
@@ -177,7 +177,7 @@ def study_directions(data: Dataset) -> list[dict[str, Any]]:
         return FeatureReader(network, directions.numpy(), SKETCH, 0, drawn.scales)
 
     rows = []
-    for per_class, number, chosen, n in splits(data, (30,)):
+    for per_class, number, chosen, n in splits(data, (30,), n_splits):
         phi = torch.from_numpy(plain[chosen[:n], :last]).double()
         codes = data.codes[chosen]
         isotropic = torch.randn(DIRECTIONS, last, generator=generator, dtype=torch.float64) / last**0.5
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS))
     parser.add_argument("--datasets", nargs="+", default=[*NEAR, *FAR])
+    parser.add_argument("--splits", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmark": "study", "backbone": BACKBONE}
@@ -239,7 +240,10 @@ def main() -> None:
         for name in args.datasets:
             if any(row["dataset"] == name for row in rows):
                 continue
-            rows += [{"dataset": name, **row} for row in SECTIONS[section](Dataset(name, args.data_dir, BACKBONE))]
+            rows += [
+                {"dataset": name, **row}
+                for row in SECTIONS[section](Dataset(name, args.data_dir, BACKBONE), args.splits)
+            ]
             if section == "prior" and len({row["dataset"] for row in rows}) > 1:
                 report["prior, left out"] = left_out(rows)
             write_report(RESULTS, report, "cpu")
