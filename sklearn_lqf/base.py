@@ -203,6 +203,9 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         total = solution.variances.sum()
         shares = {group.name: float(v / total) for group, v in zip(reader.groups, solution.variances, strict=True)}
         self.prior_ = {name: shares[name] for name in reader.names_by_depth()}
+        ends = np.cumsum(reader.sizes)
+        starts = zip(reader.groups, ends, strict=True)
+        self.groups_ = {group.name: (int(end) - group.size, int(end)) for group, end in starts}
         self.alpha_ = float(1 / total)
         self.coef_ = solution.weight.T * unit[:, None]
         self.intercept_ = solution.intercept * unit
@@ -279,7 +282,7 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         self._fingerprint = Fingerprint.of(digests, targets, weights)
         self.alpha_, self.coef_ = fitted.relative_alpha, fitted.model.coef
         self.intercept_, self.solver_ = np.zeros(targets.shape[1]), solver
-        self.prior_, self.noise_variance_ = {}, float("nan")
+        self.prior_, self.groups_, self.noise_variance_ = {}, {}, float("nan")
         self.tangent_layers_ = sorted({name.rpartition(".")[0] for name in network.split.tangent})
         result = fitted.result
         self._set_course(result.n_iter, result.residual_norms, result.status)
@@ -352,8 +355,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         Returns
         -------
         features : ndarray of shape (n, n_features)
-            What ``coef_`` multiplies: the groups of ``prior_`` side by side, each of mean squared norm 1 on the
-            training images.
+            What ``coef_`` multiplies: the groups side by side, each of mean squared norm 1 on the training images;
+            ``groups_`` has the columns of each.
         """
         return self._grouped("features").solution.standardization(self._raw_features(self._read_new_data(X)))
 

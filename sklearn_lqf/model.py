@@ -84,6 +84,11 @@ class FeatureReader:
         """Of the columns of the features."""
         return self._built.groups
 
+    @property
+    def sizes(self) -> list[int]:
+        """Columns of each group."""
+        return self._built.sizes
+
     def names_by_depth(self) -> list[str]:
         """Names of the groups, first stage first, the last features last."""
         order = {stage: i for i, stage in enumerate(self.network.split.stages)}

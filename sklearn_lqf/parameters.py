@@ -128,6 +128,8 @@ image_shape_ : tuple of int or None
     (H, W, C) of one image as given; None for vectors.
 prior_ : dict of str to float
     Share of each group of features in the prior variance of an output, in the order of their depth.
+groups_ : dict of str to (int, int)
+    First column of each group of features, and the one behind its last, as `features` and ``coef_`` have them.
 alpha_ : float
     Variance of noise over the prior variance of an output: ``alpha``, or what ``"auto"`` chose.
 coef_ : ndarray of shape (n_outputs, n_features)
