@@ -75,7 +75,9 @@ def grouped(network: PreparedNetwork, n_directions=2, size: int | None = 4, view
 def paper(network: PreparedNetwork, moved=True) -> PaperModel:
     rng = np.random.default_rng(0)
     head, unit = rng.normal(size=(C, network.split.n_features)), np.array([1.0, 2.0, 3.0])
-    size = PaperModel(network, head, np.empty(0), unit).linearized.n_parameters
+    tangent = set(network.split.tangent)
+    body = sum(p.numel() for name, p in network.split.tail.named_parameters() if name in tangent)
+    size = body + head.size + C
     coef = 0.1 * rng.normal(size=size)
     if not moved:
         coef[: -head.size - C] = 0
