@@ -136,9 +136,9 @@ def test_vectors(dtype):
 
 @pytest.mark.filterwarnings("ignore:.*cannot be traced")
 def test_untraced_network():
-    network = prepared(built(Branching).eval())
+    network, plain = (prepared(built(Branching).eval(), read=read) for read in (True, False))
     assert not network.split.traced
-    for model in (grouped(network), grouped(network, 0), paper(network)):
+    for model in (grouped(network), grouped(network, 0), paper(plain)):
         wanted = expected(model, IMAGES) if isinstance(model, GroupedModel) else model.evaluator(None)(IMAGES)
         assert_outputs(to_module(model)(IMAGES), wanted)
 
