@@ -25,10 +25,6 @@ IMAGES = ROOT / "docs" / "images"
 METHODS = {
     "ridge": "ridge probe", "logistic": "logistic probe", "version1": "version 0.1", "nft": "fine-tuning", "lqf": "LQF",
 }  # fmt: skip
-VARIANTS = {
-    "lqf-no-tangents": "`tangents=None`", "lqf-network-tangents": '`tangents="both"`',
-    "lqf-evidence": '`prior="evidence"`', "lqf-mirrored": '`views=("identity", "flip")`',
-}  # fmt: skip
 NEAR = {
     "monkeys": "monkeys", "caltech101": "Caltech, 20 classes", "grocery": "groceries", "intelscenes": "Intel scenes"
 }  # fmt: skip
@@ -60,12 +56,12 @@ def label(dataset: str) -> str:
     return DATASETS[folder] + (f", classes {pair.replace('+', ' and ')}" if pair else "")
 
 
-def read_cells() -> Cells:
+def read_cells(folder: str = "accuracy") -> Cells:
     """All rows that were measured."""
     cells: Cells = defaultdict(lambda: defaultdict(dict))
-    for path in sorted((RESULTS / "accuracy").glob("*.json")):
+    for path in sorted((RESULTS / folder).glob("*.json")):
         report = json.loads(path.read_text())
-        if report["method"] not in METHODS | VARIANTS or folder_of(report["dataset"]) not in DATASETS:
+        if report["method"] not in METHODS or folder_of(report["dataset"]) not in DATASETS:
             continue
         for row in report["rows"]:
             cells[report["dataset"], row["per_class"]][report["method"]][row["split"]] = row
@@ -96,15 +92,8 @@ def by_cell(cells: Cells, shown: dict[str, str], entry: Callable[[Cell, str], st
     return table(["data", "images a class", *(shown[m] for m in methods)], rows)
 
 
-def accuracy_table(cells: Cells) -> str:
-    return by_cell(cells, METHODS, lambda cell, m: mean_and_error(values(cell, m, "accuracy")))
-
-
-def variants_by_cell(cells: Cells) -> str:
-    chosen = {k: c for k, c in cells.items() if any(v in c for v in VARIANTS)}
-    return by_cell(
-        chosen, {"lqf": "LQF"} | VARIANTS, lambda cell, m: mean_and_error(values(cell, m, "accuracy"))
-    )  # fmt: skip
+def accuracy_table(cells: Cells, methods: Sequence[str] = tuple(METHODS)) -> str:
+    return by_cell(cells, {m: METHODS[m] for m in methods}, lambda cell, m: mean_and_error(values(cell, m, "accuracy")))
 
 
 def seconds_table(cells: Cells) -> str:
@@ -203,23 +192,6 @@ def summary_table(cells: Cells) -> str:
             what = f"seconds of a fit over those of {METHODS[method]}, median and largest"
             rows.append([what, f"{np.median(found):.2f}, {max(found):.2f}", ""])
     return table(["", "measured", "target"], rows)
-
-
-def variants_table(cells: Cells) -> str:
-    """LQF with other settings less LQF at its defaults."""
-    rows = []
-    for method, name in VARIANTS.items():
-        found = differences(cells, method, "lqf")
-        if not found:
-            continue
-        far = {k: v for k, v in found.items() if k not in near(found)}
-        cost = [float(np.mean(values(cells[k], method, "fit_cpu_seconds"))) for k in found]
-        base = [float(np.mean(values(cells[k], "lqf", "fit_cpu_seconds"))) for k in found]
-        shares = [points(part.values()) if part else "" for part in (found, near(found), far)]
-        extremes = [f"{100 * f(found.values()):+.1f}" for f in (min, max)]
-        rows.append([name, str(len(found)), *shares, *extremes, f"{np.median(np.divide(cost, base)):.2f}"])
-    header = ["setting", "cells", "mean difference, points", "near", "far", "lowest", "highest", "seconds over default"]
-    return table(header, rows)
 
 
 # ------------------------------------------------------------------------------------------------------- study
@@ -407,11 +379,10 @@ def main() -> None:
     cells, study = read_cells(), read("study")
     tables = {
         "accuracy": accuracy_table(cells),
+        "second-backbone": accuracy_table(read_cells("accuracy-efficientnet_lite2"), ("ridge", "lqf")),
         "summary": summary_table(cells),
         "seconds": seconds_table(cells),
         "calibration": calibration_table(cells),
-        "variants": variants_table(cells),
-        "variants-by-cell": variants_by_cell(cells),
         "study-prior": study_table(study.get("prior", []), ("last features alone", "equal variances")),
         "study-left-out": left_out_table(study),
         "study-groups": study_table(study.get("groups", []), ("default",)),

@@ -84,6 +84,16 @@ def read_task(task: str, data_dir: Path | None, size: int) -> tuple[np.ndarray, 
     return X, codes
 
 
+def two_columns(decision: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Decision values of two classes as of more, one column for each class."""
+
+    def values(F: np.ndarray) -> np.ndarray:
+        found = decision(F)
+        return found if found.ndim == 2 else np.column_stack([-found, found])
+
+    return values
+
+
 class Cell:
     """One data set at one number of images a class, with its splits."""
 
@@ -124,7 +134,7 @@ def measure(
     else:
         F = features(X, backbone)
         model = (fit_ridge if method == "ridge" else fit_logistic)(F, codes)
-        log_p_of = model.decision_function if method == "ridge" else model.predict_log_proba
+        log_p_of = two_columns(model.decision_function) if method == "ridge" else model.predict_log_proba
     extra["fit_cpu_seconds"] = time.process_time() - start
     start = time.process_time()
     inputs = cell.X[test] if method == "nft" or method in VARIANTS else features(cell.X[test], backbone)
