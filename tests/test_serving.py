@@ -232,6 +232,7 @@ def test_efficientnet_lite():
     assert_outputs(to_module(model)(images), expected(model, images), F32)
 
 
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
 @pytest.mark.parametrize("moved", [True, False])
 def test_model_of_the_paper(moved):
     model = paper(prepared(tiny_net(), slope=0.1, read=False), moved)
@@ -242,6 +243,7 @@ def test_model_of_the_paper(moved):
         assert_outputs(program(IMAGES[:n]), wanted[:n])
 
 
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
 def test_model_of_the_paper_with_layer_norm_is_exported_for_one_number_of_images():
     needs_export_of_forward_mode()
 
