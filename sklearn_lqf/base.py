@@ -243,7 +243,10 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         layers = self.tangent_layers if self.model == "paper" or self._reads_directions() else "head"
         alone = isinstance(self.prior, str) and self.prior == "last"
         local = self.model == "groups" and self.tangents in ("local", "both") and not alone
-        return PreparedNetwork(backbone, shape, layers, float(self.negative_slope), local, preprocessing, dtype, device)
+        slope = float(self.negative_slope)
+        network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, dtype, device)
+        network.check_layers(self.tangent_layers)  # also where they are not needed: a wrong name is a mistake
+        return network
 
     def _fit_paper(
         self, network: PreparedNetwork, inputs: Any, keep: np.ndarray, targets: np.ndarray, weights: np.ndarray,

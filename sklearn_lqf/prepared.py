@@ -23,6 +23,7 @@ from .graph import Split, remove_head, split_network
 from .linearize import full_precision, walker
 from .preprocessing import Preprocessing
 from .reference import reference_images
+from .stages import tangent_prefixes
 from .surgery import evaluate
 
 __all__ = ["PREPARED_OTHERWISE", "PreparedNetwork", "choose_device", "ordinary_arithmetic"]
@@ -114,6 +115,11 @@ class PreparedNetwork:
         """Two inputs of the size in use, the same at each call and without the global generator."""
         generator = torch.Generator().manual_seed(0)
         return torch.rand(2, *shape, generator=generator, dtype=dtype)
+
+    def check_layers(self, layers: Any) -> None:
+        """Raise ValueError unless layers are a value of ``tangent_layers`` for this network."""
+        dtype = next((p.dtype for p in self.source.parameters()), torch.float32)
+        tangent_prefixes(self.source, self._example(self.shape, dtype), layers)
 
     def of(self, backbone: Backbone) -> PreparedNetwork:
         """The same preparation of another backbone."""

@@ -205,8 +205,6 @@ def test_parameters(case):
     words = (
         message if message.startswith(("Each", "The size")) else f"{name}.*{message}".replace(r"device.*=", "device=")
     )
-    if name == "tangent_layers":
-        parameters |= {"tangents": "network", "prior": "leave-one-out"}
     if name in ("backbone", "class_weight", "scoring", "weights", "cv", "memory"):
         words = message  # which may begin with something else than the name
     error = TypeError if name in ("backbone", "weights", "preprocessing") else ValueError
