@@ -245,7 +245,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         local = self.model == "groups" and self.tangents in ("local", "both") and not alone
         slope = float(self.negative_slope)
         network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, dtype, device)
-        network.check_layers(self.tangent_layers)  # also where they are not needed: a wrong name is a mistake
+        if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
+            network.check_layers(self.tangent_layers)
         return network
 
     def _fit_paper(

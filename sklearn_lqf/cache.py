@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CACHES", "Fingerprint", "SharedActivations", "TrunkCache", "batch_sizes", "memory_budget", "with_smaller_batches",
+    "Fingerprint", "SharedActivations", "TrunkCache", "batch_sizes", "memory_budget", "with_smaller_batches",
 ]  # fmt: skip
 
-CACHES = ("auto", "memory", "disk", "none")
 _MEMORY_PART = 0.25  # of the memory of the machine that "auto" fills; the rest is for the solver and the user
 _DEVICE_PART = 0.5  # of the free memory of a device
 _DISK_PART = 0.5  # of the free space for temporary files
@@ -121,22 +120,6 @@ class TrunkCache(Sequence[Activations]):
         """Rows of each batch."""
         return [min(self.batch_size, self._n_rows - a) for a in range(0, self._n_rows, self.batch_size)]
 
-    def rebatched(self, batch_size: int) -> TrunkCache:
-        """The same activations in batches of another size."""
-        twin = object.__new__(TrunkCache)
-        twin.__dict__.update(self.__dict__, batch_size=batch_size)
-        return twin
-
-    def taking(self, index: Tensor) -> TrunkCache:
-        """The rows of an index (m,), each batch gathered when it is asked for."""
-
-        def gather(start: int, stop: int) -> Activations:
-            runs = _runs(index[start:stop].tolist())
-            parts = [self._rows(a, b) for a, b in runs]
-            return parts[0] if len(parts) == 1 else tuple(torch.cat(z) for z in zip(*parts, strict=True))
-
-        return TrunkCache(gather, len(index), self.batch_size, "none", lambda count: None)
-
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -154,17 +137,6 @@ class TrunkCache(Sequence[Activations]):
         if self._store is None:
             return self._evaluate(start, stop)
         return tuple(z.to(self.device, non_blocking=True) for z in self._store.rows(start, stop))
-
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive rows as (start, stop)."""
-    runs: list[tuple[int, int]] = []
-    for i in rows:
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
 
 
 def batch_sizes(batches: Sequence[Sequence[Tensor]]) -> list[int]:

@@ -61,46 +61,6 @@ def test_batches(kind):
     assert batches.kind == ("memory" if kind == "auto" else kind)
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk", "none"])
-def test_other_batches_of_the_same_activations(kind):
-    batches = made(kind)
-    assert batches.rebatched(3).sizes == [3, 3, 3, 2]
-    assert_holds_all(batches.rebatched(3))
-    assert batches.sizes == [4, 4, 3]
-
-
-SUBSETS = {
-    "a run": [3, 4, 5, 6, 7, 8],
-    "gaps": [0, 1, 4, 5, 6, 10],
-    "out of order": [7, 6, 0, 10, 2, 3],
-    "twice": [2, 2, 3, 3, 2, 9],
-    "one": [10],
-    "all": list(range(N)),
-}
-
-
-@pytest.mark.parametrize("kind", ["memory", "disk", "none"])
-@pytest.mark.parametrize("name", SUBSETS)
-def test_some_of_the_rows(kind, name):
-    index, evaluate = SUBSETS[name], Evaluate()
-    batches = made(kind, evaluate=evaluate)
-    before = evaluate.count
-    part = batches.taking(torch.tensor(index))
-    for taken, expected in ((part, index), (part.rebatched(5), index), (part.taking(torch.tensor([0])), index[:1])):
-        assert sum(taken.sizes) == len(expected)
-        for z, every in zip(map(torch.cat, zip(*taken, strict=True)), (ROWS, VECTORS), strict=True):
-            assert torch.equal(z, every[expected])
-    assert part.sizes == [len(z[0]) for z in part]
-    assert part[0][0].is_contiguous(memory_format=torch.channels_last)
-    assert kind == "none" or evaluate.count == before  # they stay where they are
-    assert_holds_all(batches)
-
-
-def test_runs():
-    assert cache._runs([]) == []
-    assert cache._runs([4, 5, 6, 2, 3, 3, 9]) == [(4, 7), (2, 4), (3, 4), (9, 10)]
-
-
 def test_auto_takes_the_first_place_with_room(monkeypatch):
     size = (24 * 4 + 8) * N
     monkeypatch.setattr(cache, "_MEMORY_PART", 0.0)
