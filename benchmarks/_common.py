@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
 import sklearn_lqf
-from sklearn_lqf.images import ImageInputs
+from sklearn_lqf.images.reading import ImageInputs
 
 SIZES = {"digits": 64}  # pixels; the others are measured at DEFAULT_SIZE
 DEFAULT_SIZE = 96

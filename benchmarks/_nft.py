@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from sklearn_lqf.backbones import load_backbone
+from sklearn_lqf.backbones.loading import load_backbone
 
 BATCH = 16
 MOMENTUM, WEIGHT_DECAY, WARM_UP = 0.9, 1e-4, 0.1

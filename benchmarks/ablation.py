@@ -29,8 +29,8 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.objective import build_kfac
-from sklearn_lqf.paper import TARGET_SCALE
+from sklearn_lqf.paper.model import TARGET_SCALE
+from sklearn_lqf.paper.objective import build_kfac
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 DATASET, PER_CLASS, SPLITS, N_TEST = "trashnet", 20, 1, 1000

@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.backbones import load_backbone
+from sklearn_lqf.backbones.loading import load_backbone
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 PER_CLASS = (5, 10, 30, 80)

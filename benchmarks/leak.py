@@ -21,8 +21,8 @@ from _common import DEFAULT_SIZE, SIZES, read_images, scores, split, write_repor
 from torch import Tensor, nn
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.activations import leaky
-from sklearn_lqf.backbones import load_backbone
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.network.activations import leaky
 
 RESULTS = Path(__file__).parent / "results" / "leak.json"
 BACKBONE, PER_CLASS, SPLITS, N_TEST = "efficientnet_lite0", 30, 2, 1000

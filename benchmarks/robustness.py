@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from _common import DEFAULT_SIZE, read_images, scores, split, write_report
 
-from sklearn_lqf import LQFClassifier, problem
-from sklearn_lqf import features as feature_groups
+from sklearn_lqf import LQFClassifier
+from sklearn_lqf.engine import features as feature_groups
+from sklearn_lqf.engine import problem
 
 RESULTS = Path(__file__).parent / "results"
 DATASET, PER_CLASS, EPOCHS = "trashnet", 20, 25

@@ -27,11 +27,11 @@ from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV
-from sklearn_lqf.backbones import load_backbone
-from sklearn_lqf.features import Group
-from sklearn_lqf.model import FeatureReader
-from sklearn_lqf.prepared import PreparedNetwork
-from sklearn_lqf.problem import Problem, Recipe, TrainingRows
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.engine.features import Group
+from sklearn_lqf.engine.fitted import FeatureReader
+from sklearn_lqf.engine.problem import Problem, Recipe, TrainingRows
+from sklearn_lqf.network.prepared import PreparedNetwork
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONE = "efficientnet_lite0"

@@ -20,12 +20,12 @@ import torch
 from _common import DEFAULT_SIZE, SIZES, read_images, split, write_report
 from accuracy import FAR, NEAR
 
-from sklearn_lqf.backbones import load_backbone
-from sklearn_lqf.features import Group, draw_directions, fit_standardization
-from sklearn_lqf.model import FeatureReader
-from sklearn_lqf.prepared import PreparedNetwork
-from sklearn_lqf.prior import Rows, learn_prior, scale_prior
-from sklearn_lqf.ridge import RowForm
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.engine.features import Group, draw_directions, fit_standardization
+from sklearn_lqf.engine.fitted import FeatureReader
+from sklearn_lqf.engine.prior import Rows, learn_prior, scale_prior
+from sklearn_lqf.engine.ridge import RowForm
+from sklearn_lqf.network.prepared import PreparedNetwork
 
 RESULTS = Path(__file__).parent / "results" / "study.json"
 BACKBONE, N_TEST, PRIOR_ROWS = "efficientnet_lite0", 1000, 500

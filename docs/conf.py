@@ -1,7 +1,7 @@
 """Sphinx's configuration; ``make docs`` builds with it. Nothing is fetched while building.
 
 What would go stale is made from the code at each build, into docs/generated: the list of public names, and the table of
-the package's layers.
+the package's rooms.
 """
 
 import ast
@@ -76,24 +76,21 @@ def api_page() -> str:
     return "\n".join(lines)
 
 
-def layers() -> list[set[str]]:
-    """Modules by layer, from the bottom to the top, as a test holds them to it."""
-    tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
-    found = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "LAYERS"]
+def rooms() -> list[str]:
+    """Folders of the package from the bottom to the top, as a test holds imports to it."""
+    tree = ast.parse((ROOT / "tests" / "project" / "test_architecture.py").read_text(encoding="utf-8"))
+    found = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "ROOMS"]
     return ast.literal_eval(found[0])
 
 
-def layer_table() -> str:
-    """Modules from the top layer to the bottom, each with what its docstring says first, in Markdown."""
-    rows = ["| layer | module | what it is |", "| --- | --- | --- |"]
-    for level, modules in reversed(list(enumerate(layers(), 1))):
-        for module in sorted(modules):
-            path = ROOT / "sklearn_lqf" / f"{module}.py"
-            if not path.exists():
-                continue
+def room_table() -> str:
+    """Modules by room from the top to the bottom, each with what its docstring says first, in Markdown."""
+    rows = ["| module | what it is |", "| --- | --- |"]
+    for room in reversed(rooms()):
+        for path in sorted((ROOT / "sklearn_lqf" / room).glob("[!_]*.py")):
             doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             summary = doc.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|").replace("``", "`")
-            rows.append(f"| {level} | [`{module}`](../sklearn_lqf/{module}.py) | {summary} |")
+            rows.append(f"| [`{room}/{path.name}`](../sklearn_lqf/{room}/{path.name}) | {summary} |")
     return "\n".join(rows) + "\n"
 
 
@@ -107,7 +104,7 @@ def _write(name: str, text: str) -> None:
 
 def _remove_stale() -> None:
     """Pages of former builds, of examples and public names that are gone: they are in no table of contents."""
-    names = {"api", "layers", *(f"sklearn_lqf.{name}" for name in sklearn_lqf.__all__)}
+    names = {"api", "rooms", *(f"sklearn_lqf.{name}" for name in sklearn_lqf.__all__)}
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")} | {"index"}
     for folder, current in ((GENERATED, names), (GENERATED.parent / "gallery", examples)):
         for path in folder.glob("*.rst"):
@@ -118,7 +115,7 @@ def _remove_stale() -> None:
 def _generate(*_: Any) -> None:
     _remove_stale()
     _write("api.rst", api_page())
-    _write("layers.txt", layer_table())
+    _write("rooms.txt", room_table())
 
 
 def _skip_foreign(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:

@@ -1,10 +1,10 @@
 """Linear Quadratic Fine-tuning of pre-trained image networks, as scikit-learn estimators."""
 
-from .classifier import LQFClassifier
-from .plotting import ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay
-from .reader import ImageReader
-from .regressor import LQFRegressor
-from .selection import LQFClassifierCV
+from .estimators.classifier import LQFClassifier
+from .estimators.displays import ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay
+from .estimators.image_reader import ImageReader
+from .estimators.regressor import LQFRegressor
+from .estimators.search import LQFClassifierCV
 from .versions import __version__, show_versions
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .offline import available_backbones, download_folder
+from .backbones.packages import available_backbones, download_folder
 
 __all__ = ["__version__", "installed_versions", "show_versions"]
 

@@ -1,0 +1,193 @@
+"""The fitted model, a value: what it reads of an image, and its weights on it.
+
+Hides in which units the solver worked, the views of an image, and what of the model is pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
+from .features import Group, GroupFeatures, draw_directions
+from .problem import Solution
+
+__all__ = ["FeatureReader", "GroupedModel"]
+
+_REFERENCES = 32  # images from whose features the directions are drawn
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """Images to raw features: a fixed function of each image.
+
+    Attributes
+    ----------
+    network : PreparedNetwork
+    directions : ndarray of shape (K, D)
+        Of the tangents, in the space of the last features; see `draw`.
+    sketch_size : int or None
+    seed : int
+        Of the sketches.
+    scales : ndarray of shape (parts,)
+        Norms of the parts of the network's features; see `draw`.
+    views : tuple of str
+        Views of an image over which features are averaged.
+    """
+
+    network: PreparedNetwork
+    directions: np.ndarray
+    sketch_size: int | None
+    seed: int
+    scales: np.ndarray
+    views: tuple[str, ...] = ("identity",)
+    _built: GroupFeatures = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_built", self._build())
+
+    @classmethod
+    def draw(
+        cls, network: PreparedNetwork, n_directions: int, sketch_size: int | None, seed: int, views: Sequence[str]
+    ) -> FeatureReader:
+        """A reader whose directions and scales are those of the network's features of reference images.
+
+        Parameters
+        ----------
+        network : PreparedNetwork
+        n_directions : int
+            K; 0: no tangents.
+        sketch_size : int or None
+            As in `features.GroupFeatures`.
+        seed : int
+        views : sequence of str
+        """
+        parts = network.split.parts
+        directions, scales = np.empty((0, parts[0].size)), np.ones(len(parts))
+        if n_directions or len(parts) > 1:
+            plain = cls(network, directions, sketch_size, seed, scales)._built
+            batches = network.reference_inputs(_REFERENCES).split(network.rows_at_once(_REFERENCES))
+            found = torch.cat([plain.network_features(network.activations(x)) for x in batches])
+            scales = plain.part_norms(found).numpy()
+            generator = torch.Generator().manual_seed(seed)
+            directions = draw_directions(found[:, : parts[0].size], n_directions, generator).numpy()
+        return cls(network, directions, sketch_size, seed, scales, tuple(views))
+
+    @property
+    def groups(self) -> list[Group]:
+        """Of the columns of the features."""
+        return self._built.groups
+
+    @property
+    def sizes(self) -> list[int]:
+        """Columns of each group."""
+        return self._built.sizes
+
+    def names_by_depth(self) -> list[str]:
+        """Names of the groups, first stage first, the last features last."""
+        order = {stage: i for i, stage in enumerate(self.network.split.stages)}
+        names = [group.name for group in self.groups]
+        return sorted(names, key=lambda name: order.get(name.rpartition(" ")[0], len(order)))
+
+    @property
+    def tangent_layers(self) -> list[str]:
+        """Names of the layers that have tangent features."""
+        return self._built.layers
+
+    def reading(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
+        """Images (B, ...) to features (B, D); trunk activations are kept in a joblib.Memory, or None of them."""
+        activations = self.network.evaluator(memory)
+
+        def read(images: Tensor) -> np.ndarray:
+            views = [images.flip(-1) if view == "flip" else images for view in self.views]
+            parts = [self._evaluate(activations(view)) for view in views]
+            total = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
+            return total.cpu().numpy()
+
+        return read
+
+    def _evaluate(self, activations: Sequence[Tensor]) -> Tensor:
+        return self._built(activations)
+
+    def _build(self) -> GroupFeatures:
+        network = self.network
+        if len(self.scales) != len(network.split.parts):
+            raise ValueError(
+                f"The model reads {len(self.scales)} parts of features, and the network has "
+                f"{len(network.split.parts)}. {PREPARED_OTHERWISE}"
+            )
+        # Copies: arrays of joblib may be read-only.
+        directions, scales = torch.tensor(self.directions), torch.tensor(self.scales)
+        example = network.example_activations()
+        return GroupFeatures(network.split, directions, self.sketch_size, self.seed, example, scales)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_built"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+
+@dataclass(frozen=True)
+class GroupedModel:
+    """f_c(x) = b_c + sum_g sqrt(theta_g) <psi_g(x), beta_gc>, for all classes from one fit.
+
+    Attributes
+    ----------
+    reader : FeatureReader
+    solution : Solution
+    unit : ndarray of shape (C,)
+        Of the solution's targets, in those of y.
+    """
+
+    reader: FeatureReader
+    solution: Solution
+    unit: np.ndarray
+
+    def __post_init__(self) -> None:
+        columns = sum(group.size for group in self.reader.groups)
+        if len(self.solution.weight) != columns:
+            raise ValueError(
+                f"The model has weights on {len(self.solution.weight)} features, and the network gives {columns}. "
+                f"{PREPARED_OTHERWISE}"
+            )
+
+    @property
+    def network(self) -> PreparedNetwork:
+        """What evaluates images."""
+        return self.reader.network
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """On raw features, in the units of y, (D, C)."""
+        return self.solution.weight / self.solution.standardization.scale[:, None] * self.unit
+
+    @cached_property
+    def bias(self) -> np.ndarray:
+        """(C,), in the units of y."""
+        return self.solution.intercept * self.unit - self.solution.standardization.shift @ self.weight
+
+    def outputs(self, features: np.ndarray) -> np.ndarray:
+        """f(x) in the units of y, (n, C), for raw features (n, D)."""
+        with np.errstate(invalid="ignore", over="ignore"):  # callers say which rows are not finite
+            return features @ self.weight + self.bias
+
+    def evaluator(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
+        """Images (B, ...) to outputs (B, C); trunk activations are kept in a joblib.Memory, or None of them."""
+        read = self.reader.reading(memory)
+        return lambda images: self.outputs(read(images))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("weight", "bias")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()

@@ -1,0 +1,346 @@
+"""From the features of the training rows to the solution: scale, prior, coefficients, and what a held-out image gets.
+
+Hides how the prior variances are chosen, on which of many rows, and which form of the solution is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backbones.loading import Backbone
+from .features import Group, Standardization, fit_standardization
+from .prior import CRITERIA, Rows, learn_prior, scale_prior
+from .ridge import Block, EstimatedForm, Factorization, closed_form_fits, factorize, leave_one_out, noise_variance
+
+__all__ = ["PRIORS", "Problem", "Recipe", "Solution", "StoredData", "TrainingRows"]
+
+PRIORS = (*CRITERIA, "equal", "last")
+_PRIOR_ROWS = 500  # from which a prior is learned: more hardly change it, and cost the cube of their number
+_PRIOR_ROWS_A_CLASS, _PRIOR_ROWS_MAX = 4, 2000  # of many classes
+_ALONG = " directions"  # ends the names of groups of tangents that take backward passes
+_DEVIATION = 1.0  # of the log of a variance under the hyper-prior: see the study in docs/accuracy.md
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a model is fitted to.
+
+    Attributes
+    ----------
+    features : ndarray of shape (n, D)
+        Not standardized.
+    targets : ndarray of shape (n, C)
+        In float64, in the units of y.
+    given : ndarray of shape (n,)
+        Positive weights as given.
+    digests : ndarray of shape (n, 16), uint8
+        Of the images.
+    """
+
+    features: np.ndarray
+    targets: np.ndarray
+    given: np.ndarray
+    digests: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def multiplicity(self) -> np.ndarray:
+        """How many identical images a row stands for, at least 1, (n,)."""
+        return np.maximum(self.given, 1.0)
+
+    def taking(self, chosen: np.ndarray) -> TrainingRows:
+        """Copies of some rows."""
+        return TrainingRows(self.features[chosen], self.targets[chosen], self.given[chosen], self.digests[chosen])
+
+    def joined(self, other: TrainingRows) -> TrainingRows:
+        """These rows, then those of another."""
+        pairs = ((getattr(self, f), getattr(other, f)) for f in ("features", "targets", "given", "digests"))
+        return TrainingRows(*(np.concatenate(pair) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """What an estimator keeps of its training images.
+
+    Attributes
+    ----------
+    rows : TrainingRows
+    vectors : ndarray of shape (n, n_features) or None
+        The rows of X, where they are vectors: their standardization changes with them.
+    backbone : Backbone or None
+        Of vectors.
+    """
+
+    rows: TrainingRows
+    vectors: np.ndarray | None = None
+    backbone: Backbone | None = None
+
+    def taking(self, chosen: np.ndarray) -> StoredData:
+        """Copies of some rows."""
+        return replace(
+            self,
+            rows=self.rows.taking(chosen),
+            vectors=None if self.vectors is None else self.vectors[chosen],
+        )
+
+    def joined(self, other: StoredData) -> StoredData:
+        """These rows, then those of another."""
+        both = None
+        if self.vectors is not None and other.vectors is not None:
+            both = np.concatenate([self.vectors, other.vectors])
+        return replace(self, rows=self.rows.joined(other.rows), vectors=both)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a solution is chosen: parameters of the estimators, by the same names.
+
+    Attributes
+    ----------
+    prior : str, mapping of str to float, or sequence of float
+    solver : {"auto", "closed", "pcg"}
+    tol : float
+    max_iter : int
+    free : int
+        Outputs that are free: C - 1 of indicators that add up to one, else C.
+    stratified : bool
+        Whether targets are indicators of classes.
+    budget : int
+        Bytes of the square matrices of a closed form.
+    """
+
+    prior: Any
+    solver: str
+    tol: float
+    max_iter: int
+    free: int
+    stratified: bool
+    budget: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The fitted weights, in the units of y over ``unit``.
+
+    Attributes
+    ----------
+    standardization : Standardization
+    variances : ndarray of shape (G,)
+        theta, prior variances over that of noise.
+    weight : ndarray of shape (D, C)
+        On standardized features.
+    intercept : ndarray of shape (C,)
+    noise : float
+        Variance of the noise of a row of weight 1.
+    held_out : ndarray of shape (n, C)
+        Outputs for each training row by the model without it, scale and prior held fixed.
+    method : str
+        ``"rows"`` or ``"columns"``, the closed form, or ``"estimate"``: held-out outputs and noise are estimates.
+    n_iter : int
+        Of the solver; 0 of a closed form.
+    residual_norms : tuple of float
+    status : Any
+        Of the solver; None of a closed form.
+    """
+
+    standardization: Standardization
+    variances: np.ndarray
+    weight: np.ndarray
+    intercept: np.ndarray
+    noise: float
+    held_out: np.ndarray
+    method: str
+    n_iter: int = 0
+    residual_norms: tuple[float, ...] = ()
+    status: Any = None
+
+
+class Problem:
+    """The quadratic of some training rows at any scale of the prior.
+
+    Parameters
+    ----------
+    rows : TrainingRows
+    groups : sequence of Group
+        Of the columns of the features.
+    weights : ndarray of shape (n,)
+        Of the rows, those of their classes included; their scale does not matter.
+    unit : ndarray of shape (C,)
+        What the targets are divided by.
+    recipe : Recipe
+    fitted : Solution or None
+        Whose standardization and prior are taken instead of those that follow from the rows.
+
+    Attributes
+    ----------
+    standardization : Standardization
+    variances : ndarray of shape (G,)
+        theta, with the scale that the data choose.
+    """
+
+    def __init__(
+        self,
+        rows: TrainingRows,
+        groups: Sequence[Group],
+        weights: np.ndarray,
+        unit: np.ndarray,
+        recipe: Recipe,
+        fitted: Solution | None = None,
+    ):
+        self._rows, self.groups, self._recipe = rows, list(groups), recipe
+        if not np.isfinite(rows.features).all():
+            raise ValueError(
+                "The backbone's features of the training images are not all finite: check its weights and "
+                "preprocessing, or use dtype='float64'."
+            )
+        self.multiplicity = rows.multiplicity
+        self.weights = weights * (self.multiplicity.sum() / weights.sum())
+        self.targets = rows.targets / unit
+        if fitted is None:
+            self.standardization = fit_standardization(rows.features, self.weights, groups)
+        else:
+            self.standardization = fitted.standardization
+        self._features = self.standardization(rows.features)  # (n, D)
+        self.variances = self._choose_prior() if fitted is None else fitted.variances
+
+    # ---------------------------------------------------------------------------------------------- prior
+
+    def _choose_prior(self) -> np.ndarray:
+        prior = self._recipe.prior
+        if isinstance(prior, str) and prior in CRITERIA:
+            everything = np.ones(len(self.groups), dtype=bool)
+            return learn_prior(self._seen_by_prior(everything), self._expected(), kind=prior, deviation=_DEVIATION)
+        shares = self._shares(prior)
+        used = shares > 0
+        total = scale_prior(self._seen_by_prior(used), shares[used], kind=CRITERIA[0])
+        return total * shares / shares.sum()
+
+    def _seen_by_prior(self, used: np.ndarray) -> Rows:
+        """Kernels of the groups in use (G,), targets and weights of the rows from which the prior is learned."""
+        sample = self._prior_rows()
+        return Rows(
+            self._kernels(sample, used), self.targets[sample], self.weights[sample], self.multiplicity[sample],
+            self._recipe.free,
+        )  # fmt: skip
+
+    def _expected(self) -> np.ndarray:
+        """A-priori variances: as much for the last features as for all statistics of layers together."""
+        read = sum(not g.name.endswith(_ALONG) for g in self.groups) - 1
+        return np.array([float(max(read, 1)) if g.name == "last" else 1.0 for g in self.groups])
+
+    def _shares(self, prior: Any) -> np.ndarray:
+        """Relative variances of the groups of a prior that is given."""
+        names = [g.name for g in self.groups]
+        if isinstance(prior, str):
+            return np.array(
+                [float(name == "last" or (prior == "equal" and not name.endswith(_ALONG))) for name in names]
+            )
+        if isinstance(prior, Mapping):
+            unknown = sorted(set(prior) - set(names))
+            if unknown:
+                raise ValueError(f"prior names {unknown}, which are no groups of this network; its groups: {names}.")
+            found = np.array([float(prior.get(name, 0.0)) for name in names])
+        else:
+            found = np.asarray(prior, dtype=np.float64)
+            if found.shape != (len(names),):
+                raise ValueError(
+                    f"prior must have a number for each of the {len(names)} groups, {names}; got an array of shape "
+                    f"{found.shape}."
+                )
+        if not np.isfinite(found).all() or (found < 0).any() or not found.any():
+            raise ValueError(f"prior must hold finite and non-negative numbers, not all zero; got {prior!r}.")
+        return found
+
+    def _prior_rows(self) -> np.ndarray:
+        """Rows from which the prior is learned: all, or some of each class, chosen by the content of the images."""
+        n, n_classes = len(self._rows), self.targets.shape[1]
+        size = _PRIOR_ROWS
+        if self._recipe.stratified:
+            size = max(size, min(_PRIOR_ROWS_A_CLASS * n_classes, _PRIOR_ROWS_MAX))
+        codes = self.targets.argmax(1) if self._recipe.stratified else np.zeros(n, int)
+        keys = np.array([f"{d.tobytes().hex()} {c}" for d, c in zip(self._rows.digests, codes, strict=True)])
+        # Equal images stand or fall together, so that a weight of 2 is a row given twice.
+        _, first, unit = np.unique(keys, return_index=True, return_inverse=True)
+        if len(first) <= size:
+            return np.arange(n)
+        place = np.zeros(len(first), int)  # of a unit among those of its class, in the order of the digests
+        for c in np.unique(codes):
+            mine = codes[first] == c
+            place[mine] = np.arange(mine.sum())
+        chosen = np.lexsort((np.arange(len(first)), place))[:size]
+        return np.flatnonzero(np.isin(unit, chosen))
+
+    def _kernels(self, sample: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """Of each group in use between some rows, (used, n, n)."""
+        ends = np.cumsum([group.size for group in self.groups])
+        parts = [self._features[sample, end - g.size : end] for g, end in zip(self.groups, ends, strict=True)]
+        return np.stack([x @ x.T for x, is_used in zip(parts, used, strict=True) if is_used])
+
+    # ------------------------------------------------------------------------------------------- solution
+
+    def variances_at(self, alpha: float | str) -> np.ndarray:
+        """theta at a penalty: ``alpha`` is the variance of noise over the prior variance of an output."""
+        if isinstance(alpha, str):
+            return self.variances
+        return self.variances / (self.variances.sum() * float(alpha))
+
+    def factorization(self, variances: np.ndarray) -> Factorization:
+        """What answers for these prior variances; in closed form where it fits."""
+        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        active = scale > 0
+        features = torch.from_numpy(self._features[:, active] * scale[active])
+        weights, recipe = torch.from_numpy(self.weights), self._recipe
+        fits = closed_form_fits(len(features), features.shape[1], recipe.budget)
+        if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
+            return factorize(features, weights, recipe.budget)
+        return EstimatedForm(
+            features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter,
+            multiplicity=torch.from_numpy(self.multiplicity),
+        )  # fmt: skip
+
+    def _blocks(self, variances: np.ndarray) -> list[Block]:
+        """Of the preconditioner: a group, or a sketch of one layer, each."""
+        found, start = [], 0
+        for group, variance in zip(self.groups, variances, strict=True):
+            if variance == 0:
+                continue
+            for size, sides in zip(group.parts, group.sides or [None] * len(group.parts), strict=True):
+                found.append(Block(slice(start, start + size), sides))
+                start += size
+        return found
+
+    def scaled(self, features: np.ndarray, variances: np.ndarray) -> torch.Tensor:
+        """Raw features of new rows as a factorization takes them."""
+        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        active = scale > 0
+        return torch.from_numpy(self.standardization(features)[:, active] * scale[active])
+
+    def held_out(self, alpha: float | str) -> np.ndarray:
+        """Leave-one-out outputs (n, C) at a penalty, scale and prior held fixed."""
+        form = self.factorization(self.variances_at(alpha))
+        return leave_one_out(form, torch.from_numpy(self.targets), torch.from_numpy(self.multiplicity)).numpy()
+
+    def solve(self, alpha: float | str) -> Solution:
+        """The solution at a penalty."""
+        variances = self.variances_at(alpha)
+        form, t = self.factorization(variances), torch.from_numpy(self.targets)
+        m = torch.from_numpy(self.multiplicity)
+        coef, intercept = form.solve(t)
+        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        weight = np.zeros((len(scale), t.shape[1]))
+        weight[scale > 0] = coef.numpy() * scale[scale > 0][:, None]
+        found = Solution(
+            self.standardization, variances, weight, intercept.numpy(),
+            noise_variance(form, t, m, self._recipe.free), leave_one_out(form, t, m).numpy(), form.method,
+        )  # fmt: skip
+        if form.course is None:
+            return found
+        course = form.course
+        return replace(found, n_iter=course.n_iter, residual_norms=course.residual_norms, status=course.status)

@@ -1,0 +1,166 @@
+"""Data as users give them: images or vectors in, batches of tensors out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.utils.validation import _check_sample_weight, validate_data
+from torch import Tensor
+
+from ..backbones.loading import Backbone, VectorNetwork, load_backbone
+from ..images.cache import with_smaller_batches
+from ..images.reading import ImageInputs, is_image_input
+from ..network.prepared import ordinary_arithmetic
+from .parameters import Parameters
+
+__all__ = ["Inputs", "evaluate_rows", "select_rows", "standardize_vectors"]
+
+
+_WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares leave what float32 can hold
+
+
+class Inputs(Parameters):
+    """An estimator that reads rows of X, in `fit` and afterwards."""
+
+    _model: Any
+
+    def _read_training_rows(self, X: Any, y: Any) -> tuple[Any, Backbone]:
+        """Rows of X as vectors or images, and the backbone that fits them."""
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if is_image_input(X, self.image_shape):
+            backbone = load_backbone(
+                self.backbone, self.weights, random_state=self.random_state, download=self.download
+            )
+            preprocessing = backbone.preprocessing.override(self.preprocessing)
+            of_backbone = isinstance(self.image_size, str) and self.image_size == "backbone"
+            size = preprocessing.size if of_backbone else self.image_size
+            if size is None and of_backbone:
+                raise ValueError(f"The size at which {backbone.name} was trained is not known: set image_size.")
+            self._image_options: dict[str, Any] = {
+                "image_size": size,
+                "in_channels": backbone.in_channels,
+                "interpolation": preprocessing.interpolation,
+            }
+            rows = self._read_images(X, self.image_shape, reset=True)
+            self.image_shape_: tuple[int, int, int] | None = rows.image_shape
+            self._size = rows.size
+            self.n_features_in_ = rows.n_features
+            if is_image_input(X) and hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_  # of an earlier fit, on a frame of raveled rows
+            return rows, backbone
+        _refuse_one_image(X)
+        rows = validate_data(self, X, dtype=[np.float64, np.float32])
+        self.image_shape_ = None
+        if "flip" in self._view_names():
+            raise ValueError(
+                "views names 'flip', which mirrors images, but X holds vectors (set image_shape if its rows are "
+                "raveled images)."
+            )
+        backbone = load_backbone(
+            self.backbone,
+            self.weights,
+            vector_features=rows.shape[1],
+            random_state=self.random_state,
+            download=self.download,
+        )
+        return rows, backbone
+
+    def _read_new_data(self, X: Any) -> Any:
+        """Rows of X for prediction."""
+        if self.image_shape_ is None:
+            if is_image_input(X):
+                raise ValueError(f"X holds images, but this {type(self).__name__} was fitted on vectors.")
+            return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        height, width, channels = self.image_shape_
+        shape = (height, width, channels) if self.channel_axis == -1 else (channels, height, width)
+        rows = self._read_images(X, None if is_image_input(X) else shape, reset=False)
+        if rows.size != self._size:
+            raise ValueError(
+                f"X has images of size {rows.size}, but {type(self).__name__} is expecting images of size "
+                f"{self._size} as in fit: set image_size to accept other sizes."
+            )
+        return rows
+
+    def _read_images(self, X: Any, shape: Sequence[int] | None, reset: bool) -> ImageInputs:
+        """X as images; rows that are raveled pass scikit-learn's checks of two-dimensional data."""
+        _refuse_one_image(X)
+        if shape is not None and not is_image_input(X):
+            X = validate_data(self, X, dtype=None, reset=reset)
+        return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
+
+    def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
+        """What is evaluated of rows, batch by batch, in their order."""
+        network = self._model.network
+        with ordinary_arithmetic(network.device):
+            return evaluate_rows(evaluate, rows, np.arange(len(rows)), network.rows_at_once(self.batch_size))
+
+    def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
+        """Weights of n rows, not all zero."""
+        given = _check_sample_weight(sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True)
+        if not given.any():
+            raise ValueError("Sample weights are all zero: some rows need a positive weight.")
+        low, high = given[given > 0].min(), given.max()
+        if low < 1 / _WEIGHT_MAX or high > _WEIGHT_MAX:
+            raise ValueError(
+                f"Sample weights must be 0 or from {1 / _WEIGHT_MAX:g} to {_WEIGHT_MAX:g}, got {low:g} to {high:g}: "
+                "multiply all of them, and a numeric alpha, by one factor."
+            )
+        return given
+
+
+def _refuse_one_image(X: Any) -> None:
+    """Raise for one image in the place of several, and for arrays of too many axes."""
+    if isinstance(X, str | os.PathLike | Image.Image) or getattr(X, "ndim", 0) > 4:
+        ImageInputs(X)  # says what it expects
+
+
+def evaluate_rows(
+    evaluate: Callable[[Tensor], np.ndarray],
+    rows: Any,
+    chosen: np.ndarray,
+    batch_size: int,
+    see: Callable[[int, Tensor], object] = lambda start, images: None,
+) -> np.ndarray:
+    """A function of images (B, ...) for some rows, in their order; batches are smaller where memory does not suffice.
+
+    ``see`` is called with the place of the first row of each batch, and its images.
+    """
+    found, start = [], 0
+    while start < len(chosen):
+        images = select_rows(rows, chosen[start : start + batch_size])
+        see(start, images)
+
+        def work(size: int, images: Tensor = images) -> tuple[np.ndarray, int]:
+            return np.concatenate([evaluate(part) for part in images.split(size)]), size
+
+        part, batch_size = with_smaller_batches(work, batch_size)
+        found.append(part)
+        start += len(images)
+    return np.concatenate(found)
+
+
+def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:
+    """Some rows as a tensor."""
+    if isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows[chosen])  # an indexed copy
+    if (np.diff(chosen) == 1).all():  # the ends do not tell: rows come again in each view
+        return rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
+    return torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
+
+
+def standardize_vectors(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> None:
+    """Give the built-in network for vectors the weighted mean and scale of its input."""
+    if not isinstance(backbone.module, VectorNetwork):
+        return
+    x = rows.astype(np.float64)
+    mean = np.average(x, axis=0, weights=weights)
+    scale = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    scale[scale <= 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1)] = 1.0  # a constant feature
+    backbone.module.mean.copy_(torch.from_numpy(mean))
+    backbone.module.scale.copy_(torch.from_numpy(scale))

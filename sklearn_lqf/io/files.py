@@ -1,0 +1,378 @@
+"""Fitted estimators as files that hold tensors and JSON, and as pickles that know their version.
+
+Hides what of an estimator is written. The network is built again from the parameters of the estimator, and takes its
+weights from the file: nothing that a file holds is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from ..backbones.loading import Backbone, VectorNetwork, load_backbone
+from ..backbones.preprocessing import Preprocessing
+from ..engine.features import Standardization
+from ..engine.fitted import FeatureReader, GroupedModel
+from ..engine.problem import Recipe, Solution, StoredData, TrainingRows
+from ..network.prepared import PreparedNetwork, choose_device
+from ..paper.model import PaperModel
+from ..versions import __version__, installed_versions
+from .archive import digest, read_archive, refusal, write_archive
+from .manifest import decode, encode
+
+__all__ = ["PersistenceMixin"]
+
+_WEIGHT = "weights."  # begins the names of the backbone's tensors
+_VERSION = "_sklearn_lqf_version"  # in pickles
+# Neither parameters nor results: the network and the data, which are written apart, and what scikit-learn puts there.
+_APART = {"_model", "_stored", "_recipe", "_metadata_request", "_skl_callbacks"}
+
+Estimator = TypeVar("Estimator", bound="PersistenceMixin")
+
+
+class PersistenceMixin:
+    """`save` and `load`, and pickles that know their version; for estimators with a linear model."""
+
+    def save(self: Any, path: Any, *, include_backbone: bool = True) -> None:
+        """Write the fitted estimator to a file that can be loaded without trusting it.
+
+        Parameters
+        ----------
+        path : str or path
+            Conventionally ends in ``.safetensors``. A file of this name is replaced once the new one is complete.
+        include_backbone : bool, default=True
+            Whether the file holds the pre-trained weights. False: `load` takes them from where `fit` had them, and
+            compares them by a digest; the file is smaller by the size of the backbone. The built-in network for
+            vectors is always in the file.
+
+        Raises
+        ------
+        TypeError
+            A parameter or a class label is of a kind that JSON and tensors cannot represent.
+        ImportError
+            The package safetensors is missing.
+        OSError
+            The file cannot be written; one that was there is as before.
+
+        Notes
+        -----
+        The file holds tensors and JSON: parameters, fitted attributes, stored training data (``store_data=True``),
+        versions. Not saved are ``memory``, a folder that must be trusted; ``device``, which `load` decides; callbacks;
+        and the code of a module or callable given as ``backbone``, which `load` must be given again.
+        """
+        check_is_fitted(self)
+        tensors: dict[str, Tensor] = {}
+        header = _header(self, include_backbone, tensors)
+        write_archive(Path(path), header, tensors)
+
+    @classmethod
+    def load(cls: type[Estimator], path: Any, *, device: Any = "auto", backbone: Any = None) -> Estimator:
+        """Load an estimator that `save` has written; nothing that the file holds is run.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        device : str or torch.device, default="auto"
+            Where the model is put; becomes the parameter ``device``.
+        backbone : nn.Module, callable, str or None, default=None
+            Takes the place of the parameter ``backbone``; needed where that was a module or callable. It is never
+            changed: a copy takes the weights of the file, or is compared with those of the fit.
+
+        Returns
+        -------
+        estimator : estimator
+            Its predictions are those of the estimator that was saved, on the same device to the last bit.
+
+        Raises
+        ------
+        ValueError
+            The file is broken, was changed, has a newer format or holds another class; or the backbone is not the
+            one that was fitted.
+        FileNotFoundError
+            There is no such file.
+        ImportError
+            The package safetensors is missing, or one that the backbone needs.
+        RuntimeError
+            The file holds no backbone, and its weights cannot be downloaded.
+        """
+        place = choose_device(device)
+        path = Path(path)
+        header, tensors = read_archive(path)
+        with refusal(path, "its content is not what save writes"):
+            estimator = _without_network(cls, header, tensors, device)
+            saved = _saved_network(header, tensors)
+        found = _backbone(estimator, saved, path, backbone)
+        with refusal(path, "its model cannot be built"):
+            estimator._model = _model(_built(found, saved, place), decode(header["model"], tensors))
+            estimator._recipe = Recipe(**decode(header["recipe"], tensors))
+            estimator._stored = _stored(header, tensors, found)
+        return estimator
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = cast("dict[str, Any]", super().__getstate__())  # of BaseEstimator
+        return {**state, _VERSION: __version__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        version = state.pop(_VERSION, "an earlier version")
+        if version != __version__:
+            warnings.warn(
+                f"This {type(self).__name__} was pickled by sklearn_lqf {version} and is read by {__version__}: it may "
+                "not work, or give other results. Files written by save are meant to be read by later versions.",
+                UserWarning,
+                stacklevel=2,
+            )
+        defaults = {name: p.default for name, p in _signature(type(self)).items() if p.default is not p.empty}
+        super().__setstate__({**defaults, **state})  # type: ignore[misc]
+
+
+def _signature(cls: type) -> dict[str, inspect.Parameter]:
+    """Parameters of the constructor."""
+    return {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+
+# --------------------------------------------------------------------------------------------------- to a file
+
+
+def _header(estimator: Any, include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the file says, in JSON; tensors are collected."""
+    parameters = estimator.get_params(deep=False)
+    kept = {k: v for k, v in vars(estimator).items() if _is_fitted(k) and k not in parameters and k not in _APART}
+    stored = getattr(estimator, "_stored", None)
+    backbone = parameters["backbone"]
+    return {
+        "class": type(estimator).__name__,
+        "versions": installed_versions(),
+        "backbone": None if isinstance(backbone, str) else f"{type(backbone).__module__}.{type(backbone).__qualname__}",
+        "parameters": {k: _parameter(k, v, tensors) for k, v in parameters.items() if k not in ("memory", "device")},
+        "attributes": {k: encode(v, k, tensors) for k, v in kept.items()},
+        "requests": _requests(estimator),
+        "network": _network_header(estimator._model.network, include_backbone, tensors),
+        "model": encode(_model_fields(estimator._model), "model", tensors),
+        "recipe": encode(_fields(estimator._recipe), "recipe", tensors),
+        "stored": None if stored is None else encode(_stored_fields(stored), "stored", tensors),
+        "stored_backbone": stored is not None and stored.backbone is not None,
+    }
+
+
+def _is_fitted(name: str) -> bool:
+    """Whether an attribute is a result of fit, by its name."""
+    return (name.endswith("_") or name.startswith("_")) and not name.startswith("__")
+
+
+def _stored_fields(stored: StoredData) -> dict[str, Any]:
+    return {**_fields(stored.rows), "vectors": stored.vectors}
+
+
+def _model_fields(model: GroupedModel | PaperModel) -> dict[str, Any]:
+    """What belongs to the fitted model beside its network."""
+    if isinstance(model, PaperModel):
+        return {"kind": "paper", "head": model.head, "coef": model.coef, "unit": model.unit}
+    return {
+        "kind": "groups",
+        "reader": _fields(model.reader, ["network", "_built"]),
+        "standardization": _fields(model.solution.standardization),
+        "solution": _fields(model.solution, ["standardization", "status"]),
+        "unit": model.unit,
+    }
+
+
+def _parameter(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    if name == "backbone":
+        return value if isinstance(value, str) else None
+    if name == "weights" and isinstance(value, enum.Enum):
+        return value.name  # of torchvision's, which takes the name as well
+    try:
+        return encode(value, f"parameters.{name}", tensors)
+    except TypeError as error:
+        raise TypeError(
+            f"The parameter {name}={value!r} cannot be saved ({error}). Predictions do not depend on it when the "
+            f"estimator is fitted: set_params({name}=...) to such a value before, or use joblib.dump."
+        ) from error
+
+
+def _requests(estimator: Any) -> dict[str, dict[str, Any]]:
+    """What was said by ``set_fit_request`` and the like."""
+    known = getattr(estimator, "_metadata_request", None)
+    return {} if known is None else known._serialize()
+
+
+def _network_header(network: PreparedNetwork, include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    weights = _weights(network.source)
+    included = bool(include_backbone) or isinstance(network.source, VectorNetwork)  # it holds the scale of the data
+    if included:
+        tensors |= {_WEIGHT + name: value for name, value in weights.items()}
+    fitted = {
+        "shape": network.shape,
+        "options": network.options,
+        "preprocessing": None if network.preprocessing is None else _fields(network.preprocessing),
+        "dtype": str(network.dtype).removeprefix("torch."),
+    }
+    return {
+        "weights": list(weights),
+        "included": included,
+        "digest": digest(weights),
+        "fitted": encode(fitted, "network", tensors),
+    }
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that a state dict leaves out as well; a tied one under each of its names."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: value.detach() for name, value in named}
+
+
+def _fields(instance: Any, without: list[str] | None = None) -> dict[str, Any]:
+    """The fields of a dataclass, not copied."""
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.name not in (without or [])}
+
+
+# ------------------------------------------------------------------------------------------------- from a file
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedNetwork:
+    """What a file says about the network.
+
+    Attributes
+    ----------
+    code : str or None
+        Type of the backbone, unless it was given by name.
+    names : list of str
+        Its weights.
+    digest : str
+        Of these.
+    weights : dict of str to Tensor, or None
+        None when they are not in the file.
+    shape, options, preprocessing, dtype
+        As `PreparedNetwork` takes them.
+    """
+
+    code: str | None
+    names: list[str]
+    digest: str
+    weights: dict[str, Tensor] | None
+    shape: Sequence[int]
+    options: dict[str, Any]
+    preprocessing: Preprocessing | None
+    dtype: torch.dtype
+
+
+def _saved_network(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _SavedNetwork:
+    network = header["network"]
+    fitted = decode(network["fitted"], tensors)
+    if fitted["preprocessing"] is not None:
+        fitted["preprocessing"] = Preprocessing(**fitted["preprocessing"])
+    fitted["dtype"] = {"float32": torch.float32, "float64": torch.float64}[fitted["dtype"]]
+    names = [str(name) for name in network["weights"]]
+    weights = {name: tensors[_WEIGHT + name] for name in names} if network["included"] else None
+    return _SavedNetwork(header["backbone"], names, network["digest"], weights, **fitted)
+
+
+def _without_network(cls: Any, header: Mapping[str, Any], tensors: Mapping[str, Tensor], device: Any) -> Any:
+    """The estimator but for its network and its data."""
+    if header["class"] != cls.__name__:
+        raise ValueError(f"it holds an estimator of class {header['class']}: use {header['class']}.load")
+    parameters = {k: decode(v, tensors) for k, v in header["parameters"].items()}
+    unknown = sorted(set(parameters) - set(_signature(cls)) | {"memory", "device"} & set(parameters))
+    if unknown:
+        raise ValueError(f"{cls.__name__} cannot take the parameters {unknown} from a file")
+    attributes = {k: decode(v, tensors) for k, v in header["attributes"].items()}
+    foreign = [k for k in attributes if not _is_fitted(k) or k in _APART]
+    if foreign:
+        raise ValueError(f"{foreign} are no fitted attributes")
+    estimator = cls(**parameters, device=device)
+    vars(estimator).update(attributes)
+    if header["requests"]:
+        known = estimator._get_metadata_request()
+        for method, requests in header["requests"].items():
+            for name, alias in requests.items():
+                getattr(known, method).add_request(param=name, alias=alias)
+        estimator._metadata_request = known
+    return estimator
+
+
+def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> Backbone:
+    """The backbone with the weights of the fit; what is given becomes the parameter of the estimator."""
+    if given is None and estimator.backbone is None:
+        raise ValueError(
+            f"The model in {str(path)!r} was fitted with a backbone of type {saved.code}, which is code that the file "
+            "does not hold: give load a module of the same architecture, or a callable that returns one, as backbone."
+        )
+    weights = estimator.weights
+    if given is not None:
+        named = isinstance(estimator.backbone, str)
+        weights = "auto" if named and not isinstance(given, str) else weights  # those of a name are not a module's
+        estimator.backbone = given
+    found = load_backbone(
+        estimator.backbone,
+        weights,
+        vector_features=saved.shape[0] if len(saved.shape) == 1 else None,
+        random_state=copy.deepcopy(estimator.random_state),  # a RandomState is advanced
+        download=estimator.download,
+        architecture_only=saved.weights is not None,
+    )
+    own = _weights(found.module)
+    wrong = [name for name in saved.names if name not in own or not _fits(own[name], name, saved)]
+    if not wrong and saved.weights is not None:
+        for name, value in saved.weights.items():
+            own[name].copy_(value)
+    if wrong or digest({name: own[name] for name in saved.names}) != saved.digest:
+        what = "its weights are others"
+        if wrong:
+            what = f"{len(wrong)} of {len(saved.names)} weights are absent or of another shape or dtype: {wrong[:3]}"
+        remedy = "" if saved.weights is not None else ", or save the model with include_backbone=True"
+        raise ValueError(
+            f"The backbone {found.name!r} is not the one that the model in {str(path)!r} was fitted with; {what}. Give "
+            f"load the right one as backbone{remedy}."
+        )
+    return found
+
+
+def _fits(own: Tensor, name: str, saved: _SavedNetwork) -> bool:
+    """Whether a weight can be taken from the file; when it is not there, its digest decides."""
+    if saved.weights is None:
+        return True
+    return (own.shape, own.dtype) == (saved.weights[name].shape, saved.weights[name].dtype)
+
+
+def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> PreparedNetwork:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said at fit
+        network = PreparedNetwork(
+            backbone, saved.shape, **saved.options, preprocessing=saved.preprocessing, dtype=saved.dtype, device=device
+        )
+    further = sorted(set(_weights(network.source)) - set(saved.names))
+    if further:
+        raise ValueError(f"the backbone {backbone.name!r} has weights that the one of the fit had not: {further[:3]}")
+    return network
+
+
+def _model(network: PreparedNetwork, fields: dict[str, Any]) -> GroupedModel | PaperModel:
+    """The fitted model of a network."""
+    if fields["kind"] == "paper":
+        paper = PaperModel(network, fields["head"], fields["coef"], fields["unit"])
+        _ = paper.linearized  # which is compared with the weights
+        return paper
+    reader = FeatureReader(network, **fields["reader"])
+    solution = Solution(Standardization(**fields["standardization"]), **fields["solution"])
+    return GroupedModel(reader, solution, fields["unit"])
+
+
+def _stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone) -> StoredData | None:
+    if header["stored"] is None:
+        return None
+    fields = decode(header["stored"], tensors)
+    vectors = fields.pop("vectors")
+    return StoredData(TrainingRows(**fields), vectors, backbone if header["stored_backbone"] else None)

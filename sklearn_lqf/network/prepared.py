@@ -1,0 +1,207 @@
+"""A backbone made ready for images of one size: preprocessing, trunk and tail.
+
+Hides devices, dtypes, memory formats and the state that is pickled: the network without its head, from which the
+prepared graph is built again.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..backbones.loading import Backbone, VectorNetwork
+from ..backbones.preprocessing import Preprocessing
+from ..images.cache import SharedActivations, with_smaller_batches
+from ..images.synthetic import reference_images
+from .cut import NoTrunk
+from .linearize import full_precision, walker
+from .rewrite import evaluate
+from .stages import tangent_prefixes
+from .tracing import Split, remove_head, split_network
+
+__all__ = ["PREPARED_OTHERWISE", "PreparedNetwork", "choose_device", "ordinary_arithmetic"]
+
+_BATCH_BYTES = 1 << 28  # of activations of the tail in one batch on a CPU, which larger ones slow down
+
+PREPARED_OTHERWISE = (
+    "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
+    "code with which it was."
+)
+
+
+def choose_device(device: Any) -> torch.device:
+    """The device named, or the fastest present for ``"auto"``; an absent one is an error that lists what is there."""
+    present = ["cpu"]
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if "cuda" in present else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a device; present here: {present} (or 'auto').") from error
+    if str(found) not in present:
+        raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
+    return found
+
+
+@contextmanager
+def ordinary_arithmetic(device: torch.device) -> Iterator[None]:
+    """Tensors that may have gradients, in their own precision, whatever modes of torch the caller is in."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
+    """Raise when the features of an image depend on the others of its batch."""
+    alone, beside = evaluate(module, example), evaluate(module, torch.cat([example, 1 - example]))[: len(example)]
+    if not torch.allclose(alone, beside, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True):
+        raise ValueError(
+            "The backbone's features of an image change with the other images of a batch, as by a BatchNorm without "
+            "running statistics (track_running_stats=False): each image must be evaluated by itself."
+        )
+
+
+class PreparedNetwork:
+    """Trunk and tail of a backbone without its head, for images of one size.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    shape : tuple of int
+        (C, H, W) of an image, or (n_features,) of a vector.
+    tangent_layers, negative_slope, read_stages
+        As in `graph.split_network`.
+    preprocessing : Preprocessing or None
+        None for vectors.
+    dtype : torch.dtype
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        shape: Sequence[int],
+        tangent_layers: Any,
+        negative_slope: float,
+        read_stages: bool,
+        preprocessing: Preprocessing | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
+        dtypes = [p.dtype for p in source.parameters()]  # none of a module without layers, which has no head
+        example = self._example(shape, dtypes[0] if dtypes else torch.float32)
+        remove_head(source, example)
+        _refuse_mixing(source, example)
+        self.source, self.shape = source, tuple(shape)
+        self.options = {
+            "tangent_layers": tangent_layers,
+            "negative_slope": negative_slope,
+            "read_stages": read_stages,
+        }
+        self.preprocessing, self.dtype, self.device = preprocessing, dtype, device
+        self._build()
+
+    @staticmethod
+    def _example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Two inputs of the size in use, the same at each call and without the global generator."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(2, *shape, generator=generator, dtype=dtype)
+
+    def check_layers(self, layers: Any) -> None:
+        """Raise ValueError unless layers are a value of ``tangent_layers`` for this network."""
+        dtype = next((p.dtype for p in self.source.parameters()), torch.float32)
+        tangent_prefixes(self.source, self._example(self.shape, dtype), layers)
+
+    def of(self, backbone: Backbone) -> PreparedNetwork:
+        """The same preparation of another backbone."""
+        options = {**self.options, "preprocessing": self.preprocessing, "dtype": self.dtype, "device": self.device}
+        return PreparedNetwork(backbone, self.shape, **options)
+
+    def _build(self) -> None:
+        """Prepare trunk and tail from the network without head."""
+        example = self._example(self.shape, self.dtype)
+        self.split: Split = split_network(self.source, example, **self.options)
+        for part in (self.split.trunk, self.split.tail):
+            part.to(self.device)
+            if len(self.shape) == 3:
+                part.to(memory_format=torch.channels_last)
+        self._row_bytes: int | None = None
+
+    def activations(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
+        x = images.to(self.device, self.dtype)
+        if self.preprocessing is not None:
+            x = self.preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), full_precision():
+            return tuple(self.split.trunk(x))
+
+    def example_activations(self) -> tuple[Tensor, ...]:
+        """Trunk activations of one input that is no image of anybody's."""
+        example = self._example(self.shape, self.dtype)[:1].to(self.device)
+        if len(self.shape) == 3:
+            example = example.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), full_precision():
+            return tuple(self.split.trunk(example))
+
+    def reference_inputs(self, count: int) -> Tensor:
+        """Inputs of which no data set knows, (count, ...): see `reference`; vectors are drawn around the mean."""
+        if len(self.shape) == 3:
+            return reference_images(count, *self.shape)
+        x = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        if isinstance(self.source, VectorNetwork):
+            x = self.source.mean.cpu() + self.source.scale.cpu() * x
+        return x
+
+    def rows_at_once(self, most: int) -> int:
+        """Rows of a batch: at most so many, and on a CPU, which swaps or ends before it says so, what is still fast."""
+        if self.device.type != "cpu":
+            return most
+        if self._row_bytes is None:
+            self._row_bytes = with_smaller_batches(lambda _: self._bytes_of_a_row(), 1)
+        return max(1, min(most, _BATCH_BYTES // self._row_bytes))
+
+    def _bytes_of_a_row(self) -> int:
+        """Bytes of the activations that the tail keeps of one row for its derivatives."""
+        tail, _ = walker(self.split)
+        rows = self.example_activations()
+        with torch.no_grad():
+            _, values = tail.primal(rows)
+        tensors = (v for v in pytree.tree_leaves(list(values.values())) if isinstance(v, Tensor))
+        return max(1, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+
+    def evaluator(self, memory: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """`activations`, by way of a joblib.Memory that keeps them; None: of nothing."""
+        trunk = self.split.trunk
+        if memory is None or isinstance(trunk, NoTrunk):
+            return self.activations
+        shared = SharedActivations(memory, trunk, (self.preprocessing, self.dtype, self.device.type))
+        return lambda images: tuple(z.to(self.device) for z in shared(images, self.activations))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "_row_bytes")}
+        state["device"] = str(self.device)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        try:
+            self.device = choose_device(state["device"])
+        except ValueError:
+            warnings.warn(
+                f"The model was fitted on {state['device']!r}, which is not present: it is loaded on the CPU.",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.device = torch.device("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said at fit
+            self._build()

@@ -1,0 +1,392 @@
+"""Forgetting and adding of training images against fits from scratch, and what remains of the forgotten."""
+
+import copy
+import functools
+import gc
+import pickle
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from support.data import make_images, tiny_net
+
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
+from sklearn_lqf.engine.problem import Problem, StoredData
+
+N, GONE = 15, [1, 5, 12]
+KEPT = np.delete(np.arange(N), GONE)
+X, Y = make_images(N)
+RNG = np.random.default_rng(0)
+VALUES = X[:, :6, :6].mean((1, 2)) / 255 + 0.1 * RNG.standard_normal((N, 3))  # numeric targets
+LABELS = (np.median(VALUES, 0) < VALUES).astype(int)  # several for each image
+VECTORS = RNG.standard_normal((N, 4)) * [1, 10, 0.1, 1] + 3
+WEIGHTS = RNG.uniform(0.5, 2.0, N)
+EXACT = {"backbone": tiny_net(width=4), "dtype": "float64", "batch_size": 5, "store_data": True}
+
+
+def classifier(kind=LQFClassifier, **parameters):
+    return kind(**{**EXACT, **parameters})
+
+
+def regressor(**parameters) -> LQFRegressor:
+    return classifier(LQFRegressor, **parameters)
+
+
+def assert_equal_fits(found, expected, X: np.ndarray) -> None:
+    """The same model of the same data, but for rounding, which a search for the prior makes larger."""
+    assert found._fingerprint == expected._fingerprint
+    assert list(found.prior_) == list(expected.prior_)
+    np.testing.assert_allclose(list(found.prior_.values()), list(expected.prior_.values()), rtol=0, atol=1e-6)
+    for name in ("alpha_", "coef_", "intercept_", "target_scale_", "noise_variance_", "temperature_"):
+        if getattr(expected, name, None) is not None:
+            one, other = getattr(found, name), getattr(expected, name)
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * np.abs(other).max(), err_msg=name)
+    method = "decision_function" if hasattr(expected, "classes_") else "predict"
+    one, other = getattr(found, method)(X), getattr(expected, method)(X)
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-8 * np.abs(other).max())
+    assert found.converged_
+
+
+# An estimator, its X and y, and whether its rows have weights.
+CASES = {
+    "images": (classifier(), X, Y, False),
+    "directions": (
+        classifier(views=("identity", "flip"), tangents="both", n_directions=2, sketch_size=3), X, Y, False
+    ),
+    "balanced": (classifier(class_weight="balanced", prior="evidence"), X, Y, True),
+    "weights of classes": (classifier(class_weight={"ant": 2.0, "bee": 1.0, "cow": 0.5}), X, Y, False),
+    "last features": (classifier(prior="last", alpha=0.3), X, Y, True),
+    "iterations": (classifier(solver="pcg", prior="equal", tol=1e-12, max_iter=1000), X, Y, False),
+    "searched": (classifier(LQFClassifierCV, alphas=[0.01, 0.1, 1.0], cv=2), X, Y, True),
+    "labels": (classifier(), X, LABELS, False),
+    "regressor": (regressor(), X, VALUES[:, 0], True),
+    "two targets": (regressor(alpha=0.1), X, VALUES[:, :2], False),
+    "vectors": (classifier(backbone="auto"), VECTORS, Y, True),
+    "regressor of vectors": (regressor(backbone="auto"), VECTORS, VALUES[:, :2] * [1, 100], False),
+}  # fmt: skip
+
+
+@functools.cache
+def _fitted(case: str, kept: bool):
+    estimator, X, y, weighted = CASES[case]
+    rows = KEPT if kept else slice(None)
+    return copy.copy(estimator).fit(X[rows], y[rows], WEIGHTS[rows] if weighted else None)
+
+
+def fitted(case: str, kept: bool = False):
+    """A case fitted from scratch, on all rows or on those kept; a copy, since changes replace what is fitted."""
+    return copy.copy(_fitted(case, kept))
+
+
+# ----------------------------------------------------------------------------------------------------- forgetting
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forgetting_equals_a_fit_without_the_images(case):
+    data = CASES[case][1]
+    model, expected = fitted(case), fitted(case, kept=True)
+    assert model._fingerprint != expected._fingerprint
+    assert model.forget(GONE) is model
+    assert_equal_fits(model, expected, data)
+
+
+@pytest.mark.parametrize("case", ["directions", "two targets", "vectors"])
+def test_one_after_the_other_and_after_pickling(case):
+    model = fitted(case).forget(GONE[0])
+    model = pickle.loads(pickle.dumps(model)).forget([GONE[1] - 1])  # by the places of those that remain
+    assert_equal_fits(model.forget(np.array([GONE[2] - 2])), fitted(case, kept=True), CASES[case][1])
+
+
+def test_of_equal_images_one_is_forgotten():
+    twice = np.append(np.arange(N), 3)
+    assert_equal_fits(classifier().fit(X[twice], Y[twice]).forget(3), classifier().fit(X, Y), X)
+
+
+def test_rows_without_a_weight_are_not_counted():
+    weights = np.where(np.arange(N) == 0, 0.0, 1.0)
+    assert_equal_fits(classifier().fit(X, Y, weights).forget(0), classifier().fit(X[2:], Y[2:]), X)
+
+
+def test_a_drawn_seed_is_kept_and_nothing_may_be_forgotten():
+    model = classifier(random_state=None, tangents="both", n_directions=2, sketch_size=3).fit(X, Y)
+    directions, expected = model._model.reader.directions.copy(), copy.copy(model)
+    assert_equal_fits(model.forget([]), expected, X)
+    assert np.array_equal(model._model.reader.directions, directions)
+
+
+# ---------------------------------------------------------------------------------------------------- stored data
+
+
+@pytest.mark.parametrize("case", ["directions", "balanced", "labels", "regressor", "vectors"])
+def test_stored_data_stand_for_data_that_are_given(case):
+    model, (_, data, y, weighted) = fitted(case), CASES[case]
+    weights = WEIGHTS if weighted else None
+    close = {"rtol": 0, "atol": 1e-10}
+    np.testing.assert_allclose(model.leave_one_out(), model.leave_one_out(data, y, weights), **close)
+    given = model.influence(data, y, data[:2], y[:2], weights)
+    np.testing.assert_allclose(model.influence(None, None, data[:2], y[:2]), given, **close)
+    model.forget(GONE)
+    rest = (data[KEPT], y[KEPT], None if weights is None else weights[KEPT])
+    np.testing.assert_allclose(model.leave_one_out(), model.leave_one_out(*rest), **close)
+
+
+# -------------------------------------------------------------------------------------------- nothing remains of it
+
+
+def secrets(stored: StoredData, gone: list[int]) -> dict[str, set[bytes]]:
+    """What is known of some rows alone: each number, and each digest."""
+
+    def of(array: np.ndarray) -> set[bytes]:
+        alone = np.setdiff1d(array[gone], np.append(np.delete(array, gone, 0).ravel(), [0.0, 1.0]))
+        return {x.tobytes() for x in alone[:8]}
+
+    rows = stored.rows
+    found = {"features": of(rows.features), "targets": of(rows.targets), "weights": of(rows.given)}
+    found["digests"] = {bytes(rows.digests[i]) for i in gone}
+    if stored.vectors is not None:
+        found["vectors"] = of(stored.vectors)
+    return {k: v for k, v in found.items() if v}
+
+
+def memory_of(root: object) -> bytes:
+    """All arrays and tensors that can be reached from an object, views with all of what they are views of."""
+    seen, todo, found = {}, [root], []
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, type | types.ModuleType):
+            continue
+        seen[id(item)] = item  # kept alive, so that no other gets its id
+        if isinstance(item, np.ndarray):
+            found.append(item.tobytes())
+            todo.append(item.base)
+        elif isinstance(item, torch.Tensor):
+            whole = torch.empty(0, dtype=torch.uint8).set_(item.detach().untyped_storage())
+            found.append(whole.numpy().tobytes())
+        elif isinstance(item, bytes | bytearray | memoryview):
+            found.append(bytes(item))
+        elif isinstance(item, types.FunctionType):  # its globals are not its own
+            todo += [c.cell_contents for c in item.__closure__ or ()]
+        else:  # whether tracked or not: a dict of arrays alone is not
+            todo += gc.get_referents(item)
+    return b"".join(found)
+
+
+def leaks(known: dict[str, set[bytes]], model) -> dict[str, set[str]]:
+    """Of which kinds something is found: in the memory, and in a pickle."""
+    places = {"memory": memory_of(vars(model)), "pickle": pickle.dumps(model)}
+    return {p: {k for k, parts in known.items() if any(x in whole for x in parts)} for p, whole in places.items()}
+
+
+SECRETIVE = {
+    "images": {"features", "digests"},
+    "directions": {"features", "digests"},
+    "iterations": {"features", "digests"},
+    "searched": {"features", "weights", "digests"},
+    "regressor": {"features", "targets", "weights", "digests"},
+    "vectors": {"features", "vectors", "weights", "digests"},
+    "regressor of vectors": {"features", "vectors", "targets", "digests"},
+}
+
+
+@pytest.mark.parametrize("case", SECRETIVE)
+def test_nothing_of_the_forgotten_remains(case):
+    model, kinds = fitted(case), SECRETIVE[case]
+    known = secrets(model._stored, GONE)
+    assert set(known) == kinds
+    assert leaks(known, model) == {"memory": kinds, "pickle": kinds}
+    model.forget(GONE)
+    assert leaks(known, model) == {"memory": set(), "pickle": set()}
+    model.predict(CASES[case][1][KEPT])
+    model.leave_one_out()
+    assert leaks(known, model) == {"memory": set(), "pickle": set()}
+
+
+def kept_aside(taking):
+    """All rows stay beside those that are left."""
+    return lambda stored, chosen: replace(taking(stored, chosen), backbone=stored)
+
+
+def only_views(taking):
+    """Of a run of rows, what is left still holds the others."""
+
+    def view(stored: StoredData, chosen: np.ndarray) -> StoredData:
+        rows = slice(chosen[0], chosen[-1] + 1)
+        parts = {"features": stored.rows.features[rows], "digests": stored.rows.digests[rows]}
+        return replace(taking(stored, chosen), rows=replace(stored.rows.taking(chosen), **parts))
+
+    return view
+
+
+@pytest.mark.parametrize(("wrong", "pickled"), [(kept_aside, {"features", "digests"}), (only_views, set())])
+def test_what_remains_would_be_found(wrong, pickled, monkeypatch):
+    monkeypatch.setattr(StoredData, "taking", wrong(StoredData.taking))
+    model = fitted("images")
+    known = secrets(model._stored, [0])
+    assert leaks(known, model.forget(0)) == {"memory": {"features", "digests"}, "pickle": pickled}
+
+
+# ----------------------------------------------------------------------------------------------------- bad indices
+
+
+@pytest.fixture(scope="module")
+def model() -> LQFClassifier:
+    return classifier().fit(X, Y)
+
+
+BAD_INDICES = {
+    "out of range": ([3, 15], r"from 0 to 14, got \[15\]"),
+    "negative": (-1, r"got \[-1\]"),
+    "twice": ([4, 3, 4], r"twice: \[4\]"),
+    "floats": ([1.0, 2.0], "float64"),
+    "mask": (np.arange(N) == 3, "bool"),
+    "none": (None, "ints"),
+    "two axes": ([[1, 2]], r"shape \(1, 2\)"),
+    "one image": (np.arange(1, N), "1 training"),
+    "a class": (np.flatnonzero(Y == "bee"), "bee"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDICES)
+def test_bad_indices_change_nothing(case, model):
+    indices, message = BAD_INDICES[case]
+    before = pickle.dumps(model)
+    with pytest.raises(ValueError, match=message):
+        model.forget(indices)
+    assert pickle.dumps(model) == before
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_what_is_not_stored_cannot_be_changed(make):
+    y = Y if make is classifier else VALUES
+    with pytest.raises(NotFittedError):
+        make().forget(0)
+    model = make(store_data=False).fit(X, y)
+    for name in ("forget", "partial_fit"):
+        assert not hasattr(model, name)
+        with pytest.raises(AttributeError, match=name) as caught:
+            getattr(model, name)
+        assert "set store_data=True before fit" in str(caught.value.__cause__)
+    model.set_params(store_data=True)
+    for change in (lambda: model.forget(0), lambda: model.partial_fit(X, y)):
+        with pytest.raises(ValueError, match="fitted with store_data=False"):
+            change()
+    assert model.fit(X, y).forget(0) is model
+
+
+# --------------------------------------------------------------------------------------------------- interruptions
+
+
+def after(function):
+    """The same, and then an interrupt from the keyboard."""
+
+    def interrupted(*args, **kwargs):
+        function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [("images", "_choose_prior"), ("images", "factorization"), ("images", "solve"), ("vectors", "solve")],
+)
+def test_an_interrupt_changes_nothing(case, place, monkeypatch):
+    model, (_, data, y, _) = fitted(case), CASES[case]
+    before, outputs = pickle.dumps(model), model.predict(data)
+    for change in (lambda: model.forget(GONE), lambda: model.partial_fit(data[:4], y[:4])):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Problem, place, after(getattr(Problem, place)))
+            change()
+        assert pickle.dumps(model) == before
+        assert np.array_equal(model.predict(data), outputs)
+    assert_equal_fits(model.forget(GONE), fitted(case, kept=True), data)
+
+
+# ---------------------------------------------------------------------------------------------------------- adding
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adding_equals_a_fit_of_all(case):
+    estimator, data, y, weighted = CASES[case]
+    model = copy.copy(estimator)
+    known = np.unique(y) if y.ndim == 1 else np.arange(y.shape[1])
+    classes = {"classes": known} if hasattr(model, "class_weight") else {}
+    for rows in (slice(0, 6), slice(6, 7), slice(7, None)):  # one of them alone
+        model.partial_fit(data[rows], y[rows], **classes, sample_weight=WEIGHTS[rows] if weighted else None)
+        classes = {}
+    assert_equal_fits(model, fitted(case), data)
+    assert len(model._stored.rows) == N
+
+
+@pytest.mark.parametrize("case", ["directions", "balanced", "vectors"])
+def test_adding_and_forgetting_take_turns(case):
+    estimator, data, y, weighted = CASES[case]
+    model = copy.copy(estimator).fit(data[:10], y[:10], WEIGHTS[:10] if weighted else None).forget([1, 5])
+    model.partial_fit(data[10:], y[10:], sample_weight=WEIGHTS[10:] if weighted else None)
+    assert_equal_fits(model.forget(10), fitted(case, kept=True), data)
+
+
+def test_a_class_of_which_there_is_no_image_yet():
+    two = Y != "cow"
+    model = classifier().partial_fit(X[two], Y[two], classes=["cow", "bee", "ant"])
+    assert model.classes_.tolist() == ["ant", "bee", "cow"]
+    assert model.decision_function(X).shape == (N, 3)
+    assert set(model.predict(X[two])) == {"ant", "bee"}
+    model.partial_fit(X[~two], Y[~two], classes=["ant", "bee", "cow"])
+    order = np.argsort(~two, kind="stable")
+    assert_equal_fits(model, classifier().fit(X[order], Y[order]), X)
+
+
+def test_forgetting_where_a_class_has_no_image_yet():
+    two = np.flatnonzero(Y != "cow")
+    model = classifier().partial_fit(X[two], Y[two], classes=["ant", "bee", "cow"]).forget(0)
+    expected = classifier().partial_fit(X[two[1:]], Y[two[1:]], classes=["ant", "bee", "cow"])
+    assert_equal_fits(model, expected, X)
+
+
+SMALL = X[:, :10, :10]
+BAD_ROWS = {
+    "other classes": ("images", X, Y, {"classes": ["ant", "bee"]}, "not the same"),
+    "label unseen": ("images", X, np.where(Y == "cow", "yak", Y), {}, "yak"),
+    "several labels": ("images", X, LABELS, {}, "one class"),
+    "one label": ("labels", X, LABELS[:, 0], {}, "3 labels"),
+    "fewer labels": ("labels", X, LABELS[:, :2], {}, "3 labels"),
+    "more targets": ("regressor", X, VALUES, {}, "3 targets"),
+    "other sizes": ("images", SMALL, Y, {}, "size"),
+    "vectors for images": ("images", VECTORS, Y, {}, "features"),
+    "images for vectors": ("vectors", X, Y, {}, "vectors"),
+    "fewer features": ("vectors", VECTORS[:, :3], Y, {}, "3 features"),
+    "lengths": ("images", X, Y[:3], {}, "inconsistent"),
+    "infinite": ("vectors", np.where(VECTORS > 4, np.inf, VECTORS), Y, {}, "infinity"),
+    "no weight": ("images", X, Y, {"sample_weight": np.zeros(N)}, "zero"),
+    "nan": ("regressor", X, np.where(VALUES[:, 0] > 0.3, np.nan, 0.0), {}, "NaN"),
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict:
+    return {case: fitted(case) for case in {case for case, *_ in BAD_ROWS.values()}}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_change_nothing(case, models):
+    kind, data, y, options, message = BAD_ROWS[case]
+    before = pickle.dumps(models[kind])
+    with pytest.raises(ValueError, match=message):
+        models[kind].partial_fit(data, y, **options)
+    assert pickle.dumps(models[kind]) == before
+
+
+def test_the_first_call_needs_the_classes():
+    with pytest.raises(ValueError, match="classes must be passed on the first call"):
+        classifier().partial_fit(X, Y)
+    with pytest.raises(ValueError, match="cow"):
+        classifier().partial_fit(X, Y, classes=["ant", "bee"])
+    model = classifier().partial_fit(X[:3], Y[:3], classes=["ant", "bee", "cow"])
+    with pytest.raises(ValueError, match="size"):
+        model.partial_fit(SMALL, Y)
+    model.fit(X, LABELS)  # from scratch, whatever was before
+    assert model.classes_.tolist() == [0, 1, 2]

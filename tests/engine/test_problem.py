@@ -1,0 +1,346 @@
+"""From features to the solution: scale, prior and weights against scikit-learn's Ridge; answers for several targets.
+
+The features are random numbers, in four groups of which one is a pair of sketches; no network is needed.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from support.data import make_images, tiny_net
+
+from sklearn_lqf import LQFRegressor
+from sklearn_lqf.engine import problem
+from sklearn_lqf.engine.features import Group
+from sklearn_lqf.engine.problem import Problem, Recipe, TrainingRows
+from sklearn_lqf.engine.ridge import Status
+
+N, C = 16, 3
+GROUPS = [
+    Group("last", (5,)), Group("a tangents", (4,)), Group("a deviation", (3,)),
+    Group("b directions", (4, 6), ((2, 2), (2, 3))),
+]  # fmt: skip
+SIZES = [g.size for g in GROUPS]
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(size=(N, sum(SIZES))) * np.repeat([1.0, 30.0, 4.0, 0.01, 5.0], [5, 4, 3, 4, 6]) + 3
+CODES = np.arange(N) % C
+FEATURES[:, :3] += 1.5 * np.eye(C)[CODES]
+FEATURES[:, 5:8] += 40 * np.eye(C)[CODES]
+DIGESTS = RNG.integers(0, 256, (N, 16), dtype=np.uint8)
+GIVEN = np.where(np.arange(N) % 4 == 1, 2.0, np.where(np.arange(N) % 5 == 2, 0.6, 1.0))
+ROWS = TrainingRows(FEATURES, np.eye(C)[CODES], GIVEN, DIGESTS)
+RECIPE = Recipe("leave-one-out", "auto", 1e-12, 500, C - 1, True, 1 << 30)
+
+
+def pose(rows: TrainingRows = ROWS, **recipe) -> Problem:
+    return Problem(rows, GROUPS, rows.given, np.ones(rows.targets.shape[1]), replace(RECIPE, **recipe))
+
+
+def scaled(found: Problem, theta: np.ndarray) -> np.ndarray:
+    return found.standardization(found._rows.features) * np.sqrt(np.repeat(theta, SIZES))
+
+
+def refits(found: Problem, theta: np.ndarray) -> np.ndarray:
+    """Outputs (n, C) for each row by Ridge without one of the images that it stands for."""
+    phi, s, t = scaled(found, theta), found.weights, found.targets
+    rest = 1 - 1 / found._rows.multiplicity
+    out = np.empty_like(t)
+    for i in range(len(t)):
+        without = np.where(np.arange(len(t)) == i, s * rest, s)
+        out[i] = Ridge(1.0).fit(phi, t, without).predict(phi[i : i + 1])
+    return out
+
+
+def error(found: Problem, theta: np.ndarray) -> float:
+    """The criterion in nats, by refits."""
+    squares = found.weights @ np.square(refits(found, theta) - found.targets).sum(1)
+    return 0.5 * found._rows.multiplicity.sum() * found._recipe.free * np.log(squares)
+
+
+# -------------------------------------------------------------------------------------------------------- scale
+
+
+def test_groups_are_standardized_with_the_weights():
+    found = pose()
+    psi, s = found.standardization(FEATURES), found.weights
+    assert s.sum() == pytest.approx(np.maximum(GIVEN, 1).sum())  # the number of images
+    np.testing.assert_allclose(s / GIVEN, s[0] / GIVEN[0])
+    np.testing.assert_allclose(s @ psi, 0, atol=1e-9)
+    norms = [s @ np.square(part).sum(1) / s.sum() for part in np.split(psi, [5, 9, 12, 16], axis=1)]
+    np.testing.assert_allclose(norms, [1, 1, 1, 0.5, 0.5])  # parts of a group have equal shares
+    twice = pose(ROWS.taking(np.repeat(np.arange(N), 2)))
+    np.testing.assert_allclose(twice.standardization.scale, found.standardization.scale)
+
+
+def test_features_that_are_not_finite_are_refused():
+    wrong = np.where(np.arange(FEATURES.size).reshape(FEATURES.shape) == 7, np.inf, FEATURES)
+    with pytest.raises(ValueError, match="not all finite"):
+        pose(replace(ROWS, features=wrong))
+
+
+# -------------------------------------------------------------------------------------------------------- prior
+
+GIVEN_PRIORS = {
+    "equal": ("equal", [1, 1, 1, 0]),
+    "last": ("last", [1, 0, 0, 0]),
+    "dict": ({"b directions": 3.0, "last": 1.0}, [1, 0, 0, 3]),
+    "array": (np.array([0.2, 0.4, 0.6, 0.8]), [1, 2, 3, 4]),
+    "list": ([2, 4, 6, 8], [1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN_PRIORS)
+def test_shares_are_given_and_the_scale_is_learned(case):
+    prior, shares = GIVEN_PRIORS[case]
+    found = pose(prior=prior)
+    theta = found.variances
+    np.testing.assert_allclose(theta / theta.sum(), np.divide(shares, np.sum(shares)), rtol=1e-12)
+    values = [error(found, theta * f) + 0.01 * np.log(theta.sum() * f) ** 2 for f in (0.8, 1.0, 1.25)]
+    assert values[1] <= min(values) + 1e-9
+    np.testing.assert_allclose(pose(prior=prior).solve("auto").weight[np.repeat(shares, SIZES) == 0], 0)
+
+
+def test_the_learned_prior_is_a_minimum():
+    """Of the held-out error by refits and the hyper-prior: the last features count as much as all other statistics."""
+    found = pose()
+    expected = np.array([2.0, 1.0, 1.0, 1.0]) / 5
+
+    def objective(log_theta: np.ndarray) -> float:
+        # log theta = log e + z + u: of all z and u the best for a theta.
+        z = log_theta - np.log(expected)
+        u = z.sum() / (len(z) + 0.02)
+        return error(found, np.exp(log_theta)) + np.square(z - u).sum() / 2 + 0.01 * u**2
+
+    best = np.log(found.variances)
+    for step in np.vstack([np.eye(4), np.ones(4)]):
+        for sign in (-0.3, 0.3):
+            assert objective(best + sign * step) > objective(best) - 1e-3
+    assert found.variances.min() > 0
+    assert not np.allclose(found.variances, pose(prior="evidence").variances, rtol=1e-2)
+
+
+BAD_PRIORS = {
+    "unknown group": ({"last": 1.0, "head": 2.0}, r"prior names \['head'\].*its groups: \['last', 'a tangents'"),
+    "wrong number": ([1.0, 2.0], r"a number for each of the 4 groups.*shape \(2,\)"),
+    "negative": ([1.0, -1.0, 1.0, 1.0], "non-negative"),
+    "not finite": ({"last": np.nan}, "finite"),
+    "nothing": ({"last": 0.0}, "not all zero"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRIORS)
+def test_bad_priors(case):
+    prior, message = BAD_PRIORS[case]
+    with pytest.raises(ValueError, match=message):
+        pose(prior=prior)
+
+
+# ----------------------------------------------------------------------------------------- the rows of the prior
+
+
+@pytest.fixture
+def many(monkeypatch) -> TrainingRows:
+    """Rows of three classes of very different size; a prior is learned from 30 of them."""
+    monkeypatch.setattr(problem, "_PRIOR_ROWS", 30)
+    rng, codes = np.random.default_rng(1), np.repeat(np.arange(C), [150, 40, 10])
+    features = rng.normal(size=(200, sum(SIZES))) + 0.5 * codes[:, None] * rng.normal(size=sum(SIZES))
+    return TrainingRows(features, np.eye(C)[codes], np.ones(200), rng.integers(0, 256, (200, 16), dtype=np.uint8))
+
+
+def test_rows_of_the_prior_are_some_of_each_class(many):
+    sample = pose(many)._prior_rows()
+    assert np.bincount(many.targets[sample].argmax(1)).tolist() == [10, 10, 10]
+    assert len(np.unique(sample)) == 30
+    plain = pose(many, stratified=False, free=C)._prior_rows()
+    assert len(plain) == 30 and np.bincount(many.targets[plain].argmax(1))[0] > 15
+
+
+def test_rows_of_the_prior_are_chosen_by_content(many):
+    order = np.random.default_rng(2).permutation(200)
+    one, other = pose(many), pose(many.taking(order))
+    assert set(one._prior_rows()) == set(order[other._prior_rows()])
+    np.testing.assert_allclose(other.variances, one.variances, rtol=1e-6)
+    grown = pose(many.joined(replace(many.taking(order[:1]), digests=np.full((1, 16), 255, np.uint8))))
+    assert len(set(grown._prior_rows()) - set(one._prior_rows())) <= 1  # one image more hardly changes the choice
+
+
+def test_copies_stand_together_in_the_prior(many):
+    chosen = pose(many)._prior_rows()
+    weighted = replace(many, given=np.where(np.isin(np.arange(200), chosen[::3]), 2.0, 1.0))
+    repeated = np.r_[np.arange(200), chosen[::3]]
+    twice = pose(many.taking(repeated))
+    assert len(twice._prior_rows()) == 40
+    np.testing.assert_allclose(twice.variances, pose(weighted).variances, rtol=1e-6)
+
+
+def test_with_many_classes_more_rows_are_taken(many, monkeypatch):
+    monkeypatch.setattr(problem, "_PRIOR_ROWS_MAX", 90)
+    codes = np.arange(200) % 25
+    assert len(pose(replace(many, targets=np.eye(25)[codes]), free=24)._prior_rows()) == 90
+    monkeypatch.setattr(problem, "_PRIOR_ROWS_MAX", 2000)
+    sample = pose(replace(many, targets=np.eye(25)[codes]), free=24)._prior_rows()
+    assert np.bincount(codes[sample]).tolist() == [4] * 25
+
+
+# ----------------------------------------------------------------------------------------------------- solutions
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "pcg", "zero variance"])
+def test_solutions_are_those_of_ridge(form):
+    rows = ROWS.taking(np.tile(np.arange(N), 2)) if form == "columns" else ROWS  # more rows than columns
+    if form == "columns":
+        rows = replace(rows, features=rows.features + RNG.normal(size=rows.features.shape))
+    prior = "equal" if form == "zero variance" else RECIPE.prior
+    found = pose(rows, solver="pcg" if form == "pcg" else "auto", prior=prior)
+    solution, theta = found.solve("auto"), found.variances
+    assert solution.method == {"pcg": "estimate", "zero variance": "columns"}.get(form, form)
+    ridge = Ridge(1.0).fit(scaled(found, theta), found.targets, found.weights)
+    expected = (ridge.coef_ * np.sqrt(np.repeat(theta, SIZES))).T
+    np.testing.assert_allclose(solution.weight, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(solution.intercept, ridge.intercept_, atol=1e-9)
+    if form != "pcg":
+        np.testing.assert_allclose(solution.held_out, refits(found, theta), atol=1e-8)
+        assert (solution.n_iter, solution.status) == (0, None)
+
+
+def test_conjugate_gradients_say_how_they_went():
+    closed = pose(solver="closed").solve("auto")
+    found = pose(solver="pcg").solve("auto")
+    assert found.status is Status.CONVERGED
+    assert 0 < found.n_iter == len(found.residual_norms) - 1
+    assert found.residual_norms[-1] <= 1e-12 < found.residual_norms[0] == pytest.approx(1)
+    np.testing.assert_allclose(found.weight, closed.weight, rtol=0, atol=1e-9 * np.abs(closed.weight).max())
+    # What stands for the inverse, its preconditioner, is near: most of what the outputs have lost is found.
+    in_sample = closed.standardization(FEATURES) @ closed.weight + closed.intercept
+    gap, lost = (np.linalg.norm(values - closed.held_out) for values in (found.held_out, in_sample))
+    assert gap < 0.5 * lost
+    assert pose(solver="pcg", max_iter=1).solve("auto").status is Status.MAX_ITER
+
+
+def test_with_one_exact_block_estimates_are_exact():
+    closed, found = (pose(prior="last", solver=solver).solve("auto") for solver in ("closed", "pcg"))
+    np.testing.assert_allclose(found.held_out, closed.held_out, atol=1e-9)
+    assert found.noise == pytest.approx(closed.noise, rel=1e-9)
+
+
+def test_what_does_not_fit_is_estimated():
+    assert pose(budget=1000).solve("auto").method == "estimate"
+    assert pose(budget=3 * 8 * N**2).solve("auto").method == "rows"
+    with pytest.raises(ValueError, match=r"16 rows and 22 features.*solver='pcg'"):
+        pose(budget=1000, solver="closed").solve("auto")
+
+
+def test_noise_has_the_largest_restricted_likelihood():
+    found = pose()
+    phi, s, images = scaled(found, found.variances), found.weights, np.maximum(GIVEN, 1).sum()
+    inverse = np.linalg.inv(phi @ phi.T + np.diag(1 / s))
+    m = inverse - np.outer(inverse.sum(1), inverse.sum(0)) / inverse.sum()
+    expected = np.trace(found.targets.T @ m @ found.targets) / ((images - 1) * (C - 1))
+    assert found.solve("auto").noise == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_row_of_weight_two_is_a_row_given_twice():
+    repeated = np.repeat(np.arange(N), np.where(GIVEN == 2, 2, 1))
+    twice = replace(ROWS.taking(repeated), given=np.where(GIVEN == 2, 1.0, GIVEN)[repeated])
+    one, other = pose().solve("auto"), pose(twice).solve("auto")
+    np.testing.assert_allclose(other.weight, one.weight, rtol=0, atol=1e-6 * np.abs(one.weight).max())
+    np.testing.assert_allclose(other.held_out, one.held_out[repeated], atol=1e-6)
+    assert other.noise == pytest.approx(one.noise, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------- penalties and units
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1, 30.0])
+def test_at_a_penalty_shares_are_those_of_the_prior(alpha):
+    found = pose()
+    theta = found.variances_at(alpha)
+    np.testing.assert_allclose(theta * alpha, found.variances / found.variances.sum())
+    np.testing.assert_allclose(found.held_out(alpha), refits(found, theta), atol=1e-8)
+    np.testing.assert_allclose(found.solve(alpha).held_out, found.held_out(alpha), atol=1e-12)
+    np.testing.assert_allclose(found.solve(alpha).variances, theta)
+    assert found.variances_at("auto") is found.variances
+
+
+def test_targets_are_in_their_unit():
+    unit = np.array([1.0, 10.0, 0.1])
+    rows = replace(ROWS, targets=ROWS.targets * unit)
+    found = Problem(rows, GROUPS, GIVEN, unit, RECIPE).solve("auto")
+    np.testing.assert_allclose(found.weight, pose().solve("auto").weight, rtol=1e-9, atol=1e-12)
+
+
+def test_a_fitted_solution_keeps_scale_and_prior():
+    solution = pose(prior="evidence").solve(0.3)
+    again = Problem(ROWS.taking(np.arange(10)), GROUPS, GIVEN[:10], np.ones(C), RECIPE, fitted=solution)
+    assert again.standardization is solution.standardization
+    assert again.variances is solution.variances
+
+
+# ------------------------------------------------------------------------------- answers for several targets
+
+X, _ = make_images(20)
+NEW = make_images(4, seed=1)[0]
+TWO = np.c_[X[:, :6, :6, 0].mean((1, 2)), 1e-3 * X[:, 6:, :6, 1].mean((1, 2))] + [[100, 0]]
+NEW_TWO = np.c_[np.arange(4.0), np.arange(4) / 100]
+WEIGHTS = np.where(np.arange(20) % 5 == 1, 2.0, np.where(np.arange(20) % 7 == 3, 0.0, 1.0))
+KEPT = np.flatnonzero(WEIGHTS)
+
+
+def regressor(**parameters) -> LQFRegressor:
+    return LQFRegressor(tiny_net(), dtype="float64", store_data=True, **parameters)
+
+
+@pytest.fixture(scope="module")
+def reg() -> LQFRegressor:
+    return regressor().fit(X, TWO, WEIGHTS)
+
+
+def columns(model: LQFRegressor, images: np.ndarray) -> np.ndarray:
+    """Features times the roots of their prior variances over that of noise."""
+    groups = model._model.reader.groups
+    theta = np.array([model.prior_[g.name] for g in groups]) / model.alpha_
+    return model.features(images) * np.sqrt(np.repeat(theta, [g.size for g in groups]))
+
+
+def test_several_targets_are_left_out_as_by_refits(reg):
+    phi, new = columns(reg, X), columns(reg, NEW)
+    s = WEIGHTS  # they add up to the number of images that rows stand for
+    held_out, changes = Ridge(1.0).fit(phi, TWO, s).predict(phi), np.zeros((4, 20, 2))
+    np.testing.assert_allclose(reg.predict(NEW), Ridge(1.0).fit(phi, TWO, s).predict(new), rtol=1e-8)
+    for i in KEPT:
+        ridge = Ridge(1.0).fit(phi, TWO, np.where(np.arange(20) == i, s - 1, s))
+        held_out[i] = ridge.predict(phi[i : i + 1])[0]
+        changes[:, i] = ridge.predict(new) - reg.predict(NEW)
+    np.testing.assert_allclose(reg.leave_one_out(X, TWO, WEIGHTS), held_out, rtol=1e-7)
+    np.testing.assert_allclose(reg.leave_one_out(), held_out[KEPT], rtol=1e-7)
+    scale = np.abs(changes).max((0, 1))
+    effect = reg.influence(X, TWO, NEW, sample_weight=WEIGHTS)
+    np.testing.assert_allclose(effect / scale, changes / scale, atol=1e-7)
+    losses = [np.square(values - NEW_TWO[:, None]).sum(2) for values in (reg.predict(NEW)[:, None], 0)]
+    losses[1] = np.square(reg.predict(NEW)[:, None] + changes - NEW_TWO[:, None]).sum(2)
+    found = reg.influence(X, TWO, NEW, NEW_TWO, WEIGHTS)
+    np.testing.assert_allclose(found, losses[1] - losses[0], atol=1e-7 * np.abs(found).max())
+
+
+def test_several_targets_have_the_dense_posterior(reg):
+    phi, new, s = np.c_[columns(reg, X), np.ones(20)], np.c_[columns(reg, NEW), np.ones(4)], WEIGHTS
+    h = phi.T @ (s[:, None] * phi) + np.diag(np.r_[np.ones(phi.shape[1] - 1), 0])
+    ratio = np.einsum("ij,jk,ik->i", new, np.linalg.inv(h), new)
+    mean, std = reg.predict(NEW, return_std=True)
+    np.testing.assert_array_equal(mean, reg.predict(NEW))
+    expected = np.sqrt(reg.noise_variance_ * (1 + ratio))[:, None] * reg.target_scale_
+    np.testing.assert_allclose(std, expected, rtol=1e-7)
+
+
+def test_several_targets_are_forgotten_and_added():
+    gone = [0, 5]
+    model = regressor().fit(X, TWO, WEIGHTS).forget(gone)
+    rest = np.delete(KEPT, gone)
+    expected = regressor().fit(X[rest], TWO[rest], WEIGHTS[rest])
+    np.testing.assert_allclose(model.predict(NEW), expected.predict(NEW), rtol=1e-7)
+    np.testing.assert_allclose(model.target_scale_, expected.target_scale_, rtol=1e-12)
+    back = model.partial_fit(X[KEPT[gone]], TWO[KEPT[gone]], WEIGHTS[KEPT[gone]])
+    np.testing.assert_allclose(back.predict(NEW), regressor().fit(X, TWO, WEIGHTS).predict(NEW), rtol=1e-6)
+    with pytest.raises(ValueError, match="has 1 targets, but the model was fitted on 2"):
+        model.leave_one_out(X, TWO[:, 0], WEIGHTS)

@@ -1,0 +1,398 @@
+"""Displays: what is drawn, where, and what is refused."""
+
+import doctest
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+from sklearn.dummy import DummyClassifier
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from support.data import make_images, tiny_net
+
+from sklearn_lqf import LQFClassifier, LQFRegressor
+from sklearn_lqf.estimators import curves
+from sklearn_lqf.estimators import displays as plotting
+from sklearn_lqf.estimators.displays import (
+    ConvergenceDisplay,
+    InfluenceDisplay,
+    PriorDisplay,
+    RegularizationPathDisplay,
+)
+
+X, Y = make_images(15)
+NEW_X, NEW_Y = make_images(3, seed=1)
+DISPLAYS = [ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def classifier(**parameters) -> LQFClassifier:
+    return LQFClassifier(tiny_net(), **{"solver": "pcg", "tol": 1e-6, **parameters})
+
+
+@pytest.fixture(scope="module")
+def clf():
+    return classifier().fit(X, Y)
+
+
+def texts(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+# ------------------------------------------------------------------------------------------------------- convergence
+
+
+def test_convergence(clf):
+    display = ConvergenceDisplay.from_estimator(clf, color="tab:green")
+    assert_array_equal(display.line_.get_ydata(), clf.residual_norms_)
+    assert_array_equal(display.line_.get_xdata(), np.arange(clf.n_iter_ + 1))
+    assert_array_equal(display.tol_line_.get_ydata(), [1e-6, 1e-6])
+    assert display.line_.get_color() == "tab:green"
+    assert display.residual_norms is clf.residual_norms_
+    assert display.figure_ is display.ax_.figure
+    assert display.ax_.get_yscale() == "log"
+    assert display.ax_.get_xlabel() and display.ax_.get_ylabel()
+    assert texts(display.ax_.get_legend()) == ["LQFClassifier", "tol = 1e-06"]
+
+
+def test_solvers_are_compared_on_one_axes(clf):
+    _, ax = plt.subplots()
+    one = ConvergenceDisplay.from_estimator(clf, ax=ax, name="one")
+    two = ConvergenceDisplay(residual_norms=[1, 0.1], tol=1e-6, estimator_name="two").plot(ax)
+    three = ConvergenceDisplay(residual_norms=[1, 0.2], tol=1e-2).plot(ax, name="three")
+    none = ConvergenceDisplay(residual_norms=[1, 0.3], tol=0.0).plot(ax)
+    assert one.ax_ is two.ax_ is three.ax_ is ax
+    assert one.tol_line_ is two.tol_line_ is not three.tol_line_
+    assert none.tol_line_ is None
+    assert len({d.line_.get_color() for d in (one, two, three)}) == 3
+    assert texts(ax.get_legend()) == ["one", "tol = 1e-06", "two", "three", "tol = 0.01"]
+
+
+def test_convergence_without_names_has_no_legend():
+    assert ConvergenceDisplay(residual_norms=[1, 0.1]).plot().ax_.get_legend() is None
+
+
+def test_a_closed_form_has_no_convergence():
+    with pytest.raises(ValueError, match="solver='pcg'"):
+        ConvergenceDisplay.from_estimator(classifier(solver="auto").fit(X, Y))
+
+
+# ------------------------------------------------------------------------------------------------------------- prior
+
+
+def test_prior_is_drawn_over_the_depth(clf):
+    display = PriorDisplay.from_estimator(clf, linewidth=2)
+    ax = display.ax_
+    assert display.prior is clf.prior_ and display.figure_ is ax.figure
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["block1.1", "block2.1", "last"]
+    assert ax.yaxis_inverted()  # the first stage at the top
+    drawn, ends = {}, {}
+    for kind, bars in display.bars_.items():
+        for bar in bars:
+            row = round(bar.get_y() + bar.get_height() / 2)
+            drawn[("block1.1", "block2.1", "last")[row], kind] = bar.get_width()
+            assert bar.get_x() == pytest.approx(ends.get(row, 0.0))  # bars of a stage do not overlap
+            ends[row] = bar.get_x() + bar.get_width()
+            assert bar.get_linewidth() == 2
+    assert sum(ends.values()) == pytest.approx(1)
+    expected = {(name.rpartition(" ")[0] or "last", name.rpartition(" ")[2]): v for name, v in clf.prior_.items()}
+    assert drawn == pytest.approx(expected)
+    assert ax.get_title() == "LQFClassifier"
+    assert texts(ax.get_legend()) == ["last features", "local tangents", "deviations"]
+
+
+def test_bars_are_under_no_legend_and_within_the_axes():
+    prior = {"a tangents": 0.3, "a deviation": 0.3, "b deviation": 0.1, "b directions": 0.2, "last": 0.1}
+    display = PriorDisplay(prior=prior).plot(name="one")
+    display.figure_.canvas.draw()
+    ax, legend = display.ax_, display.ax_.get_legend().get_window_extent()
+    assert not legend.overlaps(ax.title.get_window_extent())
+    for bars in display.bars_.values():
+        assert not any(legend.overlaps(bar.get_window_extent()) for bar in bars)
+    assert ax.get_xlim()[1] > 0.6
+    other = PriorDisplay(prior={"last": 1.0}).plot(ax, color="k")
+    assert other.ax_ is ax and ax.yaxis_inverted()
+
+
+def test_what_is_no_prior_of_groups():
+    with pytest.raises(ValueError, match=r"'a mode'.*'tangents'"):
+        PriorDisplay(prior={"a mode": 1.0}).plot()
+    with pytest.raises(ValueError, match="model='paper'"):
+        PriorDisplay.from_estimator(LQFClassifier(tiny_net(), model="paper", tangent_layers="head").fit(X, Y))
+
+
+# --------------------------------------------------------------------------------------------------------- influence
+
+
+def shown(display: InfluenceDisplay) -> list[np.ndarray]:
+    return [np.asarray(drawn.get_array()) for drawn in display.images_]
+
+
+def test_influence_on_the_loss(clf):
+    display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], NEW_Y[0], n_images=2)
+    effect = clf.influence(X, Y, NEW_X[:1], NEW_Y[:1])[0]
+    order = np.argsort(-effect)
+    expected = [order[0], order[1], order[-1], order[-2]]
+    assert effect[expected[1]] > 0 > effect[expected[3]]
+    assert_array_equal(display.indices, expected)
+    assert_array_equal(display.effect, effect[expected])
+    assert_array_equal(display.labels, Y[expected])
+    assert (display.label, display.predicted) == (NEW_Y[0], clf.predict(NEW_X[:1])[0])
+    for found, image in zip(shown(display), [NEW_X[0], *X[expected]], strict=True):
+        assert_allclose(found, image / 255, atol=1e-6)
+    assert display.axes_.shape == (2, 2)
+    titles = [ax.get_title() for ax in display.axes_.flat]
+    assert titles == [f"{Y[i]}\n{effect[i]:+.2g}" for i in expected]
+    assert display.ax_.get_title() == f"predicted {display.predicted}\nlabel {NEW_Y[0]}"
+    assert [ax.get_ylabel().split(":")[0] for ax in display.axes_[:, 0]] == ["helps", "harms"]
+    blue, red = (plt.matplotlib.colors.to_rgba(name) for name in ("tab:blue", "tab:red"))
+    assert [ax.spines["left"].get_edgecolor() for ax in display.axes_.flat] == [blue, blue, red, red]
+
+
+def test_influence_on_the_output(clf):
+    display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[:1], n_images=2, colors=("g", "k"))
+    effect = clf.influence(X, Y, NEW_X[:1])[0]
+    order = np.argsort(effect)
+    assert_array_equal(display.indices, [order[0], order[1], order[-1], order[-2]])
+    assert display.label is None
+    assert display.ax_.get_title() == f"predicted {display.predicted}"
+    assert [ax.get_ylabel().split(":")[0] for ax in display.axes_[:, 0]] == ["raises it", "lowers it"]
+
+
+def test_rows_without_a_weight_have_no_effect_and_are_not_drawn():
+    weights = np.r_[np.zeros(3), np.ones(12)]
+    clf = classifier().fit(X, Y, weights)
+    display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], sample_weight=weights, n_images=15)
+    assert sorted(display.indices) == list(range(3, 15))
+    assert len(display.images_) == 13
+
+
+def test_fewer_images_on_one_side():
+    images = np.zeros((3, 4, 4), dtype=np.uint8) + np.array([10, 20, 30], dtype=np.uint8)[:, None, None]
+    options = {"image": images[0], "images": images, "labels": [1.23456, 2.0, 3.0], "predicted": 0.5}
+    display = InfluenceDisplay(label=None, effect=[0.1, -1e-5, 0.2], **options).plot()
+    assert [[ax and ax.get_title() for ax in row] for row in display.axes_] == [
+        ["2\n-1e-05", None],
+        ["3\n+0.2", "1.23\n+0.1"],
+    ]
+    assert [image.get_clim() for image in display.images_] == [(0, 255)] * 4
+    nothing = InfluenceDisplay(label=0.5, effect=[0.0, 0.0, 0.0], **options).plot()
+    assert len(nothing.images_) == 1
+
+
+def test_axes_are_divided(clf):
+    figure, axes = plt.subplots(1, 2)
+    display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], NEW_Y[0], ax=axes[1], n_images=1)
+    assert display.figure_ is figure
+    assert not axes[1].axison and axes[0].axison
+    assert display.ax_.get_subplotspec().get_topmost_subplotspec() == axes[1].get_subplotspec()
+    with pytest.raises(ValueError, match=r"plt\.subplots"):
+        display.plot(figure.add_axes((0, 0, 1, 1)))
+
+
+GRAY = X[..., 0]
+
+
+@pytest.mark.parametrize("form", ["floats", "gray", "raveled", "table", "channels first", "list", "PIL", "paths"])
+def test_images_in_every_form(form, tmp_path):
+    names = [str(tmp_path / f"{i}.png") for i in range(len(X))]
+    parameters = {"raveled": {"image_shape": (12, 12)}, "table": {"image_shape": (12, 12)}}
+    parameters["channels first"] = {"channel_axis": 0}
+    rows = {
+        "floats": X.astype(np.float32) / np.float32(255),
+        "gray": GRAY,
+        "raveled": GRAY.reshape(len(X), -1),
+        "table": pd.DataFrame(GRAY.reshape(len(X), -1)).rename(columns=str),
+        "channels first": X.transpose(0, 3, 1, 2),
+        "list": list(X),
+        "PIL": [Image.fromarray(image) for image in X],
+        "paths": pd.Series(names, index=range(100, 115)),
+    }[form]
+    if form == "paths":
+        for name, image in zip(names, X, strict=True):
+            Image.fromarray(image).save(name)
+    clf = classifier(**parameters.get(form, {})).fit(rows, Y)
+    one = rows.iloc[2] if hasattr(rows, "iloc") else rows[2]
+    row = rows.iloc[2:3] if hasattr(rows, "iloc") else rows[2:3]
+    expected = GRAY if form in ("gray", "raveled", "table") else X
+    for x_test in (one, row):
+        display = InfluenceDisplay.from_estimator(clf, rows, Y, x_test, Y[2], n_images=1)
+        for found, image in zip(shown(display), expected[[2, *display.indices]], strict=True):
+            assert_allclose(found, image / 255, atol=1e-6)
+
+
+def test_mixed_and_large_images_are_made_smaller(monkeypatch):
+    monkeypatch.setattr(plotting, "_SHOWN_MAX", 10)
+    rows = [Image.fromarray(X[0]).resize((40, 20)), *X[1:]]
+    clf = classifier(image_size=12).fit(rows, Y)
+    display = InfluenceDisplay.from_estimator(clf, rows, Y, rows[0], n_images=2)
+    assert [image.shape for image in shown(display)] == [(10 if i else 5, 10, 3) for i in [0, *display.indices]]
+
+
+def test_other_numbers_of_channels_are_averaged():
+    rows = np.concatenate([X, X[..., :2]], 3)
+    clf = LQFClassifier(tiny_net(channels=5), preprocessing={"mean": 0.5, "std": 0.5})
+    clf.fit(rows, Y)
+    display = InfluenceDisplay.from_estimator(clf, rows, Y, rows[0], n_images=1)
+    assert_allclose(shown(display)[0], rows[0].mean(2) / 255, atol=1e-6)
+
+
+def test_regressor_with_several_targets():
+    targets = np.c_[X.mean((1, 2, 3)), X.std((1, 2, 3))]
+    reg = LQFRegressor(tiny_net()).fit(X, targets)
+    display = InfluenceDisplay.from_estimator(reg, X, targets, X[0], targets[0], n_images=1)
+    assert display.ax_.get_title().endswith(f"label {targets[0, 0]:.3g}, {targets[0, 1]:.3g}")
+    with pytest.raises(ValueError, match="give y_test"):
+        InfluenceDisplay.from_estimator(reg, X, targets, X[0])
+
+
+@pytest.mark.parametrize("x_test", [NEW_X, list(NEW_X), GRAY.reshape(len(X), -1), np.zeros(5)])
+def test_one_image_is_explained(x_test):
+    clf = classifier(image_shape=(12, 12)).fit(GRAY, Y)
+    with pytest.raises(ValueError, match=r"must be one image.*of (shape|length)"):
+        InfluenceDisplay.from_estimator(clf, GRAY, Y, x_test)
+
+
+@pytest.mark.parametrize("n_images", [0, 1.5, True])
+def test_number_of_images_is_checked(clf, n_images):
+    with pytest.raises(ValueError, match="n_images"):
+        InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], n_images=n_images)
+
+
+def test_vectors_are_refused():
+    table = X.reshape(len(X), -1)[:, :6] / 255
+    clf = LQFClassifier().fit(table, Y)
+    with pytest.raises(ValueError, match="fitted on vectors"):
+        InfluenceDisplay.from_estimator(clf, table, Y, table[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- penalty
+
+
+class Searched(DummyClassifier):
+    """What a search by its own class leaves behind."""
+
+    cv_results_ = {  # noqa: RUF012
+        "alpha": np.array([10.0, 0.1, 1.0]),
+        "mean_test_score": np.array([0.5, 0.7, 0.9]),
+        "std_test_score": np.array([0.1, 0.2, 0.1]),
+    }
+    best_alpha_ = 1.0
+
+
+def test_path():
+    estimator = Searched().fit(X, Y)
+    display = RegularizationPathDisplay.from_estimator(estimator, name="LQF", linestyle=":")
+    assert_array_equal(display.line_.get_xdata(), [0.1, 1, 10])
+    assert_array_equal(display.line_.get_ydata(), [0.7, 0.9, 0.5])
+    (band,) = display.fill_between_.get_paths()
+    assert_allclose([band.vertices[:, 1].min(), band.vertices[:, 1].max()], [0.4, 1.0])
+    assert_allclose(display.best_.get_xydata(), [[1, 0.9]])
+    assert display.line_.get_linestyle() == ":"
+    assert (display.ax_.get_xscale(), display.ax_.get_ylabel()) == ("log", "Accuracy")
+    assert texts(display.ax_.get_legend()) == ["LQF", "chosen: alpha = 1"]
+    assert display.figure_ is display.ax_.figure
+    other = RegularizationPathDisplay.from_estimator(estimator, score_name="Share", ax=display.ax_)
+    assert other.ax_ is display.ax_ and other.ax_.get_ylabel() == "Share"
+    twin = RegularizationPathDisplay(alphas=[1, 2], scores=[0, 1]).plot(display.ax_)
+    assert twin.ax_ is display.ax_
+    assert twin.fill_between_ is None and twin.best_ is None
+
+
+def test_path_of_leave_one_out_has_no_band(monkeypatch):
+    results = {name: value for name, value in Searched.cv_results_.items() if name != "std_test_score"}
+    monkeypatch.setattr(Searched, "cv_results_", results)
+    display = RegularizationPathDisplay.from_estimator(Searched().fit(X, Y))
+    assert display.fill_between_ is None
+    assert display.ax_.get_ylabel() == "Negative squared error"
+
+
+def ridge_search(grid, pipeline=False, **options):
+    table = X.reshape(len(X), -1) / 255
+    estimator = make_pipeline(StandardScaler(), Ridge()) if pipeline else Ridge()
+    return GridSearchCV(estimator, grid, cv=3, **options).fit(table, table[:, 0] + np.arange(len(X)) % 3)
+
+
+def test_path_of_a_grid_search():
+    search = GridSearchCV(classifier(), {"alpha": [1.0, 0.01, "auto"]}, cv=3, scoring="neg_log_loss").fit(X, Y)
+    display = RegularizationPathDisplay.from_estimator(search)
+    assert_array_equal(display.line_.get_xdata(), [0.01, 1])
+    assert_array_equal(display.line_.get_ydata(), search.cv_results_["mean_test_score"][[1, 0]])
+    assert_array_equal(display.scores_std, search.cv_results_["std_test_score"][:2])
+    assert display.ax_.get_ylabel() == "Negative log loss"
+    best = search.best_params_["alpha"]
+    assert display.best_alpha == (None if best == "auto" else best)
+
+
+def test_other_parameters_are_held_at_the_best():
+    search = ridge_search({"ridge__alpha": [1, 10], "ridge__fit_intercept": [True, False]}, pipeline=True)
+    display = RegularizationPathDisplay.from_estimator(search)
+    kept = [
+        p["ridge__fit_intercept"] == search.best_params_["ridge__fit_intercept"] for p in search.cv_results_["params"]
+    ]
+    assert_array_equal(display.alphas, [1, 10])
+    assert_array_equal(display.scores, search.cv_results_["mean_test_score"][kept])
+    assert display.best_alpha == search.best_params_["ridge__alpha"]
+
+
+def test_path_of_the_score_that_decides():
+    search = ridge_search({"alpha": [1, 10]}, scoring=["r2", "neg_mean_squared_error"], refit="r2")
+    display = RegularizationPathDisplay.from_estimator(search)
+    assert_array_equal(display.scores, search.cv_results_["mean_test_r2"])
+    assert display.ax_.get_ylabel() == "R2"
+    search = ridge_search({"alpha": [1, 10]}, scoring=["r2", "neg_mean_squared_error"], refit=False)
+    with pytest.raises(ValueError, match="set refit"):
+        RegularizationPathDisplay.from_estimator(search)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [({"fit_intercept": [True]}, r"one parameter alpha, found \[\]"), ({"alpha": [np.ones(1)]}, "number")],
+)
+def test_search_without_alphas(grid, message):
+    with pytest.raises(ValueError, match=message):
+        RegularizationPathDisplay.from_estimator(ridge_search(grid))
+
+
+# -------------------------------------------------------------------------------------------------------- all of them
+
+
+def arguments(display) -> tuple:
+    return (X, Y, NEW_X[0]) if display is InfluenceDisplay else ()
+
+
+@pytest.mark.parametrize("display", DISPLAYS)
+def test_unfitted_and_other_estimators_are_refused(display):
+    with pytest.raises(NotFittedError):
+        display.from_estimator(classifier(), *arguments(display))
+    with pytest.raises(TypeError, match=rf"{display.__name__} needs .* Ridge has no"):
+        display.from_estimator(Ridge().fit(X.reshape(15, -1), np.arange(15)), *arguments(display))
+
+
+@pytest.mark.parametrize("display", DISPLAYS)
+def test_missing_matplotlib_is_named(display, clf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=rf"{display.__name__}\.from_estimator needs matplotlib.*extra 'plot'"):
+        display.from_estimator(clf, *arguments(display))
+    names = list(display.__init__.__annotations__)
+    with pytest.raises(ImportError, match=rf"{display.__name__}\.plot needs matplotlib.*sklearn-lqf\[plot\]"):
+        display(**{name: None for name in names if name != "return"}).plot()
+
+
+@pytest.mark.parametrize("module", [curves, plotting])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed

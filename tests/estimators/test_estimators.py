@@ -1,0 +1,615 @@
+"""LQFClassifier on images: the scikit-learn contract where its own checks do not reach."""
+
+import copy
+import pickle
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.validation import check_is_fitted
+from support.callbacks import Silent
+from support.data import TinyNet, make_images, tiny_net
+from torch import nn
+
+from sklearn_lqf import LQFClassifier
+from sklearn_lqf.engine.fitted import FeatureReader
+from sklearn_lqf.engine.problem import Problem
+from sklearn_lqf.network import prepared
+from sklearn_lqf.network.linearize import Point
+from sklearn_lqf.network.prepared import PreparedNetwork
+
+X, Y = make_images()
+RAVELED = X.reshape(len(X), -1)
+
+
+def classifier(**parameters) -> LQFClassifier:
+    """A small classifier; float64 makes equalities sharp."""
+    return LQFClassifier(**{"backbone": tiny_net(), "dtype": "float64", **parameters})
+
+
+@pytest.fixture(scope="module")
+def fitted() -> LQFClassifier:
+    return classifier().fit(X, Y)
+
+
+def scaled_features(clf: LQFClassifier) -> np.ndarray:
+    """Features of X over the deviation of noise, under the prior: what scikit-learn's Ridge(1.0) takes."""
+    groups = clf._model.reader.groups
+    theta = [clf.prior_[group.name] / clf.alpha_ for group in groups]
+    return clf.features(X) * np.sqrt(np.repeat(theta, [group.size for group in groups]))
+
+
+def assert_equal_models(one: LQFClassifier, other: LQFClassifier, rtol: float = 1e-6) -> None:
+    np.testing.assert_allclose(one.decision_function(X), other.decision_function(X), rtol=rtol, atol=rtol)
+
+
+# ------------------------------------------------------------------------------------------------ forms of X
+
+
+def test_learns(fitted):
+    assert fitted.score(X, Y) == 1.0
+    test, labels = make_images(seed=1)
+    assert fitted.score(test, labels) > 0.9
+    assert set(fitted.predict(test)) <= {"ant", "bee", "cow"}
+    np.testing.assert_allclose(fitted.predict_proba(test).sum(1), 1)
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(test)), fitted.predict_proba(test))
+
+
+def test_all_forms_of_images_are_equal(fitted, tmp_path):
+    files = []
+    for i, image in enumerate(X):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(files[-1])
+    forms = {
+        "raveled": (RAVELED, {"image_shape": (12, 12, 3)}),
+        "frame": (pd.DataFrame(RAVELED), {"image_shape": (12, 12, 3)}),
+        "pil": ([Image.fromarray(i) for i in X], {}),
+        "paths": ([str(f) for f in files], {}),
+        "series": (pd.Series(files), {}),
+        "channels first": (X.transpose(0, 3, 1, 2), {"channel_axis": 0}),
+    }
+    for name, (form, parameters) in forms.items():
+        clf = classifier(**parameters).fit(form, Y)
+        assert np.array_equal(clf.decision_function(form), fitted.decision_function(X)), name
+        assert clf.image_shape_ == (12, 12, 3), name
+    clf = classifier().fit(X / np.float32(255), Y)
+    assert_equal_models(clf, fitted, rtol=1e-5)
+
+
+def test_a_model_of_arrays_predicts_raveled_rows_and_paths(fitted, tmp_path):
+    Image.fromarray(X[0]).save(tmp_path / "x.png")
+    expected = fitted.decision_function(X[:1])
+    assert np.array_equal(fitted.decision_function(RAVELED[:1]), expected)
+    assert np.array_equal(fitted.decision_function([tmp_path / "x.png"]), expected)
+
+
+def test_grayscale_and_image_size():
+    gray = X[..., 0]
+    clf = classifier(image_size=16).fit(gray, Y)
+    assert clf.image_shape_ == (12, 12, 1)
+    assert clf.n_features_in_ == 144
+    clf.predict(np.zeros((2, 20, 30), np.uint8))  # any size
+
+
+def test_feature_names():
+    frame = pd.DataFrame(RAVELED, columns=[f"p{i}" for i in range(RAVELED.shape[1])])
+    clf = classifier(image_shape=(12, 12, 3)).fit(frame, Y)
+    assert clf.feature_names_in_[0] == "p0"
+    with pytest.raises(ValueError, match="feature names"):
+        clf.predict(frame.rename(columns={"p0": "q0"}))
+    assert not hasattr(clf.fit(X, Y), "feature_names_in_")  # names of an earlier fit are gone
+    assert np.array_equal(clf.predict(RAVELED), clf.predict(X))
+
+
+def test_read_only_memmap(fitted, tmp_path):
+    path = tmp_path / "X.npy"
+    np.save(path, X)
+    mapped = np.load(path, mmap_mode="r")
+    assert np.array_equal(classifier().fit(mapped, Y).decision_function(mapped), fitted.decision_function(X))
+
+
+# ----------------------------------------------------------------------------------------- scikit-learn contract
+
+
+def test_fit_is_idempotent(fitted):
+    clf = classifier().fit(X, Y)
+    first = clf.decision_function(X)
+    assert np.array_equal(clf.fit(X, Y).decision_function(X), first)
+    assert np.array_equal(first, fitted.decision_function(X))
+
+
+def test_clone_shares_the_module():
+    net = tiny_net()
+    clf = classifier(backbone=net)
+    twin = clone(clf)
+    assert twin.backbone is net
+    assert clf.backbone is net
+    assert twin.get_params() == clf.get_params()
+
+
+def test_pipeline_grid_search_and_cross_validation():
+    pipeline = make_pipeline(FunctionTransformer(np.ascontiguousarray), classifier())
+    assert pipeline.fit(X, Y).score(X, Y) == 1.0
+    search = GridSearchCV(classifier(), {"alpha": [1e-3, 1e-1]}, cv=2).fit(X, Y)
+    assert search.best_score_ > 0.8
+    scores = cross_val_score(classifier(image_shape=(12, 12, 3)), RAVELED, Y, cv=2)
+    assert scores.shape == (2,)
+
+
+def test_one_class_missing_in_a_fold():
+    order = np.argsort(Y, kind="stable")  # folds without shuffling leave a class out
+    scores = cross_val_score(classifier(), X[order], Y[order], cv=KFold(3))
+    assert np.isfinite(scores).all()
+
+
+def test_subset_and_order_invariance(fitted):
+    every = fitted.decision_function(X)
+    order = np.random.default_rng(0).permutation(len(X))
+    np.testing.assert_allclose(fitted.decision_function(X[order]), every[order], rtol=1e-7)
+    np.testing.assert_allclose(fitted.decision_function(X[:5]), every[:5], rtol=1e-7)
+
+
+def test_class_weight_is_a_sample_weight():
+    balanced = classifier(class_weight="balanced").fit(X[:-4], Y[:-4])
+    counts = {c: (Y[:-4] == c).sum() for c in np.unique(Y)}
+    by_hand = classifier(class_weight={c: len(X[:-4]) / (3 * k) for c, k in counts.items()}).fit(X[:-4], Y[:-4])
+    assert_equal_models(balanced, by_hand)
+
+
+OPTIONS = [
+    {"views": ("identity", "flip")}, {"negative_slope": 0.1}, {"tangents": None}, {"tangents": "network"},
+    {"tangents": "both", "tangent_layers": "all", "n_directions": 3, "sketch_size": 4},
+    {"tangents": "network", "tangent_layers": ["block2"], "sketch_size": None}, {"prior": "evidence"},
+    {"prior": "equal"}, {"prior": "last"}, {"prior": {"last": 1, "block1.1 tangents": 2.5}},
+    {"random_state": None}, {"solver": "closed"}, {"solver": "pcg", "prior": "equal"}, {"dtype": "float32"},
+    {"model": "paper"}, {"model": "paper", "tangent_layers": "all"}, {"model": "paper", "tangent_layers": "head"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", OPTIONS, ids=str)
+def test_options(parameters):
+    clf = classifier(**parameters).fit(X, Y)
+    assert clf.score(X, Y) > 0.9
+    assert clf.converged_
+
+
+def test_solvers_reach_one_optimum():
+    options = {"alpha": 0.1, "prior": "equal"}
+    closed = classifier(**options).fit(X, Y)
+    iterative = classifier(solver="pcg", tol=1e-10, **options).fit(X, Y)
+    assert (closed.solver_, iterative.solver_) == ("rows", "estimate")
+    assert_equal_models(iterative, closed, 1e-7)
+    pcg = classifier(model="paper", tol=1e-8, alpha=0.1).fit(X, Y)
+    sgd = classifier(model="paper", solver="sgd", tol=1e-8, alpha=0.1, max_iter=2000, batch_size=8).fit(X, Y)
+    np.testing.assert_allclose(sgd.coef_, pcg.coef_, atol=1e-6 * np.abs(pcg.coef_).max())
+
+
+def test_attributes(fitted):
+    assert list(fitted.classes_) == ["ant", "bee", "cow"]
+    assert fitted.n_features_in_ == 432
+    assert fitted.coef_.shape == (3, fitted.features(X).shape[1])
+    assert fitted.features(X).shape == (len(X), 16 + 8 + 8 + 8 + 8)
+    assert fitted.intercept_.shape == (3,)
+    assert list(fitted.prior_)[-1] == "last"
+    assert sum(fitted.prior_.values()) == pytest.approx(1)
+    assert (fitted.solver_, fitted.n_iter_, len(fitted.residual_norms_), fitted.converged_) == ("rows", 1, 0, True)
+    assert fitted.alpha_ > 0
+    assert fitted.noise_variance_ > 0
+    assert fitted.device_ == "cpu"
+    assert fitted.tangent_layers_ == []
+    assert classifier(tangents=None).fit(X, Y).features(X).shape == (len(X), 16)
+    iterative = classifier(solver="pcg", tangents="network", tol=1e-6).fit(X, Y)
+    assert iterative.tangent_layers_ == ["block2.0"]
+    assert iterative.residual_norms_.shape == (iterative.n_iter_ + 1,)
+    assert iterative.residual_norms_[-1] <= 1e-6
+    paper = classifier(model="paper").fit(X, Y)
+    assert paper.residual_norms_.shape == (paper.n_iter_ + 1,)
+    assert paper.residual_norms_[-1] <= paper.tol
+    assert paper.coef_.ndim == 1
+
+
+def test_decision_values_of_two_classes():
+    two = Y != "cow"
+    clf = classifier().fit(X[two], Y[two])
+    decision = clf.decision_function(X[two])
+    assert decision.shape == (two.sum(),)
+    assert np.array_equal(clf.predict(X[two]), np.where(decision > 0, "bee", "ant"))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"alpha": 0.1}, {"tangents": "both"}, {"prior": "last"}, {"prior": "equal"}, {"prior": [3, 0, 1, 0.5, 2]}],
+    ids=str,
+)
+def test_outputs_equal_ridge_regression(parameters):
+    clf = classifier(**parameters).fit(X, Y)
+    if "alpha" in parameters:
+        assert clf.alpha_ == pytest.approx(0.1)
+    if isinstance(clf.prior, list):
+        groups = [group.name for group in clf._model.reader.groups]
+        assert clf.prior_ == pytest.approx(dict(zip(groups, np.array(clf.prior) / 6.5, strict=True)))
+    targets = (Y[:, None] == clf.classes_).astype(float)
+    expected = Ridge(1.0).fit(scaled_features(clf), targets).predict(scaled_features(clf))
+    np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-9)
+    np.testing.assert_allclose(clf.features(X) @ clf.coef_.T + clf.intercept_, expected, atol=1e-9)
+
+
+def test_same_data_give_the_same_model_and_a_seed_other_directions(fitted):
+    assert_equal_models(classifier(random_state=1).fit(X, Y), fitted, 1e-12)  # nothing is random
+    one, same, other = (classifier(tangents="network", random_state=seed).fit(X, Y) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.coef_, same.coef_)
+    assert not np.allclose(one.coef_, other.coef_)
+
+
+def small_device(monkeypatch, limit: int) -> list[int]:
+    """A device with memory for the features of so many rows; the sizes that were tried."""
+    tried, evaluate = [], FeatureReader._evaluate
+
+    def guarded(self, activations):
+        tried.append(len(activations[0]))
+        if len(activations[0]) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return evaluate(self, activations)
+
+    monkeypatch.setattr(FeatureReader, "_evaluate", guarded)
+    return tried
+
+
+def test_less_memory_gives_the_same_result(fitted, monkeypatch):
+    tried = small_device(monkeypatch, 7)
+    clf = classifier(batch_size=24).fit(X, Y)
+    assert max(tried) == 24
+    assert_equal_models(clf, fitted)
+
+
+def test_batches_of_a_cpu_are_bounded_by_their_activations(fitted, monkeypatch):
+    row = fitted._model.network._bytes_of_a_row()
+    for room, most in ((0, 1), (5 * row, 5), (100 * row, 24)):
+        monkeypatch.setattr(prepared, "_BATCH_BYTES", room)
+        tried = small_device(monkeypatch, 24)
+        clf = classifier(batch_size=24).fit(X, Y)
+        assert max(tried) == most
+        assert_equal_models(clf, fitted)
+    assert pickle.loads(pickle.dumps(clf))._model.network.rows_at_once(64) == 64
+
+
+def test_not_enough_memory_says_what_to_do(monkeypatch):
+    small_device(monkeypatch, 0)
+    with pytest.raises(MemoryError, match="tangent_layers"):
+        classifier().fit(X, Y)
+
+
+def trunk_rows(monkeypatch) -> list[int]:
+    """Rows of images in each evaluation of the trunk from here on; synthetic ones do not count."""
+    rows, activations, references = [], PreparedNetwork.activations, PreparedNetwork.reference_inputs
+
+    def counted(self, images):
+        rows.append(len(images))
+        return activations(self, images)
+
+    def drawn(self, count):
+        rows.append(-count)
+        return references(self, count)
+
+    monkeypatch.setattr(PreparedNetwork, "activations", counted)
+    monkeypatch.setattr(PreparedNetwork, "reference_inputs", drawn)
+    return rows
+
+
+def test_memory_shares_the_trunk_between_fits_and_predictions(monkeypatch, tmp_path):
+    rows, options = trunk_rows(monkeypatch), {"tangents": "network"}
+    search = GridSearchCV(classifier(memory=tmp_path, **options), {"alpha": [0.1, 1.0]}, cv=KFold(3)).fit(X, Y)
+    assert sum(rows) == len(X)
+    plain = GridSearchCV(classifier(**options), {"alpha": [0.1, 1.0]}, cv=KFold(3)).fit(X, Y)
+    np.testing.assert_array_equal(search.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
+    rows.clear()
+    clf = classifier(memory=joblib.Memory(str(tmp_path), verbose=0), **options).fit(X, Y)
+    clf.predict(X)
+    assert sum(rows) == 0
+    assert_equal_models(clf, classifier(**options).fit(X, Y))
+    rows.clear()
+    classifier(memory=tmp_path, tangents="network", tangent_layers="all").fit(X, Y)  # no trunk: nothing to share
+    classifier(memory=tmp_path, preprocessing={"mean": (0.4, 0.4, 0.4)}, **options).fit(X, Y)
+    assert sum(rows) == 2 * len(X)
+
+
+def test_callbacks():
+    callback = pytest.importorskip("sklearn.callback")
+
+    class Counter(Silent):
+        def __init__(self):
+            self.ends = []
+
+        def on_fit_task_end(self, estimator, context, *, X=None, fitted_estimator=None):
+            self.ends.append((context.task_name, fitted_estimator.decision_function(X)))
+            return len(self.ends) == 2
+
+    counter = Counter()
+    assert isinstance(counter, callback.FitCallback)
+    clf = classifier(model="paper", tol=1e-6).set_callbacks(counter)
+    with pytest.warns(ConvergenceWarning):
+        clf.fit(X, Y)
+    assert [name for name, _ in counter.ends] == ["iteration", "iteration", "fit"]
+    assert clf.n_iter_ == 2
+    np.testing.assert_allclose(counter.ends[-1][1], clf.decision_function(X))
+    closed = Counter()
+    assert classifier().set_callbacks(closed).fit(X, Y).converged_
+    assert [name for name, _ in closed.ends] == ["fit"]
+
+
+def test_verbose_shows_a_bar(capsys):
+    pytest.importorskip("tqdm")
+    classifier(verbose=1).fit(X, Y)
+    assert "trunk" in capsys.readouterr().err
+    classifier(verbose=1, model="paper").fit(X, Y)
+    assert "solve" in capsys.readouterr().err
+    classifier().fit(X, Y)
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+
+
+# ---------------------------------------------------------------------------------------------------- persistence
+
+
+def test_copies_predict_bit_equal(fitted, tmp_path):
+    expected = fitted.predict_proba(X)
+    path = tmp_path / "model.joblib"
+    joblib.dump(fitted, path)
+    for twin in (
+        pickle.loads(pickle.dumps(fitted)),
+        copy.deepcopy(fitted),
+        joblib.load(path),
+        joblib.load(path, mmap_mode="r"),
+    ):
+        assert np.array_equal(twin.predict_proba(X), expected)
+
+
+def test_a_read_only_copy_answers_and_is_updated(tmp_path):
+    clf, path = classifier(store_data=True, tangents="both").fit(X, Y), tmp_path / "model.joblib"
+    joblib.dump(clf, path)
+    twin = joblib.load(path, mmap_mode="r")
+    np.testing.assert_array_equal(twin.leave_one_out(), clf.leave_one_out())
+    np.testing.assert_array_equal(twin.influence(None, None, X[:2]), clf.influence(None, None, X[:2]))
+    assert_equal_models(twin.forget(0).partial_fit(X[:1], Y[:1]), clf)
+
+
+def test_size_of_a_pickle():
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 64, 3),
+        nn.ReLU(),
+        nn.Conv2d(64, 256, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 5),
+    )
+    many, labels = make_images(n=120, size=24)
+    clf = LQFClassifier(backbone).fit(many, labels)
+    clf.backbone = "auto"  # what the caller passed is the caller's
+    weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
+    assert len(pickle.dumps(clf)) <= 1.3 * (weights + 3 * clf.coef_.nbytes)
+
+
+def test_a_model_of_an_absent_device_is_loaded_on_the_cpu(fitted):
+    state = fitted._model.network.__getstate__()
+    state["device"] = "cuda:7"
+    network = object.__new__(PreparedNetwork)
+    with pytest.warns(UserWarning, match="not present"):
+        network.__setstate__(state)
+    assert network.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu():
+    clf = classifier(device="cuda", tangents="both").fit(X, Y)
+    assert clf.device_.startswith("cuda")
+    assert_equal_models(clf, classifier(tangents="both").fit(X, Y), 1e-6)
+    twin = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_allclose(twin.predict_proba(X), clf.predict_proba(X), rtol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def _state(net: nn.Module) -> dict:
+    return {
+        "weights": {k: v.clone() for k, v in net.state_dict().items()},
+        "training": [m.training for m in net.modules()],
+        "grad": [p.requires_grad for p in net.parameters()],
+        "hooks": [len(m._forward_hooks) for m in net.modules()],
+    }
+
+
+@pytest.mark.parametrize("labels", [Y, np.repeat("ant", len(Y))], ids=["fits", "raises"])
+def test_module_data_and_generators_are_untouched(labels):
+    net = tiny_net().train()
+    net.fc.weight.requires_grad_(False)
+    before, data = _state(net), X.copy()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the global generator is the subject
+    try:
+        LQFClassifier(net).fit(X, labels)
+    except ValueError:
+        assert labels is not Y
+    after = _state(net)
+    assert all(torch.equal(v, after["weights"][k]) for k, v in before["weights"].items())
+    assert {k: v for k, v in before.items() if k != "weights"} == {k: v for k, v in after.items() if k != "weights"}
+    assert np.array_equal(X, data)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+BAD_FITS = {
+    "data": (X[:, :, :, :1][..., [0] * 4], Y, ValueError),
+    "labels": (X, np.repeat("ant", len(Y)), ValueError),
+    "interrupt": (X, Y, KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FITS)
+@pytest.mark.parametrize("before", ["new", "fitted"])
+def test_a_fit_that_raises_leaves_nothing_fitted(case, before, monkeypatch):
+    bad, labels, error = BAD_FITS[case]
+    net, parameters = tiny_net(), {"store_data": True}
+    clf = classifier(backbone=net, **parameters)
+    if before == "fitted":
+        clf.fit(X, Y)
+    state, generator = _state(net), torch.get_rng_state()
+    with monkeypatch.context() as patched, pytest.raises(error):
+        if case == "interrupt":
+            patched.setattr(Problem, "solve", interrupted)
+        clf.fit(bad, labels)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(clf)
+    for method in (clf.predict, clf.leave_one_out, clf.forget):
+        with pytest.raises(NotFittedError):
+            method(X)
+    assert not [name for name in vars(clf) if name.endswith("_") and not name.startswith("_")]
+    assert all(torch.equal(v, state["weights"][k]) for k, v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert np.array_equal(clf.fit(X, Y).coef_, classifier(**parameters).fit(X, Y).coef_)
+
+
+def test_an_untraceable_module_warns_and_works():
+    class Branches(nn.Sequential):
+        def forward(self, x):
+            if x.mean() > -1e9:  # depends on the data: no graph
+                return super().forward(x)
+            return x
+
+    def layers():
+        return (
+            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(8, 4),
+        )  # fmt: skip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = nn.Sequential(*layers())
+    branches = Branches(*layers())
+    branches.load_state_dict(plain.state_dict())
+    options = {"tangents": "both", "tangent_layers": "all", "negative_slope": 0.1}
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        clf = classifier(backbone=branches, **options).fit(X, Y)
+    assert_equal_models(clf, classifier(backbone=plain, **options).fit(X, Y), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- what is said
+
+
+def test_a_missed_tolerance_is_said():
+    with pytest.warns(ConvergenceWarning, match="max_iter") as found:
+        clf = classifier(solver="pcg", tol=1e-9, max_iter=1, store_data=True).fit(X, Y)
+        assert not clf.converged_
+        clf.forget(0)
+        clf.partial_fit(X[:1], Y[:1])
+    assert [w.filename for w in found] == [__file__] * 3
+
+
+def test_the_penalty_in_the_units_of_the_parameter(fitted):
+    assert classifier(alpha=np.float32(0.25)).fit(X, Y).alpha_ == pytest.approx(0.25)
+    again = classifier(alpha=fitted.alpha_).fit(X, Y)
+    assert again.alpha_ == pytest.approx(fitted.alpha_)
+    assert_equal_models(again, fitted)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_few_images_that_are_all_right_leave_a_doubt(multilabel):
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 20, 235, 255)])
+    labels = np.eye(2, dtype=int)[[0, 0, 1, 1]] if multilabel else np.array([0, 0, 1, 1])
+    few = classifier().fit(images, labels)
+    many = classifier().fit(np.repeat(images, 25, 0), np.repeat(labels, 25, 0))
+    for clf, n in ((few, 4), (many, 100)):
+        wrong = 1 - clf.predict_proba(images)[np.arange(4), [0, 0, 1, 1]]
+        assert 0.1 < wrong.mean() * (n + 2) < 10
+    weighted = classifier().fit(images, labels, sample_weight=np.full(4, 25))
+    assert weighted.temperature_ == pytest.approx(many.temperature_, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference", "no grad", "autocast"],
+)
+def test_modes_of_torch_do_not_matter(mode):
+    inside, outside = (classifier(dtype="float32", tangents="both", store_data=True) for _ in range(2))
+    with mode():
+        outputs = inside.fit(X, Y).forget(0).decision_function(X)
+    np.testing.assert_array_equal(outputs, outside.fit(X, Y).forget(0).decision_function(X))
+
+
+def test_a_network_that_mixes_the_images_of_a_batch_is_refused():
+    net = tiny_net()
+    net.block2[1] = nn.BatchNorm2d(16, track_running_stats=False)
+    with pytest.raises(ValueError, match="other images of a batch"):
+        classifier(backbone=net).fit(X, Y)
+
+
+def test_a_network_that_needs_two_rows_can_be_fitted():
+    class Squeezed(TinyNet):
+        def forward(self, x):
+            x = self.block2(self.stem(x))
+            return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).squeeze())
+
+    assert classifier(backbone=Squeezed().eval(), tangents=None).fit(X, Y).converged_
+
+
+def test_images_of_a_fixed_size_network():
+    class Fixed(TinyNet):
+        def forward(self, x):
+            torch._assert(x.shape[-1] == 32, "needs 32 pixels")
+            return super().forward(x)
+
+    with torch.random.fork_rng(devices=[]):
+        net = Fixed().eval()
+    classifier(backbone=net, image_size=32).fit(X, Y)
+
+
+# ---------------------------------------------------------------------------------------------------- group_norm
+
+
+class GroupNormed(nn.Module):
+    """Norms of groups as a module or a function, in a network that traces or not, which owns parameters in vain."""
+
+    def __init__(self, as_module: bool, traced: bool):
+        super().__init__()
+        self.traced = traced
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.norm = nn.GroupNorm(2, 8) if as_module else None
+        self.w, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))  # in vain beside the module
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu())
+        if not self.traced and float(x.detach().sum()) > 1e30:
+            x = x + 1
+        x = nn.functional.group_norm(x, 2, self.w, self.b) if self.norm is None else self.norm(x)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "untraced"])
+@pytest.mark.parametrize("as_module", [True, False], ids=["module", "function"])
+def test_group_norm_neither_crashes_nor_keeps_graphs(as_module, traced, monkeypatch):
+    # Gradients of its parameters alone, for channels-last input, end the process in torch before 2.14.
+    products, jvp = [], Point.jvp
+    monkeypatch.setattr(Point, "jvp", lambda self, d: products.append(jvp(self, d)) or products[-1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = GroupNormed(as_module, traced).eval()
+    clf = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-4).fit(X, Y)
+    assert clf.converged_
+    assert products and not any(p.requires_grad for p in products)
+    exact = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-8, dtype="float64").fit(X, Y)
+    np.testing.assert_allclose(clf.decision_function(X), exact.decision_function(X), atol=1e-2)

@@ -1,0 +1,178 @@
+"""LQFClassifier inside the tools of scikit-learn: each does with images what it does with tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import make_column_transformer
+from sklearn.ensemble import BaggingClassifier, StackingClassifier
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401, makes HalvingGridSearchCV importable
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    GridSearchCV,
+    HalvingGridSearchCV,
+    StratifiedKFold,
+    TunedThresholdClassifierCV,
+    cross_validate,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from support.data import make_images, tiny_net
+
+from sklearn_lqf import ImageReader, LQFClassifier
+
+X, Y = make_images(n=36)
+TEST, LABELS = make_images(n=24, seed=1)
+SHAPE = (12, 12, 3)
+TWO = Y != "cow"
+
+
+def classifier(**parameters) -> LQFClassifier:
+    return LQFClassifier(tiny_net(), **parameters)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> LQFClassifier:
+    return classifier().fit(X, Y)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> pd.DataFrame:
+    """Paths of the training images beside two columns: one tells ants from the others, one is noise."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = [str(folder / f"{i}.png") for i in range(len(X))]
+    for path, image in zip(paths, X, strict=True):
+        Image.fromarray(image).save(path)
+    noise = np.random.default_rng(0).normal(size=(2, len(X)))
+    return pd.DataFrame({"path": paths, "length": (Y == "ant") + 0.1 * noise[0], "weight": noise[1]})
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """Paths in the order in which they are decoded."""
+    paths, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: (paths.append(path), original(path))[1])
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------- images in tables
+
+
+def test_column_of_paths_equals_arrays(fitted, table):
+    expected = fitted.decision_function(X)
+    column = make_column_transformer(("passthrough", ["path"]))
+    rows = make_column_transformer((ImageReader(raveled=True), ["path"]))
+    for steps in (
+        (column, classifier()),
+        (column, ImageReader(), classifier()),
+        (rows, classifier(image_shape=SHAPE)),
+    ):
+        pipeline = make_pipeline(*steps)
+        assert np.array_equal(pipeline.fit(table, Y).decision_function(table), expected)
+        pipeline = clone(pipeline).set_output(transform="pandas")
+        assert np.array_equal(pipeline.fit(table, Y).decision_function(table), expected)
+
+
+def test_stacking_of_images_and_a_table(fitted, table):
+    image = make_pipeline(make_column_transformer(("passthrough", ["path"])), ImageReader(), classifier())
+    numbers = make_pipeline(make_column_transformer((StandardScaler(), ["length", "weight"])), LogisticRegression())
+    order = np.random.default_rng(1).permutation(len(table))[:30]
+    train, test = table.iloc[order], table.drop(index=order)
+    stack = StackingClassifier([("image", image), ("numbers", numbers)], cv=2).fit(train, Y[order])
+    alone = clone(numbers).fit(train, Y[order])
+    truth = Y[test.index]
+    assert stack.score(test, truth) == 1.0
+    assert alone.score(test, truth) < 1.0
+    meta = stack.transform(test)
+    assert meta.shape == (6, 6)
+    assert np.array_equal(meta[:, :3], clone(fitted).fit(X[order], Y[order]).predict_proba(X[test.index]))
+
+
+# -------------------------------------------------------------------------------------------------- decoded once
+
+
+def test_memory_of_a_pipeline_decodes_once(table, opened, tmp_path):
+    paths = list(table["path"])
+    pipeline = make_pipeline(ImageReader(8), classifier(), memory=str(tmp_path))
+    values = pipeline.fit(paths, Y).decision_function(paths)
+    assert opened == 2 * paths  # for the fit, and for the prediction
+    opened.clear()
+    pipeline.set_params(lqfclassifier__alpha=1.0).fit(paths, Y)
+    assert opened == []
+    again = pipeline.set_params(lqfclassifier__alpha="auto").fit(paths, Y)
+    assert np.array_equal(again.decision_function(paths), values)
+
+
+def test_a_search_behind_the_reader_decodes_once(table, opened):
+    grid = {"alpha": [1e-2, 1.0]}
+    pipeline = make_pipeline(ImageReader(12), GridSearchCV(classifier(), grid, cv=2)).fit(table[["path"]], Y)
+    assert opened == list(table["path"])
+    plain = GridSearchCV(classifier(), grid, cv=2).fit(X, Y)
+    expected = plain.cv_results_["mean_test_score"]
+    np.testing.assert_array_equal(pipeline[-1].cv_results_["mean_test_score"], expected)
+
+
+# ------------------------------------------------------------------------------------------- around the estimator
+
+
+def test_calibration(fitted):
+    calibrated = CalibratedClassifierCV(classifier(), cv=2).fit(X, Y)
+    assert calibrated.score(TEST, LABELS) > 0.9
+    np.testing.assert_allclose(calibrated.predict_proba(TEST).sum(1), 1)
+    frozen = CalibratedClassifierCV(FrozenEstimator(fitted)).fit(TEST, LABELS)
+    assert frozen.calibrated_classifiers_[0].estimator.estimator is fitted
+    assert frozen.score(TEST, LABELS) > 0.9
+
+
+def test_bagging_of_raveled_images(table):
+    bagging = BaggingClassifier(classifier(image_shape=SHAPE), 3, random_state=0)
+    pipeline = make_pipeline(ImageReader(raveled=True), bagging).fit(list(table["path"]), Y)
+    assert pipeline.score(TEST, LABELS) > 0.9
+    members = pipeline[-1].estimators_
+    votes = np.mean([m.predict_proba(TEST) for m in members], 0)  # each reads images, too
+    np.testing.assert_allclose(pipeline.predict_proba(TEST), votes, atol=1e-6)
+    assert not np.allclose(members[0].decision_function(TEST), members[1].decision_function(TEST))
+    with pytest.raises(ValueError, match=r"216 features.*image_shape"):
+        clone(pipeline).set_params(baggingclassifier__max_features=0.5).fit(X, Y)
+
+
+def test_halving_search(table):
+    for resource, options in (
+        ({"min_resources": 18}, {}),
+        ({"resource": "max_iter", "max_resources": 64}, {"solver": "pcg"}),
+    ):
+        search = HalvingGridSearchCV(
+            classifier(**options), {"alpha": [1e-2, 1e6]}, factor=2, cv=StratifiedKFold(2), scoring="neg_log_loss",
+            random_state=0, **resource,
+        ).fit(list(table["path"]), Y)  # fmt: skip
+        assert search.n_iterations_ == 2
+        assert search.best_params_["alpha"] == 1e-2
+        assert (search.predict(TEST) == LABELS).mean() > 0.9
+
+
+def test_cross_validation_with_several_scorers():
+    scoring = ["accuracy", "neg_log_loss", "roc_auc_ovr"]
+    found = cross_validate(classifier(), X, Y, cv=2, scoring=scoring, return_estimator=True, return_indices=True)
+    for k, clf in enumerate(found["estimator"]):
+        held_out = found["indices"]["test"][k]
+        assert found["test_accuracy"][k] == clf.score(X[held_out], Y[held_out]) > 0.9
+        assert found["test_roc_auc_ovr"][k] > 0.9
+        loss = log_loss(Y[held_out], clf.predict_proba(X[held_out]))
+        assert found["test_neg_log_loss"][k] == pytest.approx(-loss)
+
+
+def test_thresholds():
+    clf = classifier().fit(X[TWO], Y[TWO])
+    two, truth = TEST[LABELS != "cow"], LABELS[LABELS != "cow"]
+    p = clf.predict_proba(two)[:, 1]
+    threshold = float(np.median(p))
+    fixed = FixedThresholdClassifier(clf, threshold=threshold, pos_label="bee").fit(X[TWO], Y[TWO])
+    assert np.array_equal(fixed.predict(two), np.where(p >= threshold, "bee", "ant"))
+    tuned = TunedThresholdClassifierCV(classifier(), cv=2).fit(X[TWO], Y[TWO])
+    assert 0 <= tuned.best_threshold_ <= 1
+    assert tuned.score(two, truth) > 0.9

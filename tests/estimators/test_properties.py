@@ -1,0 +1,504 @@
+"""Properties that hold for whatever data hypothesis draws: forms of X, labels, weights, order, batches, targets.
+
+Fits are of a network of some hundred parameters in float64. Draws are the same in each run.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.base import clone
+from support.data import tiny_net
+from torch import nn
+
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
+from sklearn_lqf.images.reading import ImageInputs, is_image_input
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("ci")
+
+CHEAP, FITS = settings(max_examples=100), settings(max_examples=12)
+
+
+def tiny(channels: int = 3) -> nn.Module:
+    """A network of two convolutions, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(channels, 3, 3, 2), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(4, 2),
+        ).eval()  # fmt: skip
+
+
+NETS = {1: tiny(1), 3: tiny(3)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def classifier(channels: int = 3, **parameters: Any) -> LQFClassifier:
+    return LQFClassifier(NETS[channels], **{"alpha": 0.1, "dtype": "float64", **parameters})
+
+
+def regressor(channels: int = 3, **parameters: Any) -> LQFRegressor:
+    return LQFRegressor(NETS[channels], **{"alpha": 0.1, "dtype": "float64", **parameters})
+
+
+# ------------------------------------------------------------------------------------------------------- strategies
+
+
+@st.composite
+def images(draw: Callable, n: st.SearchStrategy, channels: Any = None) -> np.ndarray:
+    """uint8 images (n, H, W) or (n, H, W, C), random or of few values."""
+    count, h, w = draw(n), draw(st.integers(5, 9)), draw(st.integers(5, 9))
+    kind = draw(st.sampled_from([None, 1, 3]) if channels is None else st.just(channels))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    levels = draw(st.sampled_from([1, 2, 256]))
+    pixels = rng.integers(0, levels, (count, h, w, *([] if kind is None else [kind]))) * (255 // max(levels - 1, 1))
+    return pixels.astype(np.uint8)
+
+
+def in_memory_as(draw: Callable, X: np.ndarray) -> np.ndarray:
+    """Equal values in another layout of memory."""
+    layout = draw(st.sampled_from(["C", "F", "reversed", "every other", "read-only", "inner axes swapped"]))
+    note(layout)
+    if layout == "F":
+        return np.asfortranarray(X)
+    if layout == "reversed":
+        return X[::-1].copy()[::-1]
+    if layout == "every other":
+        return np.repeat(X, 2, axis=1)[:, ::2]
+    if layout == "inner axes swapped":
+        return X.swapaxes(1, -1).copy().swapaxes(1, -1)
+    X = X.copy()
+    X.flags.writeable = layout == "C"
+    return X
+
+
+def of_dtype(draw: Callable, X: np.ndarray) -> tuple[np.ndarray, float]:
+    """The images as numbers of another kind, and how far their values are from those of uint8, at most."""
+    # Half a unit in the last place of the coarser type.
+    kinds = {"u1": 0.0, "<f4": 2.0**-24, ">f4": 2.0**-24, "<f8": 2.0**-24, ">f8": 2.0**-24, "<f2": 2.0**-12}
+    kind = draw(st.sampled_from(sorted(kinds)))
+    note(kind)
+    return (X if kind == "u1" else (X / 255).astype(kind)), kinds[kind]
+
+
+@st.composite
+def forms(draw: Callable, X: np.ndarray, folder: Path) -> tuple[Any, dict[str, Any], float]:
+    """Some form of images, the options that go with it, and the tolerance of its values."""
+    shape = X.shape[1:]
+    container = draw(
+        st.sampled_from(["array", "raveled", "frame", "list", "tuple", "objects", "tensor", "pil", "paths", "series"])
+    )
+    note(container)
+    if container in ("pil", "paths", "series"):
+        pictures = [Image.fromarray(x[..., 0] if x.shape[2:] == (1,) else x) for x in X]
+        if container == "pil":
+            return pictures, {}, 0.0
+        paths = [folder / f"{i}.{draw(st.sampled_from(['png', 'bmp', 'tiff']))}" for i in range(len(X))]
+        for path, picture in zip(paths, pictures, strict=True):
+            picture.save(path)
+        if container == "series":
+            return pd.Series(paths, index=draw(st.permutations(range(len(X))))), {}, 0.0
+        return [draw(st.sampled_from([str, Path]))(p) for p in paths], {}, 0.0
+    values, tolerance = of_dtype(draw, X)
+    options: dict[str, Any] = {}
+    if len(shape) == 3 and draw(st.booleans()):
+        note("channels first")
+        values, options = values.transpose(0, 3, 1, 2), {"channel_axis": 0}
+    if container in ("raveled", "frame"):
+        options["image_shape"] = values.shape[1:]
+        values = values.reshape(len(X), -1)
+        if container == "frame":
+            return pd.DataFrame(values.astype(values.dtype.newbyteorder("="))), options, tolerance
+    values = in_memory_as(draw, values)
+    if container == "list":
+        return list(values), options, tolerance
+    if container == "tuple":
+        return tuple(values), options, tolerance
+    if container == "objects":
+        elements = np.empty(len(values), dtype=object)
+        elements[:] = list(values)
+        return elements, options, tolerance
+    if container == "tensor":
+        native = np.array(values, dtype=values.dtype.newbyteorder("="))  # torch knows neither the other nor read-only
+        return torch.from_numpy(native), options, tolerance
+    return values, options, tolerance
+
+
+# The codes of labels: at least two of each of three classes, in any order.
+CODES = st.lists(st.integers(0, 2), max_size=3).flatmap(lambda more: st.permutations([0, 0, 1, 1, 2, 2, *more]))
+
+
+@st.composite
+def problems(draw: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Color images (n, 6, 6, 3), no two equal, and codes of their classes, of which the images show something."""
+    codes = np.array(draw(CODES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    pixels = rng.integers(0, 160, (len(codes), 6, 6, 3))
+    pixels[np.arange(len(codes)), ..., codes] += draw(st.integers(0, 95))
+    return pixels.astype(np.uint8), codes
+
+
+def assert_same_model(one: LQFClassifier, other: LQFClassifier, X: np.ndarray) -> None:
+    assert other.alpha_ == pytest.approx(one.alpha_, rel=1e-5)
+    assert other.temperature_ == pytest.approx(one.temperature_, rel=1e-5)
+    assert_close(other.decision_function(X), one.decision_function(X))
+
+
+def assert_close(one: Any, other: Any, rtol: float = 1e-6) -> None:
+    """Equal up to rounding, which the search for a prior amplifies, in units of the largest value."""
+    one, other = np.asarray(one), np.asarray(other)
+    assert one.shape == other.shape
+    np.testing.assert_allclose(one, other, rtol=0, atol=rtol * max(np.abs(other).max(), 1e-12))
+
+
+# -------------------------------------------------------------------------------------------------------- forms of X
+
+
+@CHEAP
+@given(data=st.data(), X=images(st.integers(1, 5)))
+def test_every_form_holds_the_same_images(data, X, tmp_path):
+    in_channels = data.draw(st.sampled_from([1, 3]) if X.shape[3:] != (3,) else st.just(3))
+    size = data.draw(st.sampled_from([None, 4, (5, 7), 12]))
+    form, options, tolerance = data.draw(forms(X, tmp_path))
+    assert is_image_input(form, options.get("image_shape"))
+    expected = ImageInputs(X, image_size=size, in_channels=in_channels)
+    found = ImageInputs(form, image_size=size, in_channels=in_channels, **options)
+    assert len(found) == len(X)
+    assert found.image_shape[:2] == X.shape[1:3]
+    a = data.draw(st.integers(0, len(X)))
+    one, other = found.batch(a, len(X)), expected.batch(a, len(X))
+    assert one.shape == other.shape
+    assert one.dtype == torch.float32
+    if tolerance == 0:
+        assert torch.equal(one, other)
+    else:
+        torch.testing.assert_close(one, other, rtol=0, atol=4 * tolerance)  # of sums of pixels, where resized
+
+
+@FITS
+@given(data=st.data(), X=images(st.just(6)))
+def test_every_form_gives_the_same_model(data, X, tmp_path):
+    y = np.arange(6) % 2
+    channels = X.shape[3] if X.ndim == 4 else data.draw(st.sampled_from([1, 3]))
+    expected = classifier(channels).fit(X, y)
+    form, options, tolerance = data.draw(forms(X, tmp_path))
+    before = [np.asarray(x).copy() for x in form] if isinstance(form, np.ndarray | torch.Tensor) else None
+    clf = classifier(channels, **options).fit(form, y)
+    assert clf.image_shape_[:2] == X.shape[1:3]
+    if tolerance == 0:
+        assert np.array_equal(clf.coef_, expected.coef_)
+        assert np.array_equal(clf.predict_proba(form), expected.predict_proba(X))
+    elif tolerance < 1e-6:
+        assert_close(clf.decision_function(form), expected.decision_function(X), 1e-3)
+    if before is not None:
+        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(before, form, strict=True))
+
+
+@FITS
+@given(data=st.data(), X=images(st.integers(2, 6), channels=3))
+def test_predictions_are_of_each_image_alone(data, X):
+    """Whatever stands beside it, in whatever order and batches."""
+    clf = classifier(image_size=6, batch_size=data.draw(st.integers(1, 7))).fit(
+        np.resize(X, (4, *X.shape[1:])), [0, 1, 0, 1]
+    )
+    every = clf.decision_function(X)
+    chosen = data.draw(st.lists(st.integers(0, len(X) - 1), min_size=1, max_size=9))
+    np.testing.assert_allclose(clf.decision_function(X[chosen]), every[chosen], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(clf.decision_function([X[i] for i in chosen]), every[chosen], rtol=1e-9, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5)
+LABELS = {
+    "text": st.lists(TEXT, min_size=3, max_size=3, unique=True),
+    "objects": st.lists(TEXT, min_size=3, max_size=3, unique=True),
+    "ints": st.lists(st.integers(-(2**40), 2**40), min_size=3, max_size=3, unique=True),
+    "small ints": st.lists(st.integers(-128, 127), min_size=3, max_size=3, unique=True),
+    "whole floats": st.lists(st.integers(-1000, 1000).map(float), min_size=3, max_size=3, unique=True),
+    "bools": st.just([False, True, True]),
+}
+
+
+@FITS
+@given(data=st.data(), problem=problems())
+def test_labels_are_names(data, problem):
+    """The model is that of the codes, and predicts in the labels that were given, in their type."""
+    X, codes = problem
+    kind = data.draw(st.sampled_from(sorted(LABELS)))
+    labels = sorted(data.draw(LABELS[kind]))
+    dtype = {"objects": object, "small ints": np.int8, "whole floats": np.float32}.get(kind)
+    y = np.array(labels, dtype=dtype)[codes]
+    known = np.array(sorted(set(labels)), dtype=y.dtype)
+    codes = np.searchsorted(known, y)
+    expected = classifier().fit(X, codes)
+    container = data.draw(st.sampled_from(["array", "list", "series", "read-only"]))
+    given_y: Any = y
+    if container == "list":
+        given_y = y.tolist()
+    elif container == "series":
+        given_y = pd.Series(y, index=data.draw(st.permutations(range(len(y)))))
+    elif container == "read-only":
+        given_y.flags.writeable = False
+    clf = classifier().fit(X, given_y)
+    assert np.array_equal(clf.coef_, expected.coef_)
+    assert np.array_equal(clf.classes_, known)
+    predicted = clf.predict(X)
+    assert predicted.dtype == clf.classes_.dtype
+    assert np.array_equal(predicted, known[expected.predict(X)])
+    probabilities = clf.predict_proba(X)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert (probabilities >= 0).all()
+    assert np.array_equal(known[probabilities.argmax(1)], predicted)
+    assert clf.score(X, given_y) == expected.score(X, codes)
+
+
+@FITS
+@given(data=st.data(), problem=problems())
+def test_several_labels_in_any_form(data, problem):
+    X, codes = problem
+    y = (codes[:, None] == np.arange(3)) | (np.arange(len(codes))[:, None] % 4 == 1)
+    expected = classifier().fit(X, y.astype(np.int64))
+    form = data.draw(st.sampled_from([bool, np.uint8, float, "list", "frame"]))
+    given_y = (
+        y.astype(np.int64).tolist() if form == "list" else pd.DataFrame(y * 1) if form == "frame" else y.astype(form)
+    )
+    clf = classifier().fit(X, given_y)
+    assert np.array_equal(clf.coef_, expected.coef_)
+    assert np.array_equal(clf.predict(X), expected.predict(X))
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def weights_of(draw: Callable, codes: np.ndarray, values: st.SearchStrategy) -> np.ndarray:
+    """A weight for each row, not zero for all rows of a class."""
+    weights = np.array(draw(st.lists(values, min_size=len(codes), max_size=len(codes))), dtype=float)
+    assume(all(weights[codes == c].any() for c in range(3)))
+    return weights
+
+
+POSITIVE = st.floats(0.01, 10)
+
+
+@FITS
+@given(data=st.data(), problem=problems(), factor=st.floats(1e-6, 1), alpha=st.sampled_from(["auto", 0.1]))
+def test_the_scale_of_small_weights_does_not_matter(data, problem, factor, alpha):
+    """Above 1 they are numbers of repetitions."""
+    X, codes = problem
+    weights = weights_of(data.draw, codes, st.floats(0.1, 1))
+    one = classifier(alpha=alpha).fit(X, codes, weights)
+    other = classifier(alpha=alpha).fit(X, codes, factor * weights)
+    assert_same_model(other, one, X)
+
+
+@FITS
+@given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
+def test_a_weight_of_zero_is_a_row_left_out(data, problem, alpha):
+    X, codes = problem
+    weights = weights_of(data.draw, codes, st.one_of(st.just(0.0), POSITIVE))
+    keep = weights > 0
+    one = classifier(alpha=alpha).fit(X, codes, weights)
+    other = classifier(alpha=alpha).fit(X[keep], codes[keep], weights[keep])
+    assert_same_model(one, other, X)
+
+
+@FITS
+@given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
+def test_a_weight_is_a_number_of_repetitions(data, problem, alpha):
+    X, codes = problem
+    weights = weights_of(data.draw, codes, st.integers(0, 3))
+    order = data.draw(st.permutations(np.repeat(np.arange(len(codes)), weights.astype(int)).tolist()))
+    one = classifier(alpha=alpha).fit(X, codes, weights)
+    other = classifier(alpha=alpha).fit(X[order], codes[order])
+    assert_same_model(one, other, X)
+
+
+@FITS
+@given(data=st.data(), problem=problems())
+def test_weights_of_classes_are_weights_of_their_rows(data, problem):
+    X, codes = problem
+    of_classes = dict(enumerate(data.draw(st.lists(POSITIVE, min_size=3, max_size=3))))
+    weights = weights_of(data.draw, codes, st.floats(0.01, 1))
+    one = classifier(class_weight=of_classes).fit(X, codes, weights)
+    # What is given is a number of repetitions above 1; weights of classes are not.
+    of_rows = weights * np.array([of_classes[c] for c in codes])
+    other = classifier().fit(X, codes, of_rows / of_rows.max())
+    assert_same_model(one, other, X)
+
+
+# ---------------------------------------------------------------------------------------- order, batches and targets
+
+
+@FITS
+@given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
+def test_the_order_of_rows_does_not_matter(data, problem, alpha):
+    X, codes = problem
+    order = np.array(data.draw(st.permutations(range(len(codes)))))
+    weights = weights_of(data.draw, codes, st.one_of(st.just(0.0), POSITIVE))
+    views = data.draw(st.sampled_from(["identity", ("identity", "flip"), ("flip", "identity")]))
+    one = classifier(alpha=alpha, views=views).fit(X, codes, weights)
+    other = classifier(alpha=alpha, views=views).fit(X[order], codes[order], weights[order])
+    assert one._fingerprint == other._fingerprint
+    assert_same_model(one, other, X)
+
+
+@FITS
+@given(
+    problem=problems(),
+    batch_size=st.integers(1, 11),
+    tangents=st.sampled_from([None, "local", "network", "both"]),
+    tangent_layers=st.sampled_from(["head", 1, "all"]),
+    sketch_size=st.sampled_from([1, 2, None]),
+)
+def test_batches_do_not_matter(problem, batch_size, tangents, tangent_layers, sketch_size):
+    X, codes = problem
+    options = {"tangents": tangents, "tangent_layers": tangent_layers, "sketch_size": sketch_size}
+    one = classifier(**options).fit(X, codes)
+    other = classifier(batch_size=batch_size, **options).fit(X, codes)
+    assert one.prior_.keys() == other.prior_.keys()
+    assert_same_model(one, other, X)
+
+
+def test_views_of_rows_with_a_gap():
+    """1, 3, 6 are no rows in a row, though their ends are those of six."""
+    X = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3)).astype(np.uint8)
+    keep, views = np.array([1, 3, 6]), ("identity", "flip")
+    weights = np.isin(np.arange(7), keep).astype(float)
+    one = classifier(views=views).fit(X, [0, 0, 1, 1, 2, 2, 2], weights)
+    other = classifier(views=views).fit(X[[1, 3, 6, 4]], [0, 1, 2, 2], [1, 1, 1, 0])
+    assert one._fingerprint == other._fingerprint
+    assert_same_model(one, other, X)
+
+
+SIZES, SIGN = st.floats(1e-6, 1e6), st.sampled_from([1, -1])
+
+
+@FITS
+@given(
+    data=st.data(), problem=problems(), n_targets=st.sampled_from([None, 1, 2]), alpha=st.sampled_from(["auto", 0.1])
+)
+def test_targets_in_other_units(data, problem, n_targets, alpha):
+    """Predictions follow a y + b, for each target by its own."""
+    X, codes = problem
+    shape = (len(codes),) if n_targets is None else (len(codes), n_targets)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    y = rng.normal(size=shape) + codes.reshape(-1, *[1] * (len(shape) - 1))
+    count = n_targets or 1
+    factors = st.tuples(SIGN, SIZES).map(np.prod)
+    a = np.array(data.draw(st.lists(factors, min_size=count, max_size=count)))
+    b = a * data.draw(st.floats(-100, 100))
+    if n_targets is None:
+        a, b = a[0], b[0]
+    one = regressor(alpha=alpha).fit(X, y)
+    other = regressor(alpha=alpha).fit(X, a * y + b)
+    assert other.alpha_ == pytest.approx(one.alpha_, rel=1e-6)
+    assert one.predict(X).shape == shape
+    assert_close((other.predict(X) - b) / a, one.predict(X))
+    assert_close(other.target_scale_, np.atleast_1d(np.abs(a)) * one.target_scale_)
+    column = regressor(alpha=alpha).fit(X, pd.DataFrame(a * y + b) if n_targets else (a * y + b).tolist())
+    assert_close(column.predict(X), other.predict(X), 1e-9)
+
+
+@FITS
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_vectors_in_other_units(data, seed):
+    """The built-in network standardizes them, whatever their scale, origin, layout and container."""
+    X = np.random.default_rng(seed).normal(size=(9, 3))
+    y = np.arange(9) % 3
+    scales = np.array(data.draw(st.lists(SIZES, min_size=3, max_size=3)))
+    moved = scales * (X + data.draw(st.floats(-100, 100)))
+    one = LQFClassifier(alpha=0.1).fit(X, y)
+    form = data.draw(st.sampled_from(["array", "F", "list", "frame"]))
+    Z: Any = {"array": moved, "F": np.asfortranarray(moved), "list": moved.tolist(), "frame": pd.DataFrame(moved)}[form]
+    other = LQFClassifier(alpha=0.1).fit(Z, y)
+    assert_close(other.decision_function(Z), one.decision_function(X))
+
+
+# ------------------------------------------------------------------------------------- the same sum of squared errors
+
+# From 501 images on, the prior is learned from some of them.
+SOME, MANY = 20, 2000
+
+
+def vectors(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of three classes that overlap."""
+    rng = np.random.default_rng(n)
+    y = np.arange(n) % 3
+    return rng.normal(size=(n, 5)) + 0.9 * np.eye(5)[y], y
+
+
+def noise(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of noise, a little brighter in the channel of their class."""
+    rng = np.random.default_rng(n)
+    y = np.arange(n) % 3
+    pixels = rng.integers(0, 120, (n, 8, 8, 3))
+    pixels[np.arange(n), ..., y] += 15
+    return pixels.astype(np.uint8), y
+
+
+def target(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return X[:, 0] + np.random.default_rng(1).normal(size=len(X))
+
+
+def labels(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.c_[y == 0, y != 1, X[:, 4] > 0].astype(int)
+
+
+CASES: dict[str, tuple[Callable, Callable | None, Any, list[int], float]] = {
+    "vectors": (vectors, None, LQFClassifier(), [SOME, MANY], 1e-6),
+    "balanced": (vectors, None, LQFClassifier(class_weight="balanced"), [SOME], 1e-6),
+    "one variance": (vectors, None, LQFClassifier(prior="equal", alpha=0.3), [SOME], 1e-6),
+    "evidence": (vectors, None, LQFClassifier(prior="evidence"), [MANY], 1e-6),  # of few copies it has no bound
+    "targets": (vectors, target, LQFRegressor(), [SOME, MANY], 1e-6),
+    "labels": (vectors, labels, LQFClassifier(), [SOME], 1e-6),
+    "folds": (vectors, None, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
+    "images": (noise, None, LQFClassifier(tiny_net(), dtype="float32"), [SOME, MANY], 1e-4),
+    "directions": (noise, None, LQFClassifier(tiny_net(), tangents="both", dtype="float32"), [SOME], 1e-4),
+}
+
+
+@pytest.mark.parametrize(("case", "n"), [(case, n) for case in CASES for n in CASES[case][3]])
+def test_order_and_repetition_of_many_rows(case, n):
+    draw, values, estimator, _, rtol = CASES[case]
+    X, y = draw(n)
+    if values is not None:
+        y = values(X, y)
+    weights = np.where(np.arange(n) % 4 == 1, 2, np.where(np.arange(n) % 5 == 2, 3, 1))
+    order = np.random.default_rng(0).permutation(n)
+    twice = np.random.default_rng(1).permutation(np.repeat(np.arange(n), weights))
+    new = draw(50)[0]
+    one = clone(estimator).fit(X, y, weights)
+    permuted = clone(estimator).fit(X[order], y[order], weights[order])
+    repeated = clone(estimator).fit(X[twice], y[twice])
+    for other in (permuted, repeated):
+        assert other.alpha_ == pytest.approx(one.alpha_, rel=max(rtol, 1e-5))  # outputs hardly change with it
+        assert other.noise_variance_ == pytest.approx(one.noise_variance_, rel=rtol)
+        assert other.prior_ == pytest.approx(one.prior_, rel=1e-3, abs=1e-6)
+        if isinstance(one, LQFClassifier):
+            assert other.temperature_ == pytest.approx(one.temperature_, rel=max(rtol, 1e-5))
+            assert_close(other.decision_function(new), one.decision_function(new), rtol)
+        else:
+            assert_close(other.predict(new), one.predict(new), rtol)

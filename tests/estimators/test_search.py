@@ -1,0 +1,311 @@
+"""LQFClassifierCV against GridSearchCV, explicit leave-one-out, and scikit-learn's ridge regression with its own."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.linear_model import Ridge, RidgeClassifierCV
+from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from support.data import make_images, tiny_net
+from torch import nn
+
+from sklearn_lqf import LQFClassifier, LQFClassifierCV
+from sklearn_lqf.engine.fitted import FeatureReader
+
+N, ALPHAS = 18, [0.03, 3.0, 0.3]
+X, CORNERS = make_images(N)
+Y = np.where(np.arange(N) % 5 == 4, np.roll(CORNERS, 1), CORNERS)  # some of them wrong, so that scores differ
+ONEHOT = (Y[:, None] == np.unique(Y)).astype(float)
+WEIGHTS = np.random.default_rng(0).uniform(0.5, 2.0, N)
+LABELS = (np.arange(N)[:, None] % [2, 3, 4] == 0).astype(int)
+VECTORS = X[:, ::6, ::6, 0].reshape(N, -1) / 255
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    NETWORK = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+OPTIONS = {"dtype": "float64", "batch_size": 5}
+BOTH_VIEWS = ("identity", "flip")
+
+
+def classifier(**parameters) -> LQFClassifier:
+    return LQFClassifier(**{"backbone": tiny_net(), **OPTIONS, **parameters})
+
+
+def search(**parameters) -> LQFClassifierCV:
+    return LQFClassifierCV(**{"backbone": tiny_net(), "alphas": ALPHAS, **OPTIONS, **parameters})
+
+
+def hits(estimator, rows, y) -> float:
+    """A scorer that sees every digit of the decision values of those that are right."""
+    right = np.reshape(estimator.predict(rows) == y, (len(y), -1)).all(1)
+    return float(np.square(estimator.decision_function(rows)[right]).sum())
+
+
+def certainty(estimator, rows, y) -> float:
+    """A scorer that sees every digit of the probabilities."""
+    return float(np.log(estimator.predict_proba(rows)).sum())
+
+
+# -------------------------------------------------------------------------------------------------------- folds
+
+# Parameters, y, whether there are weights, and the scorers.
+CASES = {
+    "plain": ({}, Y, False, [None, hits, certainty]),
+    "scorers": ({}, Y, False, ["balanced_accuracy", "roc_auc_ovr", "neg_log_loss"]),
+    "balanced": ({"class_weight": "balanced", "views": BOTH_VIEWS}, Y, True, [hits]),
+    "two classes": ({"prior": "evidence"}, np.where(Y == "cow", "ant", Y), False, ["roc_auc", hits]),
+    "labels": ({"prior": {"last": 2.0, "block2.1 tangents": 1.0}}, LABELS, False, [None, hits, certainty]),
+    "directions": ({"tangents": "both"}, Y, True, [certainty]),
+    "last features": ({"prior": "last"}, Y, False, [hits]),
+    "vectors": ({"backbone": NETWORK}, Y, False, [hits]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The scoring <function:UserWarning")  # of scikit-learn 1.9, for weights
+@pytest.mark.parametrize("case", CASES)
+def test_folds_score_as_a_grid_search(case):
+    parameters, y, weighted, scorings = CASES[case]
+    data = VECTORS if case == "vectors" else X
+    weights = WEIGHTS if weighted else None
+    cv = KFold(2, shuffle=True, random_state=0) if case == "labels" else 2
+    names = ["score"] if len(scorings) == 1 else [str(i) for i in range(len(scorings))]
+    several = {name: s or "accuracy" for name, s in zip(names, scorings, strict=True)}
+    grid = GridSearchCV(
+        classifier(**parameters), {"alpha": ALPHAS}, cv=cv, refit=False,
+        scoring=scorings[0] if len(scorings) == 1 else several,
+    ).fit(data, y, **({"sample_weight": WEIGHTS} if weighted else {}))  # fmt: skip
+    for name, scoring in zip(names, scorings, strict=True):
+        found = search(cv=cv, scoring=scoring, **parameters).fit(data, y, weights)
+        for key in ("split0_test", "split1_test", "mean_test", "std_test", "rank_test"):
+            expected = grid.cv_results_[f"{key}_{name}"]
+            np.testing.assert_allclose(found.cv_results_[f"{key}_score"], expected, rtol=1e-9, atol=1e-9)
+        assert found.best_index_ == np.argmin(grid.cv_results_[f"rank_test_{name}"])
+    last = classifier(alpha=found.best_alpha_, **parameters).fit(data, y, weights)
+    np.testing.assert_allclose(found.decision_function(data), last.decision_function(data), atol=1e-12)
+    assert found.alpha_ == pytest.approx(found.best_alpha_, rel=1e-12)
+    assert found.temperature_ == pytest.approx(last.temperature_, rel=1e-9)
+
+
+def test_folds_may_be_given():
+    folds = list(StratifiedKFold(3).split(X, Y))
+    masks = [tuple(np.isin(np.arange(N), part) for part in fold) for fold in folds]
+    expected = search(cv=3).fit(X, Y).cv_results_
+    for cv in (folds, masks, (fold for fold in folds), StratifiedKFold(3)):
+        model = search(cv=cv).fit(X, Y)
+        assert model.n_splits_ == 3
+        for key, value in expected.items():
+            np.testing.assert_array_equal(model.cv_results_[key], value)
+
+
+def test_features_are_evaluated_once(monkeypatch):
+    rows, evaluate = [], FeatureReader._evaluate
+    monkeypatch.setattr(FeatureReader, "_evaluate", lambda r, x: rows.append(len(x[0])) or evaluate(r, x))
+    search(cv=3).fit(X, Y)
+    assert sum(rows) == N
+
+
+@pytest.mark.parametrize("scoring", [None, "neg_log_loss", hits])
+def test_weights_are_multiplicities_also_in_scores(scoring):
+    counts = 1 + np.arange(N) % 3 % 2
+    repeated, place = np.repeat(np.arange(N), counts), np.arange(N) % 2
+
+    def folds(place: np.ndarray) -> list:
+        return [(np.flatnonzero(place != k), np.flatnonzero(place == k)) for k in (0, 1)]
+
+    found = search(scoring=scoring, cv=folds(place)).fit(X, Y, counts)
+    twice = search(scoring=scoring, cv=folds(place[repeated])).fit(X[repeated], Y[repeated])
+    alone = search(scoring=scoring, cv=folds(place)).fit(X, Y)
+    scores = [m.cv_results_["mean_test_score"] for m in (found, twice, alone)]
+    if scoring is hits:  # it takes no weights
+        assert not np.allclose(scores[0], scores[1])
+    else:
+        np.testing.assert_allclose(scores[0], scores[1], rtol=1e-6)
+        assert not np.allclose(scores[0], scores[2])
+
+
+@pytest.mark.parametrize("kind", ["splitter", "indices", "masks"])
+def test_rows_without_a_weight_are_in_no_fold(kind):
+    """Splitters count the rows that have one, folds that are given count all."""
+    weights, place = np.where(np.arange(N) % 6 == 1, 0.0, WEIGHTS), np.arange(N) % 2
+    kept = weights > 0
+
+    def folds(place: np.ndarray):
+        parts = [(place != k, place == k) for k in (0, 1)]
+        return {"splitter": 2, "masks": parts, "indices": [tuple(map(np.flatnonzero, part)) for part in parts]}[kind]
+
+    found = search(cv=folds(place), scoring=hits).fit(X, Y, weights)
+    expected = search(cv=folds(place[kept]), scoring=hits).fit(X[kept], Y[kept], weights[kept])
+    for key, value in expected.cv_results_.items():
+        np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
+    with pytest.raises(IndexError):
+        search(cv=[(np.arange(N), [N])]).fit(X, Y, weights)
+    with pytest.raises(ValueError, match="Fold 0 of cv has"):
+        search(cv=[(np.flatnonzero(kept), np.flatnonzero(~kept))]).fit(X, Y, weights)
+
+
+def test_given_folds_do_not_outlive_their_rows():
+    model = search(cv=list(StratifiedKFold(2).split(X, Y)), store_data=True).fit(X, Y)
+    for change in (lambda: model.forget([0]), lambda: model.partial_fit(X[:1], Y[:1])):
+        with pytest.raises(ValueError, match="cv holds folds of the rows of fit"):
+            change()
+    model.set_params(cv=2).forget([0])
+    assert model.n_splits_ == 2
+
+
+# ------------------------------------------------------------------------------------------------ leave-one-out
+
+
+@pytest.mark.parametrize(
+    ("parameters", "weighted"),
+    [({}, False), ({"views": BOTH_VIEWS}, True), ({"class_weight": "balanced"}, True)],
+    ids=["plain", "views", "balanced"],
+)
+def test_without_folds_images_are_left_out_one_by_one(parameters, weighted):
+    """By refits of scikit-learn's Ridge with scale and prior held fixed; a row of weight above 1 keeps the rest."""
+    weights = WEIGHTS if weighted else None
+    found = search(**parameters).fit(X, Y, weights)
+    probable = search(scoring=certainty, **parameters).fit(X, Y, weights)
+    assert found.n_splits_ == N
+    assert set(found.cv_results_) == {"alpha", "mean_test_score", "rank_test_score"}
+    given = np.ones(N) if weights is None else weights
+    part = given / given.dot(ONEHOT)[ONEHOT.argmax(1)] if "class_weight" in parameters else given
+    # The total weight is the number of images that rows stand for.
+    s, rest = part * (np.maximum(given, 1).sum() / part.sum()), 1 - 1 / np.maximum(given, 1)
+    shares = {group.name: found.prior_[group.name] for group in found._model.reader.groups}
+    columns = np.sqrt(np.repeat(list(shares.values()), [group.size for group in found._model.reader.groups]))
+    features = found.features(X) * columns
+    for k, alpha in enumerate(ALPHAS):
+        outputs = np.empty((N, 3))
+        for i in range(N):
+            without = np.where(np.arange(N) == i, s * rest, s)
+            outputs[i] = Ridge(alpha).fit(features, ONEHOT, without).predict(features[i : i + 1])[0]
+        error = np.average(((outputs - ONEHOT) ** 2).mean(1), weights=part)
+        assert found.cv_results_["mean_test_score"][k] == pytest.approx(-error, rel=1e-8)
+        single = classifier(alpha=alpha, **parameters).fit(X, Y, weights)
+        np.testing.assert_allclose(single.leave_one_out(X, Y, weights), outputs, atol=1e-9)
+        expected = np.log(softmax(outputs / single.temperature_, 1)).sum()
+        assert probable.cv_results_["mean_test_score"][k] == pytest.approx(expected, rel=1e-6)
+
+
+def test_scorers_of_what_is_left_out():
+    outputs = classifier(alpha=0.3).fit(X, Y).leave_one_out(X, Y)
+    model = search(alphas=[0.3]).fit(X, Y)
+    probabilities, names = softmax(outputs / model.temperature_, 1), model.classes_
+    for scoring, expected in {
+        "accuracy": np.mean(names[outputs.argmax(1)] == Y),
+        "balanced_accuracy": balanced_accuracy_score(Y, names[outputs.argmax(1)]),
+        "roc_auc_ovr": roc_auc_score(Y, probabilities, multi_class="ovr"),
+        "neg_log_loss": -log_loss(Y, probabilities),
+    }.items():
+        assert model.set_params(scoring=scoring).fit(X, Y).best_score_ == pytest.approx(expected, rel=1e-8)
+
+
+def test_labels_and_two_classes_left_out():
+    for y, shape in ((LABELS, (N, 3)), (np.where(Y == "cow", "ant", Y), (N,))):
+        model = search(scoring="accuracy").fit(X, y)
+        outputs = classifier(alpha=model.best_alpha_).fit(X, y).leave_one_out(X, y)
+        assert outputs.shape == shape
+        right = (outputs > 0) == (y if y.ndim == 2 else y == "bee")
+        assert model.best_score_ == pytest.approx(np.mean(right if y.ndim == 1 else right.all(1)))
+
+
+def test_of_the_last_features_alone_the_choice_is_that_of_ridge():
+    alphas = np.logspace(-3, 2, 6)
+    model = search(prior="last", alphas=alphas).fit(X, Y)
+    features = model.features(X)[:, :16]
+    ridge = RidgeClassifierCV(alphas).fit(features, Y)  # targets of -1 and 1: four times the squared error
+    assert ridge.alpha_ == pytest.approx(model.alpha_, rel=1e-12)
+    assert 4 * model.best_score_ == pytest.approx(ridge.best_score_, rel=1e-8)
+    assert 0 < model.best_index_ < len(alphas) - 1
+    np.testing.assert_allclose(2 * model.coef_[:, :16], ridge.coef_, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(2 * model.intercept_ - 1, ridge.intercept_, rtol=1e-7, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------- attributes and parameters
+
+
+@pytest.mark.parametrize("cv", [None, 3])
+def test_attributes(cv):
+    model = search(cv=cv).fit(X, Y)
+    results = model.cv_results_
+    assert all(isinstance(v, np.ndarray) and v.shape == (3,) for v in results.values())
+    np.testing.assert_array_equal(results["alpha"], ALPHAS)
+    assert model.best_index_ == results["mean_test_score"].argmax()
+    assert (model.best_alpha_, model.best_score_) == (ALPHAS[model.best_index_], results["mean_test_score"].max())
+    assert results["rank_test_score"].min() == results["rank_test_score"][model.best_index_] == 1
+    if cv:
+        splits = np.array([results[f"split{k}_test_score"] for k in range(3)])
+        np.testing.assert_allclose(results["mean_test_score"], splits.mean(0))
+        np.testing.assert_allclose(results["std_test_score"], splits.std(0))
+    assert model.score(X, Y) > 0.5
+
+
+def test_among_equal_scores_the_first_wins_and_nan_is_last():
+    model = search(cv=2, scoring=lambda *_: 0.5).fit(X, Y)
+    assert (model.best_index_, model.best_alpha_) == (0, ALPHAS[0])
+    assert model.cv_results_["rank_test_score"].tolist() == [1, 1, 1]
+    scores = iter([1.0, np.nan, 2.0])
+    model = search(scoring=lambda *_: next(scores)).fit(X, Y)
+    assert model.best_index_ == 2
+    assert model.cv_results_["rank_test_score"].tolist() == [2, 3, 1]
+
+
+def test_parameters_copies_and_pickles():
+    model = search(cv=2, store_data=True)
+    assert "alpha" not in model.get_params() and not hasattr(model, "alpha")
+    assert {"alphas", "cv", "scoring"} < set(model.get_params())
+    twin = clone(model)
+    assert twin.get_params() == model.get_params()
+    expected = model.fit(X, Y).decision_function(X)
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).decision_function(X), expected)
+    np.testing.assert_array_equal(twin.fit(X, Y).decision_function(X), expected)
+    with pytest.raises(ValueError, match="alpha"):
+        model.set_params(alpha=1.0)
+
+
+@pytest.mark.parametrize("cv", [None, 2])
+def test_forgetting_and_adding_choose_again(cv):
+    def assert_equal(model, expected):
+        np.testing.assert_allclose(model.decision_function(X), expected.decision_function(X), atol=1e-9)
+        for key, value in expected.cv_results_.items():
+            np.testing.assert_allclose(model.cv_results_[key], value, rtol=1e-8, atol=1e-12)
+        assert (model.best_alpha_, model.n_splits_) == (expected.best_alpha_, expected.n_splits_)
+
+    expected = search(cv=cv, scoring=hits).fit(X, Y)
+    model = search(cv=cv, scoring=hits, store_data=True).partial_fit(X[:10], Y[:10], classes=np.unique(Y))
+    assert_equal(model.partial_fit(X[10:], Y[10:]), expected)
+    assert_equal(model.forget([0, 17]), search(cv=cv, scoring=hits).fit(X[1:-1], Y[1:-1]))
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+BAD_PARAMETERS = {
+    "no penalty": ({"alphas": []}, "alphas must be some different numbers"),
+    "one number": ({"alphas": 1.0}, "alphas must be"),
+    "twice": ({"alphas": [1.0, 2, 1]}, "different"),
+    "negative": ({"alphas": [1.0, -1.0]}, r"Each of alphas must be a number > 0, got -1\.0"),
+    "nan": ({"alphas": [np.nan]}, "Each of alphas"),
+    "text": ({"alphas": ["auto"]}, "auto"),
+    "one fold": ({"cv": 1}, "at least one train/test split"),
+    "no fold": ({"cv": iter([])}, "yields no folds"),
+    "unknown scorer": ({"scoring": "acuracy"}, "acuracy"),
+    "no score": ({"scoring": lambda *_: np.nan}, "nan for each of alphas"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+def test_bad_parameters(case):
+    parameters, message = BAD_PARAMETERS[case]
+    model = search(**parameters)
+    with pytest.raises(ValueError, match=message):
+        model.fit(X, Y)
+    assert not hasattr(model, "coef_")
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(ValueError, match="does not support distributed=True"):
+        search(distributed=True)._check_parameters(2)
+    search(distributed=True)._check_parameters(1)

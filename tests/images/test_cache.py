@@ -1,0 +1,305 @@
+"""Trunk activations in every place, when memory or disk end, and shared between fits."""
+
+import copy
+import errno
+import gc
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_lqf.images import cache
+from sklearn_lqf.images.cache import Fingerprint, SharedActivations, TrunkCache, batch_sizes, with_smaller_batches
+
+N = 11
+ROWS = torch.randn(N, 4, 3, 2, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+VECTORS = torch.arange(N, dtype=torch.float64).view(N, 1)
+
+
+class Evaluate:
+    """Two activations for each row; counts the rows that were asked for."""
+
+    def __init__(self, limit: int = N):
+        self.count, self.limit = 0, limit
+
+    def __call__(self, start: int, stop: int):
+        if stop - start > self.limit:
+            raise torch.OutOfMemoryError("too many")
+        self.count += stop - start
+        return ROWS[start:stop], VECTORS[start:stop]
+
+
+def made(kind: str, batch_size: int = 4, evaluate: Evaluate | None = None) -> TrunkCache:
+    return TrunkCache(evaluate or Evaluate(), N, batch_size, kind, lambda _: None)
+
+
+def assert_holds_all(batches: TrunkCache) -> None:
+    for z, expected in zip(map(torch.cat, zip(*batches, strict=True)), (ROWS, VECTORS), strict=True):
+        assert torch.equal(z, expected)
+        assert z.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "none", "auto"])
+def test_batches(kind):
+    evaluate, reported = Evaluate(), []
+    batches = TrunkCache(evaluate, N, 4, kind, reported.append)
+    assert batches.sizes == [len(z[0]) for z in batches] == batch_sizes(list(batches)) == [4, 4, 3]
+    assert len(batches) == 3
+    assert_holds_all(batches)
+    assert torch.equal(batches[-1][1], VECTORS[8:]) and [len(z[0]) for z in batches[1:]] == [4, 3]
+    with pytest.raises(IndexError):
+        batches[3]
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+    if kind != "none":
+        assert sum(reported) == evaluate.count == N
+    assert batches.kind == ("memory" if kind == "auto" else kind)
+
+
+def test_auto_takes_the_first_place_with_room(monkeypatch):
+    size = (24 * 4 + 8) * N
+    monkeypatch.setattr(cache, "_MEMORY_PART", 0.0)
+    assert made("auto").kind == "disk"
+    monkeypatch.setattr(cache, "_DISK_PART", 0.0)
+    assert made("auto").kind == "none"
+    monkeypatch.setattr(cache, "_MEMORY_PART", 1.0)
+    for free, kind in ((size, "memory"), (size - 1, "none")):
+        monkeypatch.setattr(cache, "_memory", lambda free=free: free)
+        assert made("auto").kind == kind
+
+
+def test_memory_of_machine_and_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "_CGROUP", tmp_path / "absent")
+    whole = cache._memory()
+    assert whole > 1 << 28
+    (tmp_path / "limit").write_text("1000000\n")
+    monkeypatch.setattr(cache, "_CGROUP", tmp_path / "limit")
+    assert cache._memory() == 1000000
+    (tmp_path / "limit").write_text("max\n")
+    assert cache._memory() == whole
+    monkeypatch.delattr(os, "sysconf")
+    assert cache._memory() == cache._UNKNOWN_MEMORY
+
+
+def test_what_changes_its_input_in_place_leaves_the_file_alone():
+    batches = made("disk")
+    batches[0][0].zero_()
+    assert torch.equal(made("disk")[0][0], ROWS[:4])
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+
+
+def test_no_file_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = open_files()
+    batches = made("disk")
+    assert not list(tmp_path.iterdir())  # it has no name already while it is in use
+    del batches
+    gc.collect()
+    assert open_files() == before
+
+
+class FullDisk:
+    """A file on a disk with no room."""
+
+    def __init__(self, **_):
+        pass
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        pass
+
+
+def test_full_disk(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", FullDisk)
+    with pytest.raises(OSError, match=r"11 rows take 1 KiB.*No space left.*cache='none'") as caught:
+        made("disk")
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.setattr(cache, "_MEMORY_PART", 0.0)
+    batches = made("auto")
+    assert batches.kind == "none"
+    assert_holds_all(batches)
+
+
+@pytest.mark.parametrize(("size", "text"), [(12, "12 bytes"), (3 << 20, "3 MiB"), (5 << 31, "10.0 GiB")])
+def test_amounts(size, text):
+    assert cache._amount(size) == text
+
+
+# ----------------------------------------------------------------------------------------------- out of memory
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_batches_shrink_to_what_the_device_bears(kind):
+    batches = made(kind, 8, Evaluate(limit=3))
+    assert batches.batch_size == 2
+    assert_holds_all(batches)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_halving(error):
+    tried = []
+
+    def work(size: int) -> int:
+        tried.append(size)
+        if size > 2:
+            raise error
+        return 10 * size
+
+    assert with_smaller_batches(work, 9) == 20
+    assert tried == [9, 4, 2]
+
+
+def test_what_cannot_be_mended():
+    with pytest.raises(MemoryError, match=r"batches of one row \(too many\).*image_size"):
+        made("memory", 8, Evaluate(limit=0))
+    calls = []
+
+    def broken(size: int) -> None:
+        calls.append(size)
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        with_smaller_batches(broken, 8)
+    assert calls == [8]
+
+
+# ------------------------------------------------------------------------------------------ shared between fits
+
+
+class Hidden(nn.Module):
+    """A constant that is not part of the state."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value), persistent=False)
+
+    def forward(self, x):
+        return self.value * x
+
+
+SEEN: Counter[int] = Counter()  # rows by trunk
+
+
+class Trunk(nn.Module):
+    def __init__(self, value: float = 2.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value))
+
+    @property
+    def rows(self):
+        return SEEN[id(self)]
+
+    def forward(self, x):
+        SEEN[id(self)] += len(x)
+        return (self.weight * x).contiguous(memory_format=torch.channels_last), x.sum((1, 2, 3), keepdim=True)[:, 0, 0]
+
+
+@torch.no_grad()
+def evaluated(memory, images, trunk, options=()):
+    """Activations by way of the memory, and how many rows the trunk saw."""
+    before = trunk.rows
+    found = SharedActivations(memory, trunk, options)(images, trunk)
+    assert all(torch.equal(a, b) for a, b in zip(found, Trunk(float(trunk.weight))(images), strict=True))
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    return trunk.rows - before
+
+
+def test_each_image_is_evaluated_once(tmp_path):
+    memory, trunk = joblib.Memory(tmp_path, verbose=0), Trunk()
+    assert evaluated(memory, ROWS[:4], trunk) == 4
+    assert evaluated(memory, ROWS[[2, 0, 5]], trunk) == 1
+    assert evaluated(joblib.Memory(tmp_path, verbose=0), ROWS[:6], Trunk()) == 1
+    assert evaluated(joblib.Memory(tmp_path, verbose=0, mmap_mode="r"), ROWS[:6], Trunk()) == 0
+
+
+def test_what_is_another_trunk(tmp_path):
+    memory = joblib.Memory(tmp_path, verbose=0)
+    assert evaluated(memory, ROWS, Trunk()) == N
+    assert evaluated(memory, ROWS, Trunk(3.0)) == N
+    assert evaluated(memory, ROWS, Trunk(), "other preprocessing") == N
+    assert evaluated(memory, ROWS.double(), Trunk()) == N
+    state = nn.Conv2d(4, 4, 3).state_dict()
+    networks = [
+        [nn.ReLU()], [nn.ReLU(), nn.ReLU()], [nn.GELU()], [nn.LeakyReLU(0.1)], [nn.LeakyReLU(0.2)], [nn.MaxPool2d(2)],
+        [nn.AvgPool2d(2)], [nn.Conv2d(4, 4, 3)], [nn.Conv2d(4, 4, 3, 2)], [nn.Conv2d(4, 4, 3, dilation=2)],
+        [nn.Conv2d(4, 4, 3, padding=1)], [Hidden(1.0)], [Hidden(2.0)],
+    ]  # fmt: skip
+    keys = set()
+    for layers in networks:
+        if isinstance(layers[0], nn.Conv2d):
+            layers[0].load_state_dict(state)
+        graphs = (torch.fx.symbolic_trace(nn.Sequential(*copy.deepcopy(layers))) for _ in range(2))
+        one, same = (SharedActivations(memory, graph, ())._trunk for graph in graphs)
+        assert one == same
+        keys.add(one)
+    assert len(keys) == len(networks)
+
+
+def test_an_entry_that_was_lost_is_evaluated_again(tmp_path):
+    memory, trunk = joblib.Memory(tmp_path, verbose=0), Trunk()
+    evaluated(memory, ROWS[:3], trunk)
+    shared = SharedActivations(memory, trunk, ())
+    shared._recall = lambda image, name, value: value  # joblib computes what it cannot read: from nothing
+    shared._recall.check_call_in_cache = lambda *_: True
+    with torch.no_grad():
+        found = shared(ROWS[:3], trunk)
+    np.testing.assert_array_equal(found[0], 2 * ROWS[:3])
+
+
+# -------------------------------------------------------------------------------------------------- fingerprints
+
+TARGETS, WEIGHTS = np.eye(3)[np.arange(N) % 3], np.linspace(0.5, 2, N)
+
+
+def digests(images: torch.Tensor = ROWS) -> torch.Tensor:
+    seen = Fingerprint(len(images))
+    for start in (8, 0, 4):  # in any order of batches
+        rows = np.arange(start, min(start + 4, len(images)))
+        seen.see(rows, images[rows])
+    return seen.images
+
+
+def test_a_fingerprint_is_that_of_the_set():
+    expected = Fingerprint.of(digests(), TARGETS, WEIGHTS)
+    assert len(expected) == 32
+    order = np.random.default_rng(0).permutation(N)
+    assert Fingerprint.of(digests()[order], TARGETS[order], WEIGHTS[order]) == expected
+    assert Fingerprint.of(digests(ROWS.contiguous()), TARGETS, WEIGHTS) == expected
+    assert Fingerprint.of(digests(), -1.0 * (-TARGETS), WEIGHTS) == expected  # one zero, not two
+    assert Fingerprint.of(digests(), TARGETS.astype(int), WEIGHTS) == expected
+
+
+def test_a_fingerprint_shows_every_change():
+    every = digests()
+    other = ROWS.clone()
+    other[3, 0, 0, 0] += 1e-6
+    swapped = np.r_[1, 0, 2:N]
+    twice = np.r_[0:N, 4, 4]
+    found = [
+        Fingerprint.of(*data)
+        for data in (
+            (every, TARGETS, WEIGHTS),
+            (digests(other), TARGETS, WEIGHTS),
+            (digests(ROWS.double()), TARGETS, WEIGHTS),
+            (every[swapped], TARGETS, WEIGHTS),
+            (every, TARGETS[swapped], WEIGHTS),
+            (every, TARGETS, WEIGHTS[swapped]),
+            (every, TARGETS, 2 * WEIGHTS),
+            (every[1:], TARGETS[1:], WEIGHTS[1:]),
+            (every[twice], TARGETS[twice], WEIGHTS[twice]),  # a pair does not cancel
+            (every[:0], TARGETS[:0], WEIGHTS[:0]),
+        )
+    ]
+    assert len(set(found)) == len(found)

@@ -1,0 +1,171 @@
+"""Files of a header and tensors: whole or refused."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sklearn_lqf.io import archive
+from sklearn_lqf.io.archive import FORMAT, digest, read_archive, write_archive
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0, dtype=torch.bool), "c": torch.tensor(1)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    found = tmp_path / "file.safetensors"
+    write_archive(found, {"x": [1, "ä"]}, TENSORS)
+    return found
+
+
+def rewritten(path, header=None, tensors=None, metadata=None):
+    """A file whose digest is right, with a changed header or tensors."""
+    tensors = load_file(path) if tensors is None else tensors
+    text = json.dumps(header)
+    save_file(tensors, path, {"sklearn_lqf": text, "digest": digest(tensors, text), **(metadata or {})})
+
+
+def test_there_and_back(path):
+    header, tensors = read_archive(path)
+    assert header["x"] == [1, "ä"]
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_tensors_that_share_memory_or_lie_strided(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"whole": base, "part": base[1:], "turned": base.T, "expanded": torch.ones(1).expand(5)}
+    write_archive(tmp_path / "f", {}, tensors)
+    assert all(torch.equal(v, tensors[k]) for k, v in read_archive(tmp_path / "f")[1].items())
+
+
+def test_digest_tells_names_dtypes_shapes_and_bytes_apart():
+    different = [
+        ({"a": torch.zeros(4)}, ""),
+        ({"b": torch.zeros(4)}, ""),
+        ({"a": torch.zeros(2, 2)}, ""),
+        ({"a": torch.zeros(4, dtype=torch.int32)}, ""),
+        ({"a": torch.tensor([0, 0, 0, 1.0])}, ""),
+        ({"a": torch.zeros(2), "b": torch.zeros(2)}, ""),
+        ({"a": torch.zeros(4)}, "text"),
+    ]
+    assert len({digest(*case) for case in different}) == len(different)
+    assert digest({"a": torch.zeros(1), "b": torch.ones(1)}) == digest({"b": torch.ones(1), "a": torch.zeros(1)})
+
+
+def test_damage_is_refused_or_does_nothing(path):
+    """300 seeded flips of bits, truncations and insertions."""
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    before = read_archive(path)
+    harmless = 0
+    for k in range(300):
+        at = int(rng.integers(len(content)))
+        if k % 3 == 0:
+            damaged = content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :]
+        elif k % 3 == 1:
+            damaged = content[:at]
+        else:
+            damaged = content[:at] + rng.bytes(int(rng.integers(1, 9))) + content[at:]
+        path.write_bytes(damaged)
+        try:
+            header, tensors = read_archive(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            harmless += 1
+            assert header == before[0]
+            assert digest(tensors) == digest(before[1])
+    assert harmless < 6
+
+
+def test_what_save_has_not_written(path):
+    with pytest.raises(ValueError, match="it is no safetensors file, or it is broken"):
+        path.write_bytes(b"")
+        read_archive(path)
+    save_file(TENSORS, path)
+    with pytest.raises(ValueError, match="was not written by save"):
+        read_archive(path)
+    rewritten(path, {"format": FORMAT})
+    with pytest.raises(ValueError, match=r"its header is broken \(KeyError: 'version'\)"):
+        read_archive(path)
+    rewritten(path, {"format": FORMAT, "version": "1"}, metadata={"digest": "0"})
+    with pytest.raises(ValueError, match="does not have the digest that it states"):
+        read_archive(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_archive(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "version", "remedy"),
+    [
+        (FORMAT + 1, "9.0", "install a newer version"),
+        (1, "0.1.0", "the model has changed since; fit it again, or load it with the version that wrote it"),
+    ],
+)
+def test_another_format_says_what_to_do(path, number, version, remedy):
+    rewritten(path, {"format": number, "version": version}, metadata={"digest": "of another kind"})
+    said = rf"sklearn_lqf {version} wrote it in format {number}; this is .*, which reads format {FORMAT}: {remedy}"
+    with pytest.raises(ValueError, match=said):
+        read_archive(path)
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_failed_write_leaves_the_old_file_and_nothing_else(path, function, error, monkeypatch):
+    def fail(*args):
+        raise error
+
+    before = path.read_bytes()
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(type(error)):
+        write_archive(path, {"x": 2}, TENSORS)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_killed_write_leaves_the_old_file(path, function):
+    code = (
+        "import os, sys, pathlib, torch\n"
+        "from sklearn_lqf.io.archive import write_archive\n"
+        f"os.{function} = lambda *args: os._exit(9)\n"
+        "write_archive(pathlib.Path(sys.argv[1]), {'x': 2}, {'a': torch.ones(9)})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)])
+    assert killed.returncode == 9
+    assert read_archive(path)[0]["x"] == [1, "ä"]
+    write_archive(path, {"x": 3}, TENSORS)  # what it has left is not in the way
+    assert read_archive(path)[0]["x"] == 3
+
+
+def test_links_stay_and_rights_are_those_of_new_files(path):
+    link = path.with_name("link")
+    link.symlink_to(path)
+    write_archive(link, {"x": 4}, TENSORS)
+    assert link.is_symlink()
+    assert read_archive(path)[0]["x"] == 4
+    plain = path.with_name("plain")
+    plain.write_bytes(b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_missing_folder_and_missing_package(path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_archive(path.parent / "absent" / "f", {}, TENSORS)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for call in (lambda: read_archive(path), lambda: write_archive(path, {}, TENSORS)):
+        with pytest.raises(ImportError, match=r"sklearn-lqf\[save\]"):
+            call()
+
+
+def test_systems_that_cannot_sync_folders(path, monkeypatch):
+    monkeypatch.setattr(archive.os, "name", "other")
+    archive._sync_folder(path.parent / "absent")

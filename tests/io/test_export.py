@@ -1,0 +1,285 @@
+"""The model as one module, and as exported programs."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from support.data import TinyNet, make_images, tiny_net
+from support.needs import needs_export_of_forward_mode
+from support.networks import built
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.engine.features import Standardization
+from sklearn_lqf.engine.fitted import FeatureReader, GroupedModel
+from sklearn_lqf.engine.problem import Solution
+from sklearn_lqf.io.export import _backward_operations, to_module
+from sklearn_lqf.network.prepared import PreparedNetwork
+from sklearn_lqf.paper.model import PaperModel
+
+F32, F64, CPU = torch.float32, torch.float64, torch.device("cpu")
+IMAGES = (torch.from_numpy(make_images()[0]).permute(0, 3, 1, 2) / 255).double()
+C = 3
+ANY = torch.export.Dim("batch", min=1, max=1024)  # torch 2.6 asks for the largest
+# Sums of some hundred products, made twice in another order; relative to the largest output.
+TOLERANCE = {F64: 1e-12, F32: 2e-5}
+
+
+class Zoo(nn.Module):
+    """An operation of each kind whose backward pass has an operation of its own; images of 40 x 40."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Hardswish(), nn.MaxPool2d(3, 2, 1))
+        self.b = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.GroupNorm(2, 8), nn.SiLU())
+        self.c = nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2, 1, 1, count_include_pad=False))
+        self.d = nn.Sequential(nn.Conv2d(8, 12, 5, 3, 2, dilation=2), nn.GELU(), nn.Mish(), nn.ELU())
+        self.pool, self.norm = nn.AdaptiveAvgPool2d((2, 3)), nn.LayerNorm(12)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.up, self.fc = nn.ConvTranspose2d(12, 8, 3, 2, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        t = self.norm(self.pool(self.d(self.c(self.b(self.a(x))))).flatten(2).transpose(1, 2))
+        t = t + self.attention(t, t, t, need_weights=False)[0]
+        return self.fc(torch.sigmoid(self.up(t.transpose(1, 2).reshape(-1, 12, 2, 3))).mean((2, 3)))
+
+
+class Branching(TinyNet):
+    """Control flow that depends on the data: not traced."""
+
+    def forward(self, x):
+        return super().forward(x if x.mean() < 100 else -x)
+
+
+def prepared(net, shape=(3, 12, 12), layers="all", dtype=F64, slope=0.0, read=True) -> PreparedNetwork:
+    backbone = load_backbone(net, vector_features=shape[0] if len(shape) == 1 else None, random_state=0)
+    preprocessing = backbone.preprocessing if len(shape) == 3 else None
+    return PreparedNetwork(backbone, shape, layers, slope, read, preprocessing, dtype, CPU)
+
+
+def grouped(network: PreparedNetwork, n_directions=2, size: int | None = 4, views=("identity",)) -> GroupedModel:
+    """A model of random weights."""
+    reader = FeatureReader.draw(network, n_directions, size, 0, views)
+    rng, d = np.random.default_rng(0), sum(group.size for group in reader.groups)
+    scale = Standardization(rng.normal(size=d), rng.uniform(1, 2, d))
+    variances, weight, intercept = np.ones(len(reader.groups)), rng.normal(size=(d, C)), rng.normal(size=C)
+    solution = Solution(scale, variances, weight, intercept, 1.0, np.zeros((1, C)), "rows")
+    return GroupedModel(reader, solution, np.array([1.0, 2.0, 3.0]))
+
+
+def paper(network: PreparedNetwork, moved=True) -> PaperModel:
+    rng = np.random.default_rng(0)
+    head, unit = rng.normal(size=(C, network.split.n_features)), np.array([1.0, 2.0, 3.0])
+    tangent = set(network.split.tangent)
+    body = sum(p.numel() for name, p in network.split.tail.named_parameters() if name in tangent)
+    size = body + head.size + C
+    coef = 0.1 * rng.normal(size=size)
+    if not moved:
+        coef[: -head.size - C] = 0
+    return PaperModel(network, head, coef, unit)
+
+
+def expected(model: GroupedModel, images: Tensor) -> np.ndarray:
+    return model.outputs(model.reader.reading(None)(images))
+
+
+def assert_outputs(found: Tensor | np.ndarray, wanted: np.ndarray, dtype: torch.dtype = F64) -> None:
+    found = found.detach().numpy() if isinstance(found, Tensor) else found
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE[dtype] * np.abs(wanted).max())
+
+
+def exported(module: nn.Module, images: Tensor):
+    """The program for any number of images, stored and read again, as a module."""
+    program = torch.export.export(module, (images[:2],), dynamic_shapes=({0: ANY},), strict=False)
+    store = io.BytesIO()
+    torch.export.save(program, store)
+    store.seek(0)
+    return torch.export.load(store).module()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_directions": 0},
+        {"size": None},
+        {"size": 100},
+        {"views": ("identity", "flip")},
+        {"n_directions": 0, "views": ("identity", "flip")},
+    ],
+)
+@pytest.mark.parametrize("layers", [1, "all"])
+def test_outputs_are_those_of_the_model(options, layers):
+    model = grouped(prepared(tiny_net(), layers=layers, slope=0.01), **options)
+    module = to_module(model)
+    wanted, found = expected(model, IMAGES), module(IMAGES)
+    assert not found.requires_grad
+    assert_outputs(found, wanted)
+    with torch.no_grad():
+        assert_outputs(module(IMAGES), wanted)
+    with torch.inference_mode():
+        assert_outputs(module(IMAGES + 0), wanted)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_vectors(dtype):
+    vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(30, 4))).to(dtype)
+    model = grouped(prepared("auto", (4,), dtype=dtype))
+    assert_outputs(to_module(model)(vectors), expected(model, vectors), dtype)
+    assert_outputs(exported(to_module(model), vectors)(vectors), expected(model, vectors), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+def test_untraced_network():
+    network, plain = (prepared(built(Branching).eval(), read=read) for read in (True, False))
+    assert not network.split.traced
+    for model in (grouped(network), grouped(network, 0), paper(plain)):
+        wanted = expected(model, IMAGES) if isinstance(model, GroupedModel) else model.evaluator(None)(IMAGES)
+        assert_outputs(to_module(model)(IMAGES), wanted)
+
+
+@pytest.mark.parametrize("make", [grouped, paper])
+def test_module_is_independent_and_moves(make):
+    model = make(prepared(tiny_net(), dtype=F32, read=make is grouped))
+    images = IMAGES.float()
+    wanted, module = model.evaluator(None)(images), to_module(model)
+    other = copy.deepcopy(module)
+    assert_outputs(other(images), wanted, F32)
+    assert_outputs(other.double()(IMAGES), wanted, F32)
+    other = to_module(model)
+    with torch.no_grad():
+        for value in [*other.parameters(), *other.buffers()]:
+            value.zero_()
+    assert not other(images).any()
+    other.load_state_dict(module.state_dict())  # all that it knows is there
+    assert_outputs(other(images), wanted, F32)
+    np.testing.assert_array_equal(model.evaluator(None)(images), wanted)
+
+
+def test_images_and_modes_stay_as_they_are():
+    module, images = to_module(grouped(prepared(tiny_net()))), IMAGES.clone()
+    with torch.autocast("cpu"):
+        found = module(images)
+    assert torch.equal(images, IMAGES)
+    assert torch.equal(found, module(images))
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
+@pytest.mark.parametrize("options", [{}, {"n_directions": 0}, {"views": ("identity", "flip")}])
+@pytest.mark.parametrize("layers", [1, "all"])
+def test_exported_for_any_number_of_images(options, layers):
+    model = grouped(prepared(tiny_net(), layers=layers, slope=0.01), **options)
+    program = exported(to_module(model), IMAGES)
+    for n in (1, 2, len(IMAGES)):
+        assert_outputs(program(IMAGES[:n]), expected(model, IMAGES[:n]))
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
+def test_gradients_of_many_operations_are_exported():
+    images = torch.rand(3, 3, 40, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
+    model = grouped(prepared(built(Zoo).eval(), (3, 40, 40)), n_directions=1)
+    assert {"a.0", "b.0", "d.0"} <= set(model.reader.tangent_layers)
+    program = exported(to_module(model), images)
+    assert not [n.name for n in program.graph.nodes if "backward" in str(n.target)]
+    for n in (1, 3):
+        assert_outputs(program(images[:n]), expected(model, images[:n]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 6, 5, 3, 2, dilation=2, groups=2),
+        nn.Conv2d(8, 8, (3, 2), (2, 1), (1, 0), groups=8, padding_mode="reflect"),
+        nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1),
+        nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d((3, 2), (2, 1), (1, 0)),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(2, 1, 1, count_include_pad=False),
+        nn.AvgPool2d(3, divisor_override=5),
+        nn.AdaptiveAvgPool2d((2, 5)),
+        nn.Hardsigmoid(),  # torch's kernel has 1 / 6 in float32
+        nn.Softmax(-1),
+    ],
+    ids=str,
+)
+def test_backward_operations(layer):
+    layer = layer.double().requires_grad_(False)
+    x = torch.randn(2, 8, 12, 12, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            return torch.autograd.grad(y, x, torch.arange(y.numel(), dtype=F64).sin().view(y.shape))[0]
+
+    program = make_fx(gradient, _backward_operations())(x)
+    assert not [n.name for n in program.graph.nodes if "backward" in str(n.target)]
+    tolerance = 1e-7 if isinstance(layer, nn.Hardsigmoid) else 1e-12
+    torch.testing.assert_close(program(x), gradient(x), rtol=0, atol=tolerance)
+
+
+def test_efficientnet_lite():
+    timm = pytest.importorskip("timm")
+    net = built(lambda: timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=4)).eval()
+    model = grouped(prepared(net, (3, 64, 64), layers=2, dtype=F32), size=8)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert_outputs(to_module(model)(images), expected(model, images), F32)
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
+@pytest.mark.parametrize("moved", [True, False])
+def test_model_of_the_paper(moved):
+    model = paper(prepared(tiny_net(), slope=0.1, read=False), moved)
+    wanted = model.evaluator(None)(IMAGES)
+    assert_outputs(to_module(model)(IMAGES), wanted)
+    program = exported(to_module(model), IMAGES)
+    for n in (1, len(IMAGES)):
+        assert_outputs(program(IMAGES[:n]), wanted[:n])
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
+def test_model_of_the_paper_with_layer_norm_is_exported_for_one_number_of_images():
+    needs_export_of_forward_mode()
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.fc(self.norm(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+
+    model = paper(prepared(built(Normed), read=False))
+    program = torch.export.export(to_module(model), (IMAGES,), strict=False)
+    assert_outputs(program.module()(IMAGES), model.evaluator(None)(IMAGES))
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(TypeError, match="no module for a dict"):
+        to_module({})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of packages that nothing else here imports
+@pytest.mark.parametrize("which", ["grouped", "zoo", "paper"])
+def test_onnx(which, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    net, side = (built(Zoo).eval(), 40) if which == "zoo" else (tiny_net(), 12)
+    network = prepared(net, (3, side, side), dtype=F32, read=which != "paper")
+    model = paper(network) if which == "paper" else grouped(network)
+    images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
+    batch, file = torch.export.Dim("batch", min=1), tmp_path / "model.onnx"
+    shapes = ({0: batch},)
+    torch.onnx.export(to_module(model), (images[:2],), file, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = runtime.InferenceSession(file)
+    for n in (1, 4):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images[:n].numpy()})
+        assert_outputs(found, model.evaluator(None)(images[:n]), F32)

@@ -1,0 +1,448 @@
+"""Estimators in files: equal after loading, refused when anything is wrong, and never run."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from joblib import Memory
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import KFold
+from support.data import TinyNet, make_images, tiny_net
+from torch import nn
+
+import sklearn_lqf
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
+from sklearn_lqf.io import files as persistence
+from sklearn_lqf.io.archive import digest
+from sklearn_lqf.network import prepared
+
+X, Y = make_images()
+NEW = make_images(seed=1)[0]
+RNG = np.random.default_rng(0)
+VECTORS = RNG.normal(size=(40, 3))
+NET = tiny_net()
+
+
+def classifier(kind=LQFClassifier, **parameters):
+    return kind(**{"backbone": NET, "dtype": "float64", **parameters})
+
+
+# Of both models, in all forms of the solution and kinds of groups.
+MODELS = {
+    "groups": {},
+    "directions": {
+        "tangents": "both", "n_directions": 2, "sketch_size": 3, "views": ("identity", "flip"), "solver": "pcg"
+    },
+    "given prior": {"prior": {"last": 2.0, "block2.1 deviation": np.float64(1)}, "alpha": 0.1},
+    "paper": {"model": "paper", "tol": 1e-2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return classifier().fit(X, Y)
+
+
+@pytest.fixture(scope="module")
+def of_vectors():
+    return LQFClassifier().fit(VECTORS, (VECTORS[:, 0] > 0).astype(int))
+
+
+def saved(estimator, folder, **options):
+    path = folder / "model.safetensors"
+    estimator.save(path, **options)
+    return path
+
+
+def header_of(path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["sklearn_lqf"])
+
+
+def rewrite(path, change) -> None:
+    """Change the header, with a digest that is right: what an attacker would do."""
+    header, tensors = header_of(path), load_file(path)
+    change(header, tensors)
+    text = json.dumps(header)
+    save_file(tensors, path, {"sklearn_lqf": text, "digest": digest(tensors, text)})
+
+
+def comparable(estimator) -> dict:
+    """Fitted attributes, and parameters but for those that load decides."""
+    apart = {"_model", "_stored", "_recipe", "backbone", "device", "memory"}
+    return {k: v for k, v in vars(estimator).items() if k not in apart}
+
+
+def assert_same(one, other) -> None:
+    np.testing.assert_equal(comparable(one), comparable(other))
+    assert [type(v) for v in comparable(one).values()] == [type(v) for v in comparable(other).values()]
+    assert vars(one).keys() == vars(other).keys()
+
+
+# ------------------------------------------------------------------------------------------------- what is saved
+
+
+@pytest.mark.parametrize(
+    ("kind", "include_backbone"), [(kind, kind != "directions") for kind in MODELS] + [("groups", False)]
+)
+def test_predictions_are_equal_to_the_bit(kind, include_backbone, tmp_path):
+    clf = classifier(**MODELS[kind]).fit(X, Y)
+    path = saved(clf, tmp_path, include_backbone=include_backbone)
+    twin = LQFClassifier.load(path, device="cpu", backbone=tiny_net())
+    assert_same(twin, clf)
+    pickled = pickle.loads(pickle.dumps(clf))
+    for other in (twin, pickled):
+        for method in ("predict", "predict_proba", "decision_function"):
+            assert np.array_equal(getattr(other, method)(NEW), getattr(clf, method)(NEW))
+        if kind != "paper":
+            assert np.array_equal(other.features(NEW), clf.features(NEW))
+            assert np.array_equal(other.leave_one_out(X, Y), clf.leave_one_out(X, Y))
+    np.testing.assert_allclose(twin.fit(X, Y).predict_proba(NEW), clf.predict_proba(NEW), rtol=1e-12)
+
+
+def test_weights_come_from_the_file(fitted, tmp_path):
+    net = tiny_net(seed=5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    path = saved(fitted, tmp_path)
+    for backbone in (net, TinyNet):
+        twin = LQFClassifier.load(path, backbone=backbone, device="cpu")
+        assert np.array_equal(twin.decision_function(NEW), fitted.decision_function(NEW))
+        assert twin.backbone is backbone
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    header = header_of(path)
+    assert header["class"] == "LQFClassifier"
+    assert header["version"] == sklearn_lqf.__version__
+    assert header["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert header["backbone"] == "support.data.TinyNet"
+
+
+def test_backbone_may_be_left_out(fitted, tmp_path):
+    large = saved(fitted, tmp_path).stat().st_size
+    path = saved(fitted, tmp_path, include_backbone=False)
+    weights = sum(v.numel() * v.element_size() for v in tiny_net().state_dict().values())
+    assert large - path.stat().st_size > 0.9 * weights
+    with pytest.raises(ValueError, match=r"'TinyNet' is not the one.*its weights are others.*include_backbone=True"):
+        LQFClassifier.load(path, backbone=tiny_net(seed=5))
+
+
+def test_backbone_by_name_is_built_without_a_download(tmp_path, monkeypatch):
+    clf = LQFClassifier("squeezenet1_1", weights=None, image_size=32, tangents=None).fit(X, Y)
+    clf.weights = "auto"  # as if it had them from torchvision
+    path = saved(clf, tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", None)
+    twin = LQFClassifier.load(path, device="cpu")
+    assert np.array_equal(twin.decision_function(NEW), clf.decision_function(NEW))
+    assert (twin.backbone, twin.weights) == ("squeezenet1_1", "auto")
+    saved(clf.set_params(download=False), tmp_path, include_backbone=False)
+    with pytest.raises(RuntimeError, match="download=False"):
+        LQFClassifier.load(path)
+    saved(clf.set_params(weights=None), tmp_path, include_backbone=False)  # drawn again by random_state
+    assert np.array_equal(LQFClassifier.load(path, device="cpu").decision_function(NEW), clf.decision_function(NEW))
+    saved(clf.set_params(weights=torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1), tmp_path)
+    assert LQFClassifier.load(path).weights == "IMAGENET1K_V1"
+
+
+def test_regressor_with_frames(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(VECTORS, columns=["a", "b", "ä"])
+    targets = np.column_stack([VECTORS[:, 0] ** 2, VECTORS[:, 1]])
+    reg = LQFRegressor(random_state=np.random.RandomState(3)).fit(frame, targets)
+    twin = LQFRegressor.load(saved(reg, tmp_path), device="cpu")
+    assert twin.feature_names_in_.tolist() == ["a", "b", "ä"]
+    assert np.array_equal(twin.predict(frame), reg.predict(frame))
+    assert twin.random_state.randint(99) == reg.random_state.randint(99)
+
+
+def test_searched_penalty(tmp_path):
+    clf = classifier(LQFClassifierCV, alphas=np.array([0.1, 1.0]), cv=3, store_data=True).fit(X, Y)
+    twin = LQFClassifierCV.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
+    assert_same(twin, clf)
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+class Subclass(LQFClassifier):
+    """Somebody's own."""
+
+
+def test_subclasses_load_themselves(tmp_path):
+    path = saved(classifier(Subclass).fit(X, Y), tmp_path)
+    assert type(Subclass.load(path, backbone=TinyNet)) is Subclass
+    with pytest.raises(ValueError, match=r"holds an estimator of class Subclass: use Subclass.load"):
+        LQFClassifier.load(path, backbone=TinyNet)
+
+
+LABELS = {
+    "int": [3, -1, 7], "float": [5.0, -1.0, 2.0], "str": ["ä", "b", "a b"], "bytes": [b"a", b"b", b"c"],
+    "int8": np.array([1, 2, 3], dtype=np.int8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_every_kind(kind, of_vectors, tmp_path):
+    twin = clone(of_vectors).set_params(tangents=None)
+    twin.fit(VECTORS, np.asarray(LABELS[kind])[np.arange(40) % 3] if kind != "bytes" else np.arange(40) % 3)
+    if kind == "bytes":  # scikit-learn refuses them, but other versions may not
+        twin.classes_ = np.asarray(LABELS[kind])
+    found = LQFClassifier.load(saved(twin, tmp_path), device="cpu")
+    assert found.classes_.dtype == twin.classes_.dtype
+    assert found.predict(VECTORS).tolist() == twin.predict(VECTORS).tolist()
+
+
+@pytest.mark.parametrize("labels", [[False, True], ["a", "b"], [1, "b"]])
+def test_two_labels_also_of_mixed_kinds(labels, of_vectors, tmp_path):
+    clf = clone(of_vectors).set_params(tangents=None).fit(VECTORS, np.arange(40) % 2)
+    clf.classes_ = np.array(labels, dtype=object if "b" in labels else None)  # as a fit on such labels has them
+    found = LQFClassifier.load(saved(clf, tmp_path), device="cpu")
+    assert [type(c) for c in found.classes_.tolist()] == [type(c) for c in clf.classes_.tolist()]
+    assert np.array_equal(found.predict(VECTORS), clf.predict(VECTORS))
+
+
+def test_several_labels_and_parameters_of_many_kinds(tmp_path):
+    several = np.column_stack([Y == "ant", Y == "bee", X[:, 0, 0, 0] > 128]).astype(int)
+    clf = classifier(
+        tangents="both", tangent_layers=["block2"], views=("identity", "flip"), prior=np.arange(1, 7),
+        preprocessing={"mean": 0.5, "std": (0.2, 0.3, 0.4)},
+        image_size=np.int64(12), alpha=np.float64(0.3), class_weight=None, memory=None, weights="auto",
+    ).fit(X, several)  # fmt: skip
+    clf.class_weight = {0: 1.0, 1: np.float32(2)}
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
+    assert_same(twin, clf)
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+def test_buffers_outside_the_state_dict_and_tied_weights(tmp_path):
+    class Net(TinyNet):
+        def __init__(self, shift=0.0):
+            super().__init__()
+            self.register_buffer("shift", torch.full((1,), shift), persistent=False)
+            self.again = self.stem[0]
+
+        def forward(self, x):
+            return super().forward(x + self.shift)
+
+    clf = classifier(backbone=Net(shift=0.3), tangents=None).fit(X, Y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=Net, device="cpu")
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+
+
+# ------------------------------------------------------------------------------------------------- and goes on
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_stored_data_go_on(vectors, tmp_path):
+    clf = LQFClassifier(store_data=True) if vectors else classifier(store_data=True)
+    x, y = (VECTORS, np.arange(40) % 2) if vectors else (X, Y)
+    clf.fit(x, y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=None if vectors else TinyNet, device="cpu")
+    for model in (clf, twin):
+        model.forget([0, 3]).partial_fit(x[:1], y[:1])
+    np.testing.assert_array_equal(twin.decision_function(x), clf.decision_function(x))
+    again = LQFClassifier.load(saved(twin, tmp_path), backbone=None if vectors else TinyNet, device="cpu")
+    assert np.array_equal(again.predict_proba(x), clf.predict_proba(x))
+
+
+def test_memory_is_not_taken_from_a_file(tmp_path):
+    clf = classifier(memory=Memory(tmp_path / "trusted", verbose=0)).fit(X, Y)
+    path = saved(clf, tmp_path)
+    assert "trusted" not in json.dumps(header_of(path))
+    assert LQFClassifier.load(path, backbone=TinyNet).memory is None
+
+
+def test_requests_of_metadata_are_kept(fitted, tmp_path):
+    with sklearn_config():
+        clf = classifier().set_fit_request(sample_weight=True).fit(X, Y)
+    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=TinyNet)
+    assert (
+        twin.get_metadata_routing().fit.requests == clf.get_metadata_routing().fit.requests != {"sample_weight": None}
+    )
+
+
+def sklearn_config():
+    from sklearn import config_context
+
+    return config_context(enable_metadata_routing=True)
+
+
+@pytest.mark.gpu
+def test_between_devices(of_vectors, tmp_path):
+    moved = LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda")
+    np.testing.assert_allclose(moved.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS), rtol=1e-10)
+    clf = classifier(device="cuda", store_data=True).fit(X, Y)
+    path = saved(clf, tmp_path)
+    same = LQFClassifier.load(path, backbone=TinyNet)
+    assert same.device_.startswith("cuda")
+    assert np.array_equal(same.predict_proba(NEW), clf.predict_proba(NEW))
+    back = LQFClassifier.load(path, backbone=TinyNet, device="cpu").forget([0])
+    np.testing.assert_allclose(back.predict_proba(NEW), clf.forget([0]).predict_proba(NEW), rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_saved(fitted, of_vectors, tmp_path):
+    with pytest.raises(NotFittedError):
+        LQFClassifier().save(tmp_path / "f")
+    clf = pickle.loads(pickle.dumps(of_vectors))
+    clf.class_weight = KFold()
+    with pytest.raises(TypeError, match=r"class_weight=KFold.*cannot be saved.*set_params\(class_weight=...\)"):
+        clf.save(tmp_path / "f")
+    clf.class_weight = None
+    clf.classes_ = np.array(["2020-01-01", "2021-01-01"], dtype="datetime64[D]")
+    with pytest.raises(TypeError, match=r"classes_ is an array of dtype datetime64\[D\]"):
+        clf.save(tmp_path / "f")
+    assert not os.listdir(tmp_path)
+
+
+def test_code_must_be_given(fitted, tmp_path):
+    with pytest.raises(ValueError, match=r"backbone of type support.data.TinyNet.*give load a module"):
+        LQFClassifier.load(saved(fitted, tmp_path))
+
+
+class Deeper(TinyNet):
+    def __init__(self):
+        super().__init__()
+        self.added = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(self.added(self.block2(x + self.block1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (lambda: TinyNet(width=4), r"\d+ of \d+ weights are absent or of another shape or dtype: \['stem.0.weight'"),
+        (lambda: tiny_net().half(), r"absent or of another shape or dtype"),
+        (lambda: nn.Linear(3, 2), r"weights are absent"),
+        (Deeper, r"has weights that the one of the fit had not: \['added.bias'"),
+        ("vector", "takes vectors, but X holds images"),
+    ],
+)
+def test_another_architecture(backbone, message, fitted, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        LQFClassifier.load(saved(fitted, tmp_path), backbone=backbone)
+
+
+def test_absent_device(of_vectors, tmp_path):
+    with pytest.raises(ValueError, match="is not present"):
+        LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda:77")
+
+
+def drop(*keys):
+    def change(header, tensors):
+        for key in keys[:-1]:
+            header = header[key]
+        del header[keys[-1]]
+
+    return change
+
+
+def put(value, *keys):
+    def change(header, tensors):
+        for key in keys[:-1]:
+            header = header[key]
+        header[keys[-1]] = value
+
+    return change
+
+
+def short(header, tensors):
+    """Weights on fewer features."""
+    solution = dict(dict(header["model"]["dict"])["solution"]["dict"])
+    name = solution["weight"]["array"]
+    tensors[name] = tensors[name][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("network"), "KeyError: 'network'"),
+        (drop("parameters"), "KeyError"),
+        (put({"eval": "1"}, "attributes", "coef_"), "unknown kind of value"),
+        (put({"array": "absent"}, "attributes", "coef_"), "KeyError: 'absent'"),
+        (put("x", "attributes", "fit"), "no fitted attributes"),
+        (put("x", "attributes", "__class__"), "no fitted attributes"),
+        (put("x", "attributes", "_model"), "no fitted attributes"),
+        (put("folder", "parameters", "memory"), r"cannot take the parameters \['memory'\]"),
+        (put(1, "parameters", "novelty"), r"cannot take the parameters \['novelty'\]"),
+        (put(["absent"], "network", "weights"), "KeyError: 'weights.absent'"),
+        (put("0", "network", "digest"), "its weights are others"),
+        (short, "weights on .* features, and the network gives"),
+        (put({"dict": []}, "stored"), "its model cannot be built"),
+    ],
+)
+def test_altered_with_a_right_digest(change, message, of_vectors, tmp_path):
+    path = saved(of_vectors, tmp_path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        LQFClassifier.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_damage_is_refused_or_does_nothing(of_vectors, tmp_path):
+    """300 seeded flips, truncations and insertions; the format itself is tested with test_archive."""
+    small = clone(of_vectors).set_params(tangents=None).fit(VECTORS[:, :1], np.arange(40) % 2)
+    path = saved(small, tmp_path)
+    content, expected, rng = path.read_bytes(), small.predict_proba(VECTORS[:, :1]), np.random.default_rng(1)
+    for k in range(300):
+        at, count = int(rng.integers(len(content))), int(rng.integers(1, 9))
+        if k % 2:  # half of all in the header, which is what is parsed
+            at %= 8 + int.from_bytes(content[:8], "little")
+        flipped = bytes([content[at] ^ (1 << (count - 1))])
+        path.write_bytes(content[:at] + [flipped + content[at + 1 :], b"", rng.bytes(count) + content[at:]][k % 3])
+        try:
+            found = LQFClassifier.load(path, device="cpu")
+        except ValueError:
+            continue
+        assert np.array_equal(found.predict_proba(VECTORS[:, :1]), expected)
+
+
+# ------------------------------------------------------------------------------------------------- pickles
+
+
+def test_pickle_of_another_version_warns(of_vectors, monkeypatch):
+    content = pickle.dumps(of_vectors)
+    monkeypatch.setattr(persistence, "__version__", "9.0")
+    with pytest.warns(UserWarning, match=r"pickled by sklearn_lqf 0.*and is read by 9.0"):
+        twin = pickle.loads(content)
+    assert np.array_equal(twin.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS))
+    assert not [name for name in vars(twin) if "version" in name]
+
+
+def test_parameters_that_a_pickle_lacks_have_their_defaults(of_vectors):
+    twin = pickle.loads(pickle.dumps(of_vectors))
+    state = twin.__getstate__()
+    del state["download"]
+    older = LQFClassifier.__new__(LQFClassifier)
+    older.__setstate__(state)
+    assert older.get_params() == of_vectors.get_params()
+
+
+@pytest.mark.parametrize("options", [{"tangents": "local"}, {"tangents": "network", "sketch_size": 2}])
+def test_pickle_is_refused_where_the_network_is_prepared_otherwise(options, monkeypatch):
+    content = pickle.dumps(classifier(**options).fit(X, Y))
+    split = prepared.split_network
+
+    def otherwise(*args, **kwargs):  # as another version of torch might
+        kwargs["read_stages"] = not kwargs["read_stages"]
+        return split(*args, **kwargs)
+
+    monkeypatch.setattr(prepared, "split_network", otherwise)
+    with pytest.raises(ValueError, match=r"The model .*, and the network .*prepared otherwise"):
+        pickle.loads(content)
+
+
+def test_paper_pickle_is_refused_where_the_network_is_prepared_otherwise(monkeypatch):
+    content = pickle.dumps(classifier(model="paper", tol=0.1).fit(X, Y))
+    split = prepared.split_network
+    monkeypatch.setattr(prepared, "split_network", lambda *a, **k: split(*a, **{**k, "tangent_layers": "all"}))
+    with pytest.raises(ValueError, match=r"change of shape \(\d+,\).*prepared otherwise"):
+        pickle.loads(content).predict(X)

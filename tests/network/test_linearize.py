@@ -1,0 +1,974 @@
+"""Jacobian products against torch.func on the network as it was given."""
+
+import contextlib
+import itertools
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.needs import needs_sizes_as_arguments
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sklearn_lqf.network.linearize import LinearizedNetwork, full_precision
+from sklearn_lqf.network.statistics import Part
+from sklearn_lqf.network.tails import _dual_call
+from sklearn_lqf.network.tracing import Split, split_network
+from sklearn_lqf.runtime.threads import DUAL_NUMBERS
+
+SLOPE = 0.1
+OUTPUTS = 3
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def randomized(module, seed=0):
+    """Float64, evaluation mode, every parameter and statistic away from its initial value."""
+    module = module.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        fan = max(1, p[0].numel() if p.ndim > 1 else 4)
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * (2 / fan) ** 0.5
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.2, 2.0, generator=generator)
+    return module
+
+
+def linearized(features, x, tangent_layers="all", negative_slope=0.0):
+    """The package's network on a random head, and its trunk activations of ``x``."""
+    split = split_network(features, x[:2], tangent_layers, negative_slope)
+    network = LinearizedNetwork(split, rand(OUTPUTS, split.n_features, seed=1), rand(OUTPUTS, seed=2))
+    return network, split.trunk(x)
+
+
+@contextlib.contextmanager
+def formulas():
+    """torch's attention without fused kernels, which have no forward-mode derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class Oracle:
+    """A network and its head as one function of all parameters, differentiated by torch.func."""
+
+    def __init__(self, features, x, network, rename=None):
+        self.network, self.x = network, x
+        self.rename = rename or {}
+        self.parameters = {n: p.detach() for n, p in features.named_parameters()}
+        self.parameters |= {"head.weight": network.weight, "head.bias": network.bias}
+        self.features = features
+
+    def __call__(self, parameters, x=None):
+        body = {n: p for n, p in parameters.items() if not n.startswith("head.")}
+        features = functional_call(self.features, body, ((self.x if x is None else x).clone(),))
+        return features @ parameters["head.weight"].mT + parameters["head.bias"]
+
+    def unflatten(self, flat):
+        """A flat vector by the names of the original parameters; zero where it has nothing."""
+        out = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        for name, part in self.network.slices.items():
+            original = self.rename.get(name, name)
+            out[original] = flat[part].view(out[original].shape)
+        return out
+
+    def flatten(self, tree):
+        return torch.cat([tree[self.rename.get(n, n)].flatten() for n in self.network.slices])
+
+    def jvp(self, flat):
+        return self.jvp_tree(self.unflatten(flat))
+
+    def jvp_tree(self, direction):
+        with formulas():
+            return torch.func.jvp(self, (self.parameters,), (direction,))[1]
+
+    def jvp_by_rows(self, flat):
+        """The same from the rows of the Jacobian, for operations without forward-mode derivative."""
+        rows, direction = jacrev(self)(self.parameters), self.unflatten(flat)
+        return sum((rows[n] * direction[n]).flatten(2).sum(2) for n in rows)
+
+    def vjp(self, u):
+        with formulas():
+            return self.flatten(torch.func.vjp(self, self.parameters)[1](u)[0])
+
+
+def assert_close(actual, expected, tolerance=1e-10):
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def check(features, x, *, expected=None, tangent_layers="all", negative_slope=0.0, rename=None, rows=False):
+    """Products of a network agree with those of the oracle on ``expected``, by default the same network."""
+    network, activations = linearized(features, x, tangent_layers, negative_slope)
+    oracle = Oracle(features if expected is None else expected, x, network, rename)
+    point = network.at(activations)
+    assert_close(point.outputs, oracle(oracle.parameters))
+    d, u = rand(network.n_parameters, seed=3), rand(len(x), OUTPUTS, seed=4)
+    tangent = oracle.jvp_by_rows(d) if rows else oracle.jvp(d)
+    assert float(tangent.abs().max()) > 1e-3  # there is something to compare
+    assert_close(point.jvp(d), tangent)
+    assert_close(point.vjp(u), oracle.vjp(u))
+    assert_close((u * point.jvp(d)).sum(), point.vjp(u) @ d)
+    return network
+
+
+def pooled(*layers):
+    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+IMAGES = rand(3, 3, 8, 8, seed=5)
+VECTORS = rand(3, 5, seed=6)
+TOKENS = rand(3, 4, 6, seed=7)
+
+
+# -------------------------------------------------------------------------------------------------- layers
+
+CONVOLUTIONS = {
+    "groups": {"groups": 2},
+    "depthwise": {"groups": 4, "padding": 1},
+    "dilation": {"dilation": 2},
+    "stride": {"stride": 2, "padding": 1},
+    "two strides": {"stride": (1, 2), "padding": (2, 0)},
+    "rectangular": {"kernel_size": (1, 3), "padding": (0, 1)},
+    "same": {"padding": "same"},
+    "same, dilated": {"padding": "same", "dilation": 2},
+    "valid": {"padding": "valid"},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "circular": {"padding": 2, "padding_mode": "circular"},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+    "no bias": {"bias": False},
+    "all at once": {"stride": 2, "dilation": 2, "groups": 4, "padding": 2, "padding_mode": "reflect"},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions(options):
+    conv = nn.Conv2d(4, 8, **{"kernel_size": 3, **options})
+    check(pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES)
+
+
+WIDE = {
+    "same size": {"padding": 2},
+    "few columns": {"kernel_size": (3, 4), "padding": 1},
+    "more rows than the image": {"kernel_size": (9, 5), "padding": (4, 0)},
+    "stride": {"kernel_size": 7, "stride": 2, "padding": 3},
+    "dilation": {"dilation": 2, "padding": 2},
+    "reflect": {"padding": 2, "padding_mode": "reflect"},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("options", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("tangent_layers", ["all", ["2"]], ids=["all", "one"])
+def test_wide_depthwise_convolutions(options, tangent_layers):
+    conv = nn.Conv2d(4, 4, **{"kernel_size": 5, "groups": 4, **options})
+    check(
+        pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES, tangent_layers=tangent_layers,
+        rename={"weight": "2.weight", "bias": "2.bias"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["_conv_forward", "forward"])
+@pytest.mark.parametrize("how", ["instance", "subclass"])
+def test_convolutions_with_a_method_of_their_own(method, how):
+    def circular(self, x, *_):
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="circular"), self.weight, self.bias, groups=4)
+
+    if how == "subclass":
+        conv = type("Own", (nn.Conv2d,), {method: circular})(4, 4, 5, padding=2, groups=4)
+    else:
+        conv = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        setattr(conv, method, types.MethodType(circular, conv))
+    check(pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES)
+
+
+def test_parameters_are_not_read_while_another_thread_has_swapped_them():
+    network, activations = linearized(pooled(nn.Conv2d(3, 4, 3), nn.Tanh()), IMAGES)
+    split = Split(network.trunk, network.module, network.names, [Part("last", 4)])
+    made = threading.Thread(target=lambda: LinearizedNetwork(split, network.weight, network.bias))
+    with DUAL_NUMBERS:
+        made.start()
+        made.join(0.1)
+        assert made.is_alive()
+    made.join()
+    assert network.at(activations).vjp(rand(3, OUTPUTS)).count_nonzero() == network.n_parameters
+
+
+class Reused(nn.Module):
+    """Wide depthwise layers in all ways in which a parameter may have a part in the output several times."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 5, groups=3, padding=2) for _ in range(2))
+        self.how = how
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        if self.how == "one layer twice":
+            x = self.first(input=x).tanh()
+        x = self.second(x)
+        if self.how == "read by a function":
+            x = x + F.conv2d(x, self.second.weight, None, 1, 2, 1, 3)
+        return x.tanh().mean((2, 3))
+
+
+@pytest.mark.parametrize("how", ["one layer twice", "read by a function"])
+def test_wide_depthwise_convolutions_with_several_parts(how):
+    check(randomized(Reused(how)), IMAGES)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_convolutions_of_other_dimensions(dimensions):
+    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dimensions == 1 else (nn.Conv3d, nn.BatchNorm3d)
+    net = nn.Sequential(norm(2), conv(2, 4, 3, padding=1), nn.Tanh(), conv(4, 4, 3, groups=2), nn.Flatten())
+    check(randomized(net), rand(3, 2, *[4] * dimensions))
+
+
+ACTIVATIONS = {
+    m._get_name() + m.extra_repr(): m
+    for m in [
+        nn.ReLU(), nn.LeakyReLU(0.2), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.Hardswish(), nn.Hardsigmoid(),
+        nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.SELU(), nn.Mish(),
+        nn.Softplus(), nn.PReLU(4), nn.Softmax(1), nn.LogSigmoid(), nn.GLU(1),
+    ]
+}  # fmt: skip
+
+
+def spread(activation):
+    """A network whose activation sees values on all its pieces."""
+    net = randomized(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            activation,
+            nn.Conv2d(4 // (1 + isinstance(activation, nn.GLU)), 5, 3),
+            nn.Flatten(),
+        )
+    )
+    net[0].weight.data *= 6
+    return net
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations(activation):
+    check(spread(activation), IMAGES)
+
+
+class Leaky(nn.Module):
+    """The formula of a leaky form, from its flat parts."""
+
+    def __init__(self, base, low, high, slope):
+        super().__init__()
+        self.base, self.low, self.high, self.slope = base, low, high, slope
+
+    def forward(self, x):
+        below, above = (self.low - x).relu(), (x - self.high).relu()
+        return self.base(x) + self.slope * (above - below)
+
+
+LEAKY = {
+    "ReLU": (nn.ReLU(), nn.LeakyReLU(SLOPE)),
+    "ReLU6": (nn.ReLU6(), Leaky(nn.ReLU6(), 0, 6, SLOPE)),
+    "Hardtanh": (nn.Hardtanh(-0.5, 0.7), Leaky(nn.Hardtanh(-0.5, 0.7), -0.5, 0.7, SLOPE)),
+    "Hardswish": (nn.Hardswish(), Leaky(nn.Hardswish(), -3, 1e6, SLOPE)),
+    "Hardsigmoid": (nn.Hardsigmoid(), Leaky(nn.Hardsigmoid(), -3, 3, SLOPE / 6)),
+}
+
+
+@pytest.mark.parametrize(("activation", "formula"), LEAKY.values(), ids=LEAKY)
+def test_leaky_activations(activation, formula):
+    check(spread(activation), IMAGES, expected=spread(formula), negative_slope=SLOPE)
+
+
+NORMS = {
+    "LayerNorm": nn.LayerNorm([4, 6, 6]),
+    "LayerNorm without parameters": nn.LayerNorm([6, 6], elementwise_affine=False),
+    "GroupNorm": nn.GroupNorm(2, 4),
+    "InstanceNorm": nn.InstanceNorm2d(4, affine=True),
+    "LocalResponseNorm": nn.LocalResponseNorm(2),
+    "BatchNorm that cannot be folded": nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4, eps=0.3)),
+    "BatchNorm without parameters": nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4, affine=False)),
+    "BatchNorm without statistics": nn.InstanceNorm2d(4, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_normalizations(norm):
+    check(pooled(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 5, 3), nn.Tanh()), IMAGES)
+
+
+@pytest.mark.parametrize("tangent_layers", ["all", ["1"]], ids=["all", "norm"])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_normalizations_in_channels_last(norm, tangent_layers):
+    if tangent_layers != "all" and not list(norm.parameters()):
+        pytest.skip("nothing to linearize")
+    net = pooled(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 5, 3), nn.Tanh())
+    network, activations = linearized(net, IMAGES, tangent_layers)
+    expected, d = network.at(activations), rand(network.n_parameters)
+    point = network.at([z.contiguous(memory_format=torch.channels_last) for z in activations])
+    u = rand(*expected.outputs.shape, seed=1)
+    assert_close(point.jvp(d), expected.jvp(d))
+    assert_close(point.vjp(u), expected.vjp(u))
+
+
+class Viewing(torch.autograd.Function):
+    """Twice its input; its forward-mode derivative asks for contiguous memory, as group_norm's until torch 2.13."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent.transpose(0, 1).view(tangent.shape)
+
+
+def test_forward_derivative_that_asks_for_contiguous_memory():
+    x, x_dot = rand(3, 4), rand(3, 4, seed=1)
+    assert_close(_dual_call(Viewing.apply, (x,), [x_dot]), 2 * x_dot)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # other errors stay
+        _dual_call(torch.mm, (x, x), [x_dot, None])
+
+
+def test_tangent_of_a_folded_batch_norm():
+    # With s = gamma / sqrt(var + eps), the folded weight is s W: a step d of it is the step d / s of W, and a
+    # step of the folded bias is one of beta.
+    norm = nn.BatchNorm2d(4, eps=0.3)
+    net = pooled(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 5, 3))
+    network, activations = linearized(net, IMAGES)
+    assert not any(name.startswith("1.") for name in network.names)
+    oracle = Oracle(net, IMAGES, network)
+    scale = norm.weight.detach() / (norm.running_var + 0.3).sqrt()
+    d = rand(network.n_parameters)
+    step = oracle.unflatten(d)
+    step["1.bias"], step["0.bias"] = step["0.bias"], torch.zeros_like(step["0.bias"])
+    step["0.weight"] = step["0.weight"] / scale.view(-1, 1, 1, 1)
+    assert_close(network.at(activations).jvp(d), oracle.jvp_tree(step))
+
+
+def test_linear_on_tokens():
+    net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 4, bias=False), nn.Flatten())
+    check(randomized(net), TOKENS)
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+class Net(nn.Module):
+    """Two convolutions h and k of one input and an operation on them; the result is flattened."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.h, self.k = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.gain, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.operation = operation
+
+    def forward(self, x):
+        return torch.flatten(self.operation(self, self.h(x).tanh(), self.k(x)), 1)
+
+
+OPERATIONS = {
+    "max_pool2d": lambda m, h, k: F.max_pool2d(k, 3, 2, 1) + F.max_pool2d(h, 3, 2, 1),
+    "avg_pool2d": lambda m, h, k: F.avg_pool2d(h, 2) * F.avg_pool2d(k, 2),
+    "adaptive_avg_pool2d": lambda m, h, k: F.adaptive_avg_pool2d(h * k, (2, 3)),
+    "adaptive_max_pool2d": lambda m, h, k: F.adaptive_max_pool2d(h * k, 2),
+    "skip": lambda m, h, k: F.silu(h + k) + h,
+    "constant added": lambda m, h, k: (h + 1) * (2 - k) / 3,
+    "torch.add with alpha": lambda m, h, k: torch.add(h, k, alpha=2),
+    "added to itself": lambda m, h, k: h + h,
+    "broadcast sum": lambda m, h, k: h.mean((2, 3), keepdim=True) + k,
+    "gate": lambda m, h, k: h * torch.sigmoid(k.mean((2, 3), keepdim=True)),
+    "cat": lambda m, h, k: torch.cat([h, k, h * k], 1),
+    "stack": lambda m, h, k: torch.stack([h, k], 2),
+    "chunk": lambda m, h, k: torch.chunk(h, 2, dim=1)[1] * k.chunk(2, 1)[0],
+    "split": lambda m, h, k: torch.split(h, [1, 3], 1)[1] * k.split(3, 1)[0],
+    "unbind": lambda m, h, k: h.unbind(1)[0] * torch.unbind(k, 1)[2],
+    "permute": lambda m, h, k: h.permute(0, 2, 3, 1) + torch.permute(k, (0, 2, 3, 1)),
+    "transpose": lambda m, h, k: h.flatten(2).transpose(1, 2) @ k.flatten(2),
+    "view": lambda m, h, k: h.view(h.size(0), -1) * k.reshape(k.shape[0], -1),
+    "view of another layout": lambda m, h, k: (h.permute(0, 2, 3, 1).contiguous() * 2).view(h.size(0), -1),
+    "roll": lambda m, h, k: torch.roll(h, (1, 2), (2, 3)) * k,
+    "slices": lambda m, h, k: h[:, 1:, ::2] * k[:, :3, ::2],
+    "index from a size": lambda m, h, k: h[:, :, : h.size(2) // 2] * k[:, :, : k.shape[-1] // 2],
+    "squeeze": lambda m, h, k: (h[:, :1].squeeze(1) * k[:, 2]).unsqueeze(1),
+    "expand": lambda m, h, k: h.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8) * k,
+    "expand to a shape": lambda m, h, k: h.mean((2, 3), keepdim=True).expand(k.shape) * k,
+    "pad": lambda m, h, k: F.pad(h, (1, 0, 2, 1)) ** 2,
+    "interpolate to a size": lambda m, h, k: F.interpolate(h[:, :, ::2, ::2], size=k.shape[-2:]) * k,
+    "maximum along an axis": lambda m, h, k: h.max(1).values * k.max(dim=2)[0][:, 0, :, None],
+    "comparison": lambda m, h, k: torch.where(h > 0, h, k),
+    "index of the largest": lambda m, h, k: h * k.argmax(1, keepdim=True),
+    "norm": lambda m, h, k: F.normalize(h.flatten(1), dim=1) * k.std(),
+    "softmax": lambda m, h, k: h.softmax(1) * F.log_softmax(k, 1),
+    "clamp": lambda m, h, k: h.clamp(-0.3, 0.4) * k.clip(min=0),
+    "einsum": lambda m, h, k: torch.einsum("bchw,bdhw->bcd", h, k),
+    "parameter by attribute": lambda m, h, k: h * m.scale + k,
+    "layer_norm by function": lambda m, h, k: F.layer_norm(h, (8,), m.gain, m.shift, 1e-3) * k,
+    "conv2d by function": lambda m, h, k: F.conv2d(h, m.k.weight[:, :1].repeat(1, 4, 1, 1)),
+    "a layer called twice": lambda m, h, k: m.h(k[:, :3]) * h,
+    "in place": lambda m, h, k: (h * 1).add_(k).mul_(2).relu_(),
+    "in place by operator": lambda m, h, k: _in_place(h * 1, k),
+    "keyword": lambda m, h, k: torch.flatten(input=h, start_dim=1) * k.reshape((k.shape[0], -1)),
+    "size as an argument": lambda m, h, k: torch.reshape(h * k, (k.shape[0], -1)),
+}  # fmt: skip
+
+
+def _in_place(h, k):
+    h += k
+    h *= 2
+    h -= 1
+    return h
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_operations(operation):
+    if operation is OPERATIONS["size as an argument"]:
+        needs_sizes_as_arguments()
+    network = check(randomized(Net(operation)), IMAGES)
+    # All that has an influence is linearized as part of a graph, and the rest has no place in it.
+    assert "h.weight" in network.names
+
+
+def test_in_place_operations_leave_the_evaluation_as_it_is():
+    network, activations = linearized(randomized(Net(OPERATIONS["in place"])), IMAGES)
+    before = [z.clone() for z in activations]
+    point = network.at(activations)
+    d = rand(network.n_parameters)
+    first = point.jvp(d)
+    assert torch.equal(point.jvp(d), first)
+    assert torch.equal(network.at(activations).jvp(d), first)
+    assert all(torch.equal(a, b) for a, b in zip(activations, before, strict=True))
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(input=self.a(input=x).tanh())
+
+
+def test_layers_called_by_keyword():
+    network = check(randomized(Keyword()), VECTORS)
+    point = network.at((VECTORS,))
+    assert len(point.layer_calls("b")) == 1
+
+
+def test_parametrized_weights():
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    net = nn.Sequential(conv, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    check(randomized(net), IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of the oracle
+def test_operations_without_forward_mode_derivative():
+    # torch has none of weight normalization.
+    weight_norm = nn.utils.parametrizations.weight_norm
+    net = nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 3)))
+    check(randomized(net), VECTORS, rows=True)
+
+
+class Doubled(torch.autograd.Function):
+    """Backward alone is written down."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x)
+        return x**2, y * 1
+
+    @staticmethod
+    def backward(ctx, g, h):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g, h
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_functions_without_forward_mode_derivative(constant):
+    class Function(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            square, _ = Doubled.apply(h, h.detach() if constant else h)
+            return self.last(square)
+
+    class Formula(Function):
+        def forward(self, x):
+            return self.last(self.first(x) ** 2)
+
+    check(randomized(Function()), VECTORS, expected=randomized(Formula()))
+
+
+def test_hooks_that_change_an_output():
+    net = randomized(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+    net[0].register_forward_hook(lambda module, args, out: out * 3)
+    net[2].register_forward_pre_hook(lambda module, args: (args[0] ** 2,))
+    check(net, VECTORS)
+
+
+# ----------------------------------------------------------------------------------------------- attention
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, batch_first=True, bias=True, **call):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first, bias=bias)
+        self.call = call
+
+    def forward(self, x):
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        y = self.attention(x, x, x, **self.call)[0]
+        y = y if self.attention.batch_first else y.transpose(0, 1)
+        return (x.mean() * 0 + y).flatten(1)
+
+
+QKV = {
+    "attention.qkv.weight": "attention.in_proj_weight",
+    "attention.qkv.bias": "attention.in_proj_bias",
+}
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_multihead_attention(batch_first, bias, need_weights):
+    net = randomized(SelfAttention(batch_first, bias, need_weights=need_weights))
+    network = check(net, TOKENS, rename=QKV)
+    assert set(network.kronecker_layers()) == {"attention.qkv", "attention.out_proj"}
+
+
+def test_masked_multihead_attention_keeps_its_mask():
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    network = check(randomized(SelfAttention(attn_mask=mask)), TOKENS)
+    # Its layers are used inside torch's module, where K-FAC does not see them.
+    assert not network.kronecker_layers()
+
+
+class CrossAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 2, 6))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(self.query.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0].flatten(1)
+
+
+def test_cross_attention():
+    check(randomized(CrossAttention()), TOKENS)
+
+
+class DotProduct(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.qkv, self.options = nn.Linear(6, 12), options
+        self.bias = nn.Parameter(torch.zeros(4, 4)) if options.get("attn_mask") == "parameter" else None
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
+        options = self.options if self.bias is None else {"attn_mask": self.bias}
+        if options.get("enable_gqa"):
+            k, v = k[:, :1], v[:, :1]
+        return F.scaled_dot_product_attention(q, k, v, **options).flatten(1)
+
+
+DOT_PRODUCTS = {
+    "plain": {},
+    "boolean mask": {"attn_mask": torch.ones(4, 4, dtype=torch.bool).tril(1)},
+    "additive mask": {"attn_mask": rand(4, 4)},
+    "parameter as mask": {"attn_mask": "parameter"},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "shared keys": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("options", DOT_PRODUCTS.values(), ids=DOT_PRODUCTS)
+def test_scaled_dot_product_attention(options):
+    check(randomized(DotProduct(**options)), TOKENS)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_encoder(norm_first):
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(6), enable_nested_tensor=False)
+    rename = {
+        f"0.layers.{i}.self_attn.qkv.{part}": f"0.layers.{i}.self_attn.in_proj_{part}"
+        for i, part in itertools.product(range(2), ("weight", "bias"))
+    }
+    network = check(randomized(nn.Sequential(encoder, nn.Flatten())), TOKENS, rename=rename)
+    assert {"0.layers.1.linear2", "0.layers.0.self_attn.qkv"} <= set(network.kronecker_layers())
+
+
+# ---------------------------------------------------------------------------------------------- the function
+
+
+def small_net():
+    """Convolutions, a skip, a gate and a norm: nothing is folded, so that bits can be compared."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+            self.norm, self.gate = nn.GroupNorm(2, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            x = x + F.silu(self.norm(self.second(x)))
+            return torch.sigmoid(self.gate(x.mean((2, 3)))) * x.amax((2, 3))
+
+    return randomized(Gate())
+
+
+@pytest.mark.parametrize("tangent_layers", ["head", ["second", "gate"], "all"])
+def test_at_zero_it_is_the_network(tangent_layers):
+    net = small_net()
+    network, activations = linearized(net, IMAGES, tangent_layers)
+    with torch.no_grad():
+        expected = F.linear(net(IMAGES), network.weight, network.bias)
+    for gradients in (True, False):
+        point = network.at(activations, gradients)
+        assert torch.equal(point.outputs, expected)
+        assert torch.equal(point.outputs + point.jvp(torch.zeros(network.n_parameters).double()), expected)
+
+
+@pytest.mark.parametrize(
+    ("tangent_layers", "modules"),
+    [("head", set()), ("second", {"second"}), (["second", "gate"], {"second", "gate"}), (["norm"], {"norm"})],
+)
+def test_a_part_of_the_network(tangent_layers, modules):
+    network = check(small_net(), IMAGES, tangent_layers=tangent_layers)
+    assert {name.partition(".")[0] for name in network.names} == modules
+
+
+def test_expansion_is_first_order():
+    net = small_net()
+    network, activations = linearized(net, IMAGES)
+    oracle = Oracle(net, IMAGES, network)
+    point, d = network.at(activations), rand(network.n_parameters)
+    moved = []
+    for step in (1e-3, 1e-4):
+        w = {n: p + step * t for (n, p), t in zip(oracle.parameters.items(), oracle.unflatten(d).values(), strict=True)}
+        moved.append(float((oracle(w) - point.outputs - step * point.jvp(d)).abs().max()))
+    assert moved[1] < moved[0] / 50  # the rest is of second order, where it is not zero
+
+
+def test_linear_in_the_direction():
+    network, activations = linearized(small_net(), IMAGES)
+    point = network.at(activations)
+    d, e = rand(2, network.n_parameters)
+    assert_close(point.jvp(2 * d - 3 * e), 2 * point.jvp(d) - 3 * point.jvp(e))
+    u, v = rand(2, 3, OUTPUTS)
+    assert_close(point.vjp(2 * u - 3 * v), 2 * point.vjp(u) - 3 * point.vjp(v))
+
+
+def test_many_products_at_one_point():
+    network, activations = linearized(small_net(), IMAGES)
+    point, d, u = network.at(activations), rand(network.n_parameters), rand(3, OUTPUTS)
+    first = point.jvp(d), point.vjp(u)
+    point.jvp(rand(network.n_parameters, seed=9))
+    point.vjp(rand(3, OUTPUTS, seed=9))
+    assert torch.equal(point.jvp(d), first[0])
+    assert torch.equal(point.vjp(u), first[1])
+
+
+def test_each_row_has_its_own_product():
+    network, activations = linearized(small_net(), IMAGES)
+    d = rand(network.n_parameters)
+    whole = network.at(activations).jvp(d)
+    rows = [network.at([z[i : i + 1] for z in activations]).jvp(d) for i in range(len(IMAGES))]
+    assert_close(whole, torch.cat(rows), 1e-13)
+
+
+def test_evaluation_without_gradients():
+    network, activations = linearized(small_net(), IMAGES)
+    d = rand(network.n_parameters)
+    point = network.at(activations, gradients=False)
+    assert torch.equal(point.jvp(d), network.at(activations).jvp(d))
+    assert not any(value.requires_grad for value in (point.features, point.outputs, point.jvp(d)))
+    with pytest.raises(RuntimeError, match="gradients=False"):
+        point.vjp(rand(3, OUTPUTS))
+
+
+def test_gradients_where_the_caller_has_none():
+    network, activations = linearized(small_net(), IMAGES)
+    u = rand(3, OUTPUTS)
+    expected = network.at(activations).vjp(u)
+    with torch.no_grad():
+        assert torch.equal(network.at(activations).vjp(u), expected)
+
+
+# -------------------------------------------------------------------------------------------------- layout
+
+
+def test_flat_layout():
+    network, _ = linearized(small_net(), IMAGES, ["second", "gate"])
+    assert network.names == ["second.weight", "second.bias", "gate.weight", "gate.bias"]
+    assert list(network.slices) == [*network.names, "head.weight", "head.bias"]
+    ends = [(s.start, s.stop) for s in network.slices.values()]
+    assert ends[0][0] == 0 and ends[-1][1] == network.n_parameters
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
+    vector = torch.arange(network.n_parameters, dtype=torch.float64)
+    body, weight, bias = network.views(vector)
+    assert {n: tuple(p.shape) for n, p in body.items()} == {
+        "second.weight": (4, 2, 3, 3), "second.bias": (4,), "gate.weight": (4, 4), "gate.bias": (4,),
+    }  # fmt: skip
+    assert weight.shape == (OUTPUTS, 4)
+    assert torch.equal(torch.cat([p.flatten() for p in [*body.values(), weight, bias]]), vector)
+    body["gate.bias"].zero_()  # views, not copies
+    assert vector[network.slices["gate.bias"]].count_nonzero() == 0
+
+
+def test_parameters_are_those_of_the_tail():
+    network, _ = linearized(small_net(), IMAGES, ["gate"])
+    assert [p.requires_grad for p in network.parameters] == [True, True]
+    assert not any(p.requires_grad for p in network.trunk.parameters())
+    own = {id(p) for p in network.module.parameters()}
+    assert {id(p) for p in network.parameters} <= own
+
+
+def test_layers_for_kronecker_factors():
+    network, activations = linearized(small_net(), IMAGES, "all")
+    assert set(network.kronecker_layers()) == {"first", "second", "gate"}
+    assert set(linearized(small_net(), IMAGES, ["gate"])[0].kronecker_layers()) == {"gate"}
+    # From inputs and gradients of the outputs of a layer follows the gradient of its weight.
+    point, u = network.at(activations), rand(3, OUTPUTS)
+    [(x, out)] = point.layer_calls("gate")
+    [gradient] = point.output_gradients([out], u)
+    assert_close(gradient.mT @ x.detach(), point.vjp(u)[network.slices["gate.weight"]].view(4, 4))
+
+
+def test_calls_of_a_layer_that_is_used_twice():
+    network, activations = linearized(randomized(Net(OPERATIONS["a layer called twice"])), IMAGES)
+    calls = network.at(activations).layer_calls("h")
+    assert [tuple(x.shape) for x, _ in calls] == [(3, 3, 8, 8), (3, 3, 8, 8)]
+    assert network.at(activations).layer_calls("nothing") == []
+
+
+def test_gradient_of_an_output_without_influence():
+    network, activations = linearized(small_net(), IMAGES)
+    point = network.at(activations)
+    other = (network.parameters[0] * 2).sum()
+    assert point.output_gradients([other], rand(3, OUTPUTS))[0] == 0
+
+
+@pytest.mark.parametrize("tangent_layers", ["all", ["norm", "gate"]])
+def test_sample_jacobians(tangent_layers):
+    net = small_net()
+    network, activations = linearized(net, IMAGES, tangent_layers)
+    names = ["norm.weight", "gate.weight", "norm.bias"]
+    found = network.sample_jacobians(activations, names)
+    assert set(found) == set(names)
+    oracle = Oracle(net, IMAGES, network)
+    expected = jacrev(oracle)(oracle.parameters)
+    for name in names:
+        assert not found[name].requires_grad
+        assert_close(found[name], expected[name])
+
+
+def test_sample_jacobians_through_attention():
+    net = randomized(CrossAttention())
+    network, activations = linearized(net, TOKENS)
+    found = network.sample_jacobians(activations, ["query"])["query"]
+    oracle = Oracle(net, TOKENS, network)
+    with formulas():
+        expected = jacrev(oracle)(oracle.parameters)["query"]
+    assert_close(found, expected)
+
+
+# ------------------------------------------------------------------------------- networks that do not trace
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self, activation=None):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.norm, self.activation = nn.LayerNorm(6), activation or nn.Tanh()
+
+    def forward(self, x):
+        x -= 0.5  # in place, in the caller's tensor
+        h = self.norm(self.activation(self.first(input=x)))
+        if h.abs().sum() > 0:
+            h = self.second(h)
+        return h
+
+
+@pytest.fixture
+def untraced():
+    def build(net, x, **options):
+        with pytest.warns(UserWarning, match=r"cannot be traced by torch\.fx \(TraceError"):
+            return linearized(net, x, **options)
+
+    return build
+
+
+def test_network_that_does_not_trace(untraced):
+    net, x = randomized(Branching()), VECTORS.clone()
+    network, activations = untraced(net, x)
+    assert torch.equal(x, VECTORS)
+    point = network.at(activations)
+    d, u = rand(network.n_parameters), rand(3, OUTPUTS)
+    for _ in range(2):  # the second products see the same inputs
+        assert_close(point.jvp(d), Oracle(net, VECTORS.clone(), network).jvp(d))
+        assert_close(point.vjp(u), Oracle(net, VECTORS.clone(), network).vjp(u))
+    assert torch.equal(network.at(activations, gradients=False).jvp(d), point.jvp(d))
+    assert torch.equal(x, VECTORS)
+
+
+def test_part_of_a_network_that_does_not_trace(untraced):
+    net = randomized(Branching())
+    network, activations = untraced(net, VECTORS, tangent_layers=["second"])
+    assert network.names == ["second.weight", "second.bias"]
+    d = rand(network.n_parameters)
+    assert_close(network.at(activations).jvp(d), Oracle(net, VECTORS.clone(), network).jvp(d))
+    [(inputs, outputs)] = network.at(activations).layer_calls("second")
+    assert inputs.shape == (3, 6) and outputs.shape == (3, 4)
+    assert network.at(activations).layer_calls("first")[0][0].shape == (3, 5)
+    assert network.at(activations).layer_calls("norm") == []
+
+
+def test_head_of_a_network_that_does_not_trace(untraced):
+    network, activations = untraced(randomized(Branching()), VECTORS, tangent_layers="head")
+    d, u = rand(network.n_parameters), rand(3, OUTPUTS)
+    point = network.at(activations)
+    assert_close((u * point.jvp(d)).sum(), point.vjp(u) @ d)
+
+
+def test_sample_jacobians_of_a_network_that_does_not_trace(untraced):
+    net = randomized(Branching())
+    network, activations = untraced(net, VECTORS)
+    found = network.sample_jacobians(activations, ["norm.weight", "second.bias"])
+    oracle = Oracle(net, VECTORS.clone(), network)
+    expected = jacrev(lambda p: oracle(p, VECTORS.clone()))(oracle.parameters)
+    for name in ("norm.weight", "second.bias"):
+        assert not found[name].requires_grad
+        assert_close(found[name], expected[name])
+
+
+def test_activations_of_a_network_that_does_not_trace(untraced):
+    network, activations = untraced(randomized(Branching(nn.ReLU6(inplace=True))), VECTORS, negative_slope=SLOPE)
+    expected = randomized(Branching(Leaky(nn.ReLU6(), 0, 6, SLOPE)))
+    d = rand(network.n_parameters)
+    assert_close(network.at(activations).jvp(d), Oracle(expected, VECTORS.clone(), network).jvp(d))
+
+
+class BranchingAttention(SelfAttention):
+    def forward(self, x):
+        return super().forward(x) if x.abs().sum() > 0 else x.flatten(1)
+
+
+def test_attention_in_a_network_that_does_not_trace(untraced):
+    net = randomized(BranchingAttention(need_weights=False))
+    network, activations = untraced(net, TOKENS)
+    d = rand(network.n_parameters)
+    for gradients in (True, False):
+        assert_close(network.at(activations, gradients).jvp(d), Oracle(net, TOKENS, network).jvp(d))
+    # The projection is used without being called.
+    assert not network.kronecker_layers()
+
+
+# ----------------------------------------------------------------------------------------------- precision
+
+
+class _State:
+    """Readings of torch's settings of precision; a reading that torch refuses is a value too."""
+
+    @staticmethod
+    def owners():
+        backends = torch.backends
+        new = [backends.cuda.matmul, *([backends.cudnn.conv, backends.cudnn.rnn] if _State.new() else [])]
+        old = [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
+        return old + [(owner, "fp32_precision") for owner in new if _State.new()]
+
+    @staticmethod
+    def new():
+        return hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+    @staticmethod
+    def read():
+        found = []
+        for owner, name in _State.owners():
+            try:
+                found.append(getattr(owner, name))
+            except RuntimeError:
+                found.append("refused")
+        return found
+
+
+@pytest.fixture
+def settings():
+    """torch's settings of precision are put back after the test."""
+    before = _State.read()
+    yield
+    for (owner, name), value in zip(_State.owners(), before, strict=True):
+        setattr(owner, name, value)
+
+
+SETTINGS = {
+    "default": lambda: None,
+    "TF32": lambda: torch.set_float32_matmul_precision("high"),
+    "no TF32": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "TF32 by the new interface": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "no TF32 by the new interface": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+@pytest.mark.parametrize("choose", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_precision_is_full_inside_and_restored(settings, choose, fails):
+    try:
+        choose()
+    except AttributeError:
+        pytest.skip("this torch has one interface")
+    before = _State.read()
+    with contextlib.suppress(ZeroDivisionError), full_precision():
+        for (owner, name), value in zip(_State.owners(), _State.read(), strict=True):
+            assert value in (False, "ieee", "refused"), (owner, name)
+        if fails:
+            raise ZeroDivisionError
+    assert _State.read() == before
+
+
+def test_attention_settings_are_restored():
+    network, activations = linearized(randomized(CrossAttention()), TOKENS)
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    network.at(activations).jvp(rand(network.n_parameters))
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+def test_single_precision():
+    net = small_net()
+    double, activations = linearized(net, IMAGES)
+    d = rand(double.n_parameters)
+    expected = double.at(activations).jvp(d)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split = split_network(net, IMAGES[:2].float(), "all")
+    single = LinearizedNetwork(split, double.weight.float(), double.bias.float())
+    tangent = single.at(split.trunk(IMAGES.float())).jvp(d.float())
+    assert tangent.dtype == torch.float32
+    assert next(net.parameters()).dtype == torch.float64
+    assert_close(tangent.double(), expected, 1e-5)

@@ -1,0 +1,111 @@
+"""What is read of the layers: statistics of their inputs, against hooks on the network itself."""
+
+import numpy as np
+import pytest
+import torch
+from support.data import tiny_net
+from torch import nn
+
+from sklearn_lqf.network.statistics import Statistics
+from sklearn_lqf.network.tracing import remove_head, split_network
+
+F64 = torch.float64
+# Shape of an activation, whether its channels come last, the axes of its positions.
+CASES = {
+    "channels first": ((3, 4, 5, 6), False, (2, 3)),
+    "channels last": ((3, 5, 6, 4), True, (1, 2)),
+    "tokens": ((3, 7, 4), True, (1,)),
+    "sequence": ((3, 4, 7), False, (2,)),
+}
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_statistics(name):
+    shape, last, axes = CASES[name]
+    x = rand(*shape)
+    expected = np.concatenate([x.numpy().mean(axes), np.sqrt(x.numpy().var(axes) + 1e-5)], 1)
+    np.testing.assert_allclose(Statistics(last)(x), expected, rtol=1e-12)
+
+
+def test_without_positions_the_input_is_read_itself():
+    x = rand(3, 4)
+    assert Statistics(last=True)(x) is x
+
+
+def inputs_of(net: nn.Module, names: list[str], x: torch.Tensor) -> list[torch.Tensor]:
+    """Inputs of some layers, by hooks."""
+    found: dict[str, torch.Tensor] = {}
+    handles = [
+        net.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]}))
+        for name in names
+    ]
+    with torch.no_grad():
+        net(x)
+    for handle in handles:
+        handle.remove()
+    return [found[name] for name in names]
+
+
+def read(z: torch.Tensor) -> torch.Tensor:
+    return torch.cat([z.mean((2, 3)), (z.var((2, 3), correction=0) + 1e-5).sqrt()], 1)
+
+
+@pytest.mark.parametrize("layers", ["head", 1, "all"])
+def test_the_inputs_of_layers_are_read(layers):
+    net, x = tiny_net().double(), torch.rand(5, 3, 12, 12, dtype=F64, generator=torch.Generator().manual_seed(3))
+    remove_head(net, x)
+    split = split_network(net, x[:2], layers, read_stages=True)
+    # The stem has the resolution and width of the first block and is of its stage; the image itself is not read.
+    assert [(p.name, p.size) for p in split.parts] == [
+        ("last", 16), ("block1.1 tangents", 8), ("block1.1 deviation", 8), ("block2.1 tangents", 8),
+        ("block2.1 deviation", 8),
+    ]  # fmt: skip
+    assert split.n_features == 48
+    expected = torch.cat([net(x), *map(read, inputs_of(net, ["block1.0", "block2.0"], x))], 1)
+    torch.testing.assert_close(split.tail(*split.trunk(x)), expected, rtol=1e-10, atol=1e-10)
+    assert [p.name for p in split_network(net, x[:2], layers).parts] == ["last"]
+
+
+def test_means_of_inputs_are_gradients_of_the_mean_output():
+    """What makes them tangent features: by the weight of a layer, at one row of it."""
+    layer, x = nn.Conv2d(4, 2, 1).double(), rand(1, 4, 5, 5)
+    (gradient,) = torch.autograd.grad(layer(x).mean((2, 3))[0, 0], layer.weight)
+    torch.testing.assert_close(Statistics(last=False)(x)[0, :4], gradient[0, :, 0, 0])
+
+
+class Shared(nn.Module):
+    """Two layers that read one activation, and vectors behind the positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)
+        self.squeeze, self.expand = nn.Linear(6, 2), nn.Linear(2, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        z = (self.a(x) * self.b(x)).mean((2, 3))
+        return self.expand(self.squeeze(z).relu()) + z
+
+
+def test_an_input_is_read_once_and_vectors_have_no_deviation():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Shared().double().eval()
+    x = rand(3, 3, 8, 8)
+    split = split_network(net, x, "all", read_stages=True)
+    sizes = [(p.name.rpartition(" ")[2], p.size) for p in split.parts]
+    assert sizes == [("last", 6), ("tangents", 4), ("deviation", 4), ("tangents", 6), ("tangents", 2)]
+    maps, squeezed, expanded = inputs_of(net, ["a", "squeeze", "expand"], x)
+    expected = torch.cat([net(x), read(maps), squeezed, expanded], 1)
+    torch.testing.assert_close(split.tail(*split.trunk(x)), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_networks_of_vectors_are_read():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).double(), rand(4, 3)
+    split = split_network(net, x, "all", read_stages=True)
+    assert [p.size for p in split.parts] == [5, 4]
+    torch.testing.assert_close(split.tail(*split.trunk(x)), torch.cat([net(x), net[:2](x)], 1))

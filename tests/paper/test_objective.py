@@ -1,0 +1,439 @@
+"""The quadratic and its curvature against dense Jacobians of the plain network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import Ridge
+from support.oracle import as_matrix, gauss_newton, jacobian, least_squares
+from torch import Tensor, nn
+
+from sklearn_lqf.network.linearize import LinearizedNetwork
+from sklearn_lqf.network.tracing import split_network
+from sklearn_lqf.paper import objective
+from sklearn_lqf.paper.kfac import KFAC, SmallBlock
+from sklearn_lqf.paper.objective import Quadratic, build_kfac
+from sklearn_lqf.paper.solvers import SolverResult, Status, pcg, sgd
+
+F64 = torch.float64
+N, C = 11, 3
+# In units of the mean squared norm of the Jacobian of an output: penalty, and damping, which saves iterations.
+PENALTY, DAMPING = 0.05, 0.5
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def convolutional() -> nn.Module:
+    """Strided, depthwise, grouped and pointwise convolutions, pooling and a Linear; 156 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, 2, 1), nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.SiLU(),
+        nn.Conv2d(4, 4, (1, 3), padding="same", groups=2), nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4), nn.GELU(),
+    )  # fmt: skip
+
+
+class Tokens(nn.Module):
+    """Parameters outside Linear and Conv2d: a position embedding, a scalar and LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(2, 5, 4, 4)
+        self.position = nn.Parameter(torch.zeros(4, 5))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.norm = nn.LayerNorm(5)
+        self.mix = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position  # (B, T, 5)
+        return F.gelu(self.mix(self.scale * self.norm(x))).mean(1)
+
+
+class Uncommon(nn.Module):
+    """A Linear on tokens before images, one that is read but not called, and one on windows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.turned = nn.Linear(8, 4), nn.Linear(4, 4)
+        self.read, self.windows = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x.mean(1)))  # (B, 8, 4)
+        x = torch.tanh(self.turned(x.transpose(0, 1)).transpose(0, 1))
+        x = torch.tanh(F.linear(x, self.read.weight, self.read.bias))
+        return torch.tanh(self.windows(x.reshape(-1, 2, 4))).reshape(-1, 8, 4).mean(1)
+
+
+class Twice(nn.Module):
+    """One layer evaluated twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(2, 3, 4, 4), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(torch.tanh(self.shared(torch.tanh(self.stem(x))))).mean((2, 3))
+
+
+class ReadOutside(nn.Module):
+    """A layer whose weight has a second part in the output, and a depthwise one."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.linear, self.last = nn.Conv2d(2, 2, 3, groups=2), nn.Linear(2, 4), nn.Linear(2, 2)
+
+    def forward(self, x):
+        hidden = self.linear(self.depthwise(x).tanh().mean((2, 3))).tanh()
+        return self.last(hidden @ self.linear.weight)
+
+
+NETWORKS = {
+    "convolutional": convolutional, "tokens": Tokens, "uncommon": Uncommon, "twice": Twice, "outside": ReadOutside,
+}  # fmt: skip
+
+
+@dataclass
+class Problem:
+    """A linearized network with data, and its dense Jacobian."""
+
+    network: LinearizedNetwork
+    inputs: tuple[Tensor, ...]
+    j: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def unit(self) -> float:
+        return float((self.weights.view(-1, 1, 1) * self.j.square()).sum() / (C * self.weights.sum()))
+
+    @property
+    def alpha(self) -> float:
+        return PENALTY * self.unit
+
+    def batches(self, sizes: Sequence[int] | int = 4) -> list[tuple[Tensor, ...]]:
+        return list(zip(*(z.split(sizes) for z in self.inputs), strict=True))
+
+    def quadratic(self, sizes: Sequence[int] | int = 4) -> Quadratic:
+        return Quadratic(self.network, self.batches(sizes), self.targets, self.weights, self.alpha)
+
+    def kfac(self, sizes: Sequence[int] | int = 4, probes: Tensor | None = None) -> KFAC:
+        probes = torch.eye(C, dtype=F64) if probes is None else probes
+        return build_kfac(self.network, self.batches(sizes), self.weights, probes)
+
+    def preconditioner(self, sizes: Sequence[int] | int = 4) -> KFAC:
+        return self.kfac(sizes).factorize(DAMPING * self.unit, F64)
+
+    def optimum(self) -> Tensor:
+        return least_squares(self.j, self.targets, self.weights, self.alpha)
+
+    def hessian(self) -> Tensor:
+        return gauss_newton(self.j, self.weights) + self.alpha * torch.eye(self.network.n_parameters, dtype=F64)
+
+    def rhs(self) -> Tensor:
+        return torch.einsum("n,ncp,nc->p", self.weights, self.j, self.targets)
+
+
+def make(name: str, tangent_layers="all", rows: Tensor | None = None) -> Problem:
+    """A problem of all rows, or of some."""
+    module = NETWORKS[name]().double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=F64) * 0.5
+    rows = torch.arange(N) if rows is None else rows
+    x, targets = rand(N, 2, 8, 8, seed=2)[rows], rand(N, C, seed=3)[rows]
+    weights = (torch.arange(N, dtype=F64) % 3 + 0.5)[rows]
+    split = split_network(module, rand(2, 2, 8, 8, seed=4), tangent_layers)
+    weight, bias = rand(C, split.n_features, seed=5), rand(C, seed=6)
+    network = LinearizedNetwork(split, weight, bias)
+    inputs = tuple(z.detach() for z in split.trunk(x))
+    return Problem(network, inputs, jacobian(module, network.names, weight, bias, x), targets, weights)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def problem(request) -> Problem:
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def conv() -> Problem:
+    return make("convolutional")
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def solve(problem: Problem, quadratic: Quadratic, preconditioner, tol: float = 1e-12) -> SolverResult:
+    return pcg(quadratic.matvec, quadratic.rhs(), preconditioner, tol, 2000)
+
+
+# ------------------------------------------------------------------------------------------ the quadratic
+
+
+def test_products_equal_the_dense_quadratic(problem):
+    quadratic = problem.quadratic()
+    d = rand(problem.network.n_parameters, seed=7)
+    close(quadratic.rhs(), problem.rhs())
+    close(quadratic.matvec(d), problem.hessian() @ d)
+    outputs = problem.j @ d
+    loss = (problem.weights.unsqueeze(1) * (outputs - problem.targets).square()).sum()
+    assert quadratic.value(d) == pytest.approx(float(loss + problem.alpha * d.square().sum()), rel=1e-12)
+
+
+def evaluations(problem: Problem, monkeypatch, quadratic: Quadratic) -> list[int]:
+    """How often the tail has been evaluated after each of three products."""
+    count, primal = [], problem.network.tail.primal
+    monkeypatch.setattr(problem.network.tail, "primal", lambda z: (count.append(1), primal(z))[1])
+    d, found = rand(problem.network.n_parameters, seed=7), []
+    for _ in range(3):
+        close(quadratic.matvec(d), problem.hessian() @ d)
+        found.append(len(count))
+    quadratic.value(d)
+    return [*found, len(count)]
+
+
+def test_points_are_kept_within_the_memory_meant_for_them(problem, monkeypatch):
+    largest = problem.network.at(problem.batches()[0]).nbytes
+    monkeypatch.setattr(objective, "_POINTS_BYTES", 0)
+    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 6, 9, 12]  # 3 batches
+    monkeypatch.setattr(objective, "_POINTS_BYTES", largest)  # the first only
+    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 5, 7, 9]
+    monkeypatch.setattr(objective, "_POINTS_BYTES", 3 * largest)
+    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 3, 3, 3]
+
+
+def test_bytes_of_a_point_grow_with_its_rows(problem):
+    one, two = (problem.network.at(problem.batches(size)[0]).nbytes for size in (1, 2))
+    assert one > problem.inputs[0][:1].numel() * 8
+    assert one < two <= 2 * one
+
+
+def test_products_leave_their_argument_alone(conv):
+    d = rand(conv.network.n_parameters, seed=7)
+    before = d.clone()
+    conv.quadratic().matvec(d)
+    conv.quadratic().batch_matvec(0, d)
+    assert torch.equal(d, before)
+
+
+def test_batch_products_have_the_product_as_their_mean(conv):
+    quadratic = conv.quadratic([1, 4, 6])
+    d = rand(conv.network.n_parameters, seed=7)
+    mean = torch.stack([quadratic.batch_matvec(k, d) for k in range(3)]).mean(0)
+    close(mean, quadratic.matvec(d))
+
+
+def test_gradient_of_the_value_is_twice_the_residual(conv):
+    quadratic = conv.quadratic()
+    d, direction = rand(conv.network.n_parameters, seed=7), rand(conv.network.n_parameters, seed=8)
+    slope = 2 * float((quadratic.matvec(d) - quadratic.rhs()) @ direction)
+    # Central differences of a quadratic are exact.
+    found = (quadratic.value(d + direction) - quadratic.value(d - direction)) / 2
+    assert found == pytest.approx(slope, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------- the optimum
+
+
+def test_pcg_with_kfac_equals_least_squares(problem):
+    result = solve(problem, problem.quadratic(), problem.preconditioner())
+    assert result.status is Status.CONVERGED
+    close(result.x, problem.optimum(), 1e-8)
+
+
+@pytest.mark.parametrize("sizes", [1, 5, N, [2, 9]])
+def test_batch_size_does_not_matter(conv, sizes):
+    result = solve(conv, conv.quadratic(sizes), conv.preconditioner(sizes))
+    close(result.x, conv.optimum(), 1e-8)
+
+
+def test_preconditioner_does_not_matter(conv):
+    size = conv.network.n_parameters
+    mixed = rand(size, size, seed=9)
+    random = mixed @ mixed.T / size + torch.eye(size, dtype=F64)
+    for precondition in (lambda v: v, lambda v: random @ v):
+        close(solve(conv, conv.quadratic(), precondition).x, conv.optimum(), 1e-8)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("sizes", [4, N])
+def test_sgd_reaches_the_same_optimum(conv, sizes, seed):
+    quadratic = conv.quadratic(sizes)
+    result = sgd(
+        quadratic.matvec, quadratic.batch_matvec, len(quadratic.batches), quadratic.rhs(),
+        conv.preconditioner(), 1e-10, 1000, torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    assert result.status is Status.CONVERGED
+    close(result.x, conv.optimum(), 1e-8)
+
+
+def test_head_alone_is_ridge():
+    problem = make("convolutional", "head")
+    assert problem.network.names == []
+    result = solve(problem, problem.quadratic(), problem.kfac().factorize(problem.alpha, F64))
+    assert result.n_iter == 1  # the curvature of the head is exact
+    x = torch.cat([problem.inputs[0], torch.ones(N, 1, dtype=F64)], 1)  # the bias is penalized, as a weight
+    ridge = Ridge(problem.alpha, fit_intercept=False).fit(x, problem.targets, problem.weights)
+    _, weight, bias = problem.network.views(result.x)
+    close(torch.cat([weight, bias.unsqueeze(1)], 1), torch.from_numpy(ridge.coef_), 1e-8)
+
+
+def test_last_layers_alone(conv):
+    problem = make("convolutional", ["9"])
+    assert problem.network.names == ["9.weight", "9.bias"]
+    close(solve(problem, problem.quadratic(), problem.preconditioner()).x, problem.optimum(), 1e-8)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "tokens"])
+def test_weight_of_two_is_a_row_given_twice(name):
+    problem = make(name)
+    rows = torch.cat([torch.arange(N), torch.tensor([2, 5])])
+    twice = make(name, rows=rows)
+    problem.weights = problem.weights * torch.where(torch.isin(torch.arange(N), rows[N:]), 2.0, 1.0)
+    assert twice.kfac().trace == pytest.approx(problem.kfac().trace, rel=1e-10)
+    d = rand(problem.network.n_parameters, seed=7)
+    close(twice.quadratic().rhs(), problem.quadratic().rhs())
+    close(twice.quadratic().matvec(d), problem.quadratic().matvec(d))
+    close(twice.preconditioner()(d), problem.preconditioner()(d), 1e-8)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "tokens"])
+def test_weight_of_zero_is_a_row_left_out(name):
+    problem, rest = make(name), make(name, rows=torch.arange(3, N))
+    problem.weights = torch.where(torch.arange(N) < 3, 0.0, problem.weights)
+    assert rest.kfac().trace == pytest.approx(problem.kfac().trace, rel=1e-10)
+    d = rand(problem.network.n_parameters, seed=7)
+    close(rest.quadratic().rhs(), problem.quadratic().rhs())
+    close(rest.quadratic().matvec(d), problem.quadratic().matvec(d))
+    close(rest.preconditioner()(d), problem.preconditioner()(d), 1e-8)
+
+
+def test_distance_bound_bounds(conv):
+    quadratic, optimum = conv.quadratic(), conv.optimum()
+    for scale in (1e-6, 1e-3, 1.0):
+        d = optimum + scale * rand(len(optimum), seed=10)
+        assert float((d - optimum).norm()) <= quadratic.distance_bound(d)
+    # The bound is sharp along a direction without curvature; here there are more parameters than outputs.
+    flat = torch.linalg.svd(conv.j.flatten(0, 1))[2][-1]
+    assert quadratic.distance_bound(optimum + flat) == pytest.approx(1.0, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- the curvature
+
+
+def test_trace_is_exact(problem):
+    expected = (problem.weights.view(-1, 1, 1) * problem.j.square()).sum()
+    assert problem.kfac().trace == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_kfac_is_symmetric_positive_definite_and_owns_every_parameter_once(problem):
+    operator, size = problem.preconditioner(), problem.network.n_parameters
+    dense = as_matrix(operator, size)
+    close(dense, dense.T)
+    assert float(torch.linalg.eigvalsh(dense).min()) > 0
+    covered = torch.zeros(size)
+    for block in operator.blocks:
+        out = torch.full((size,), torch.nan, dtype=F64)
+        block.apply(rand(size), out)
+        covered += out.isfinite()
+    assert bool((covered == 1).all())
+
+
+def small_blocks(problem: Problem, sizes: int = 4) -> dict[str, SmallBlock]:
+    """Blocks of parameters outside Linear and Conv2d, by the names of their parameters."""
+    names = {(s.start, s.stop): name for name, s in problem.network.slices.items()}
+    blocks = [b for b in problem.kfac(sizes).blocks if isinstance(b, SmallBlock)]
+    return {",".join(names[s.start, s.stop] for s in b.slices): b for b in blocks}
+
+
+def test_other_parameters_have_exact_blocks():
+    problem = make("tokens")
+    blocks = small_blocks(problem)
+    assert sorted(blocks) == ["norm.weight,norm.bias", "position", "scale"]
+    full = gauss_newton(problem.j, problem.weights)
+    for block in blocks.values():
+        own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
+        close(block.block, full[own][:, own])
+
+
+def test_layers_whose_rows_are_not_images_have_small_blocks():
+    problem = make("uncommon")
+    assert sorted(small_blocks(problem)) == ["read.weight,read.bias", "turned.weight,turned.bias"]
+
+
+def test_rows_of_one_image_given_twice():
+    x = rand(3, 2)
+    assert objective._halves_agree(torch.cat([x, x + 1e-9]))
+    assert not objective._halves_agree(x.repeat_interleave(2, 0))
+    assert not objective._halves_agree(x)  # an odd number of tokens before the images
+    assert not objective._halves_agree(torch.full((2, 2), torch.nan))
+
+
+def test_other_parameters_are_estimated_from_some_images(monkeypatch):
+    monkeypatch.setattr(objective, "_OTHER_ROWS", 4)
+    problem = make("tokens")
+    chosen = torch.tensor([0, 2, 5, 8])  # evenly spread over 11
+    scale = problem.weights.sum() / problem.weights[chosen].sum()
+    estimate = gauss_newton(problem.j[chosen], problem.weights[chosen] * scale)
+    for sizes in (4, 1):  # with one image a batch, some batches have none of them
+        for block in small_blocks(problem, sizes).values():
+            own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
+            close(block.block, estimate[own][:, own])
+
+
+@pytest.mark.parametrize("constant", ["_GRADIENTS", "_OTHER_ELEMENTS", "_OTHER_PRODUCTS"])
+@pytest.mark.parametrize("name", ["convolutional", "tokens"])
+def test_limits_of_memory_do_not_change_the_curvature(name, constant, monkeypatch):
+    problem = make(name)
+    expected = problem.preconditioner(N)
+    monkeypatch.setattr(objective, constant, 1)
+    d = rand(problem.network.n_parameters, seed=7)
+    close(problem.preconditioner(N)(d), expected(d))
+
+
+def test_rows_are_evaluated_in_pieces_when_gradients_are_large(conv, monkeypatch):
+    seen = []
+    evaluate = LinearizedNetwork.at
+    monkeypatch.setattr(LinearizedNetwork, "at", lambda *a, **k: seen.append(len(a[1][0])) or evaluate(*a, **k))
+    conv.kfac(N)
+    assert seen == [2, N]  # the first tells how large the gradients are
+    monkeypatch.setattr(objective, "_GRADIENTS", 1)
+    seen.clear()
+    conv.kfac(N)
+    assert seen == [2, 3, 3, 3, 2]  # a third of the rows for three probes
+
+
+@pytest.mark.parametrize("name", ["convolutional", "twice"])
+def test_probes_may_differ_between_rows(name):
+    problem = make(name)
+    probes = rand(2, C, seed=11)
+    d = rand(problem.network.n_parameters, seed=7)
+    expected = problem.kfac(probes=probes).factorize(problem.alpha, F64)(d)
+    found = problem.kfac(probes=probes.unsqueeze(1).expand(2, N, C)).factorize(problem.alpha, F64)(d)
+    close(found, expected)
+
+
+def test_orthonormal_probes_have_the_trace_in_expectation(conv):
+    # Each row of a scaled orthonormal basis is drawn equally often: the mean over them is the expectation.
+    basis = torch.linalg.qr(rand(C, C, seed=12))[0] * C**0.5
+    traces = [conv.kfac(probes=row.unsqueeze(0)).trace for row in basis]
+    assert sum(traces) / C == pytest.approx(conv.kfac().trace, rel=1e-10)
+
+
+def test_random_signs_have_the_trace_in_expectation(conv):
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=F64)] * C)  # all that can be drawn
+    traces = [conv.kfac(probes=row.expand(1, N, C)).trace for row in signs]
+    assert sum(traces) / len(signs) == pytest.approx(conv.kfac().trace, rel=1e-10)
+
+
+def test_flags_of_precision_are_restored(conv):
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    conv.kfac()
+    conv.quadratic().rhs()
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == flags

@@ -1,0 +1,372 @@
+"""Solvers: the optimum, certificates and statuses, against a dense solve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sklearn_lqf.paper import solvers
+from sklearn_lqf.paper.solvers import SolverResult, Status, pcg, sgd
+
+F64 = torch.float64
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def rotated(values: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric matrix of these eigenvalues."""
+    q = torch.linalg.qr(rand(len(values), len(values), seed=seed))[0]
+    return (q * values) @ q.T
+
+
+def identity(v: Tensor) -> Tensor:
+    return v
+
+
+def solved(h: Tensor, b: Tensor) -> Tensor:
+    return torch.from_numpy(np.linalg.solve(h.numpy(), b.numpy()))
+
+
+def spectrum(kind: str, size: int = 60, condition: float = 1e4) -> Tensor:
+    if kind == "logarithmic":
+        return torch.logspace(-math.log10(condition), 0, size, dtype=F64)
+    if kind == "linear":
+        return torch.linspace(1 / condition, 1, size, dtype=F64)
+    values = torch.full((size,), 1 / condition, dtype=F64)  # a matrix of low rank plus a ridge
+    values[: size // 4] += torch.linspace(0.1, 1, size // 4, dtype=F64)
+    return values
+
+
+KINDS = ["logarithmic", "linear", "low rank"]
+# Of the solution, relative: the condition numbers here, 1e4 at most, times the relative residuals asked for.
+ACCURACY = 1e-8
+
+
+def assert_solution(result: SolverResult, h: Tensor, b: Tensor, tolerance: float = ACCURACY) -> None:
+    assert result.status is Status.CONVERGED
+    assert result.converged
+    expected = solved(h, b)
+    assert float((result.x - expected).norm()) <= tolerance * float(expected.norm())
+
+
+# ---------------------------------------------------------------------------------------------------- PCG
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pcg_equals_dense_solve(kind):
+    h, b = rotated(spectrum(kind)), rand(60, seed=1)
+    assert_solution(pcg(lambda v: h @ v, b, identity, 3e-12, 2000), h, b)
+
+
+def block_diagonal_inverse(h: Tensor) -> Tensor:
+    """What K-FAC is at its best: the inverse of diagonal blocks."""
+    return torch.linalg.inv(torch.block_diag(*(h[i : i + 20, i : i + 20] for i in range(0, 60, 20))))
+
+
+PRECONDITIONERS = {
+    "random": lambda h: rotated(torch.logspace(-1, 1, 60, dtype=F64), seed=5),
+    "diagonal": lambda h: torch.diag(1 / h.diagonal()),
+    "blocks": block_diagonal_inverse,
+    "damped": lambda h: torch.linalg.inv(h + 0.1 * torch.eye(60, dtype=F64)),
+}
+
+
+@pytest.mark.parametrize("name", PRECONDITIONERS)
+def test_preconditioner_does_not_change_the_optimum(name):
+    h, b = rotated(spectrum("logarithmic", condition=1e3)), rand(60, seed=1)
+    p = PRECONDITIONERS[name](h)
+    assert_solution(pcg(lambda v: h @ v, b, lambda v: p @ v, 1e-12, 2000), h, b)
+
+
+def test_exact_preconditioner_converges_in_one_iteration():
+    h, b = rotated(spectrum("logarithmic")), rand(60, seed=1)
+    inverse = torch.linalg.inv(h)
+    result = pcg(lambda v: h @ v, b, lambda v: inverse @ v, 1e-10, 10)
+    assert result.n_iter == 1
+    assert_solution(result, h, b)
+
+
+def test_as_many_iterations_as_distinct_eigenvalues():
+    h, b = rotated(torch.tensor([1.0, 2.0, 5.0, 9.0], dtype=F64).repeat(15)), rand(60, seed=1)
+    assert pcg(lambda v: h @ v, b, identity, 1e-10, 100).n_iter == 4
+
+
+def test_changing_preconditioner_converges():
+    # A method that takes the directions as conjugate by construction would stall.
+    h, b = rotated(spectrum("logarithmic", condition=1e2)), rand(60, seed=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def precondition(v: Tensor) -> Tensor:
+        return v * (0.5 + torch.rand(60, generator=generator, dtype=F64))
+
+    assert_solution(pcg(lambda v: h @ v, b, precondition, 1e-12, 2000), h, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replaced_residuals_do_not_slow_down(kind, monkeypatch):
+    h, b = rotated(spectrum(kind, 200, 1e3)), rand(200, seed=1)
+    iterations = {}
+    for refresh in (10, 10**9):
+        monkeypatch.setattr(solvers, "_REFRESH", refresh)
+        iterations[refresh] = pcg(lambda v: h @ v, b, identity, 1e-8, 1000).n_iter
+    assert iterations[10] <= 1.1 * iterations[10**9] + 2
+
+
+def rounding(b: Tensor, x: Tensor) -> float:
+    """Error of a residual computed in float32, relative to b, for |H| = 1."""
+    return 2**-23 * float(x.norm() / b.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_certificate_in_float32_is_the_true_residual(kind):
+    h, b = rotated(spectrum(kind, 100, 1e3)).float(), rand(100, seed=1).float()
+    result = pcg(lambda v: h @ v, b, identity, 1e-4, 1000)
+    assert result.status is Status.CONVERGED
+    assert result.x.dtype == torch.float32
+    true = float((b.double() - h.double() @ result.x.double()).norm() / b.double().norm())
+    assert true == pytest.approx(result.residual_norms[-1], abs=rounding(b, result.x))
+
+
+def test_one_iteration_at_least():
+    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    assert pcg(lambda v: h @ v, b, identity, 2.0, 10).n_iter == 1
+
+
+def test_history_starts_at_one_and_ends_with_the_residual():
+    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    result = pcg(lambda v: h @ v, b, identity, 1e-6, 500)
+    assert result.residual_norms[0] == 1.0
+    assert len(result.residual_norms) == result.n_iter + 1
+    true = float((b - h @ result.x).norm() / b.norm())
+    assert result.residual_norms[-1] == pytest.approx(true, rel=1e-6)
+    assert result.residual_norms[-1] <= 1e-6 < min(result.residual_norms[:-1])
+
+
+# ----------------------------------------------------------------------------------------------- statuses
+
+
+def run_sgd(matvec, b, precondition, tol, max_iter, callback=None) -> SolverResult:
+    """One batch: the product itself."""
+    extra = () if callback is None else (callback,)
+    return sgd(
+        matvec, lambda k, v: matvec(v), 1, b, precondition, tol, max_iter, torch.Generator().manual_seed(0), *extra
+    )
+
+
+both = pytest.mark.parametrize("solver", [pcg, run_sgd])
+
+
+@both
+def test_max_iter(solver):
+    h, b = rotated(spectrum("logarithmic")), rand(60, seed=1)
+    result = solver(lambda v: h @ v, b, identity, 1e-10, 7)
+    assert result.status is Status.MAX_ITER
+    assert not result.converged
+    assert result.n_iter == 7
+    assert len(result.residual_norms) == 8
+    # The last residual is a true one.
+    assert result.residual_norms[-1] == pytest.approx(float((b - h @ result.x).norm() / b.norm()), rel=1e-10)
+
+
+@both
+def test_zero_right_hand_side(solver):
+    result = solver(identity, torch.zeros(5, dtype=F64), identity, 1e-6, 10)
+    assert result.status is Status.CONVERGED
+    assert result.n_iter == 0
+    assert result.residual_norms == [0.0]
+    assert not result.x.any()
+
+
+@both
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(solver, value):
+    b = rand(6, seed=1)
+    assert solver(lambda v: v * value, b, identity, 1e-6, 10).status is Status.NOT_FINITE
+    assert solver(identity, b, lambda v: v * value, 1e-6, 10).status is Status.NOT_FINITE
+    b[2] = value
+    assert solver(identity, b, identity, 1e-6, 10).status is Status.NOT_FINITE
+
+
+def test_true_residual_that_is_not_finite():
+    products = iter([1.0, float("nan")])  # the second one confirms convergence
+    assert pcg(lambda v: v * next(products), rand(6), identity, 1e-13, 10).status is Status.NOT_FINITE
+
+
+@both
+def test_operator_that_is_not_positive_makes_no_step(solver):
+    result = solver(lambda v: -v, rand(6, seed=1), identity, 1e-6, 10)
+    assert result.status is Status.STAGNATED
+    assert result.n_iter == 0
+    assert not result.x.any()
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_tolerance_out_of_reach_of_float32_stagnates_near_the_optimum(solver, kind):
+    h, b = rotated(spectrum(kind, 100, 1e2)).float(), rand(100, seed=1).float()
+    result = solver(lambda v: h @ v, b, identity, 1e-12, 3000)
+    assert result.status is Status.STAGNATED
+    assert result.n_iter < 500
+    assert result.residual_norms[-1] < 5 * rounding(b, result.x)
+
+
+@both
+def test_slow_progress_is_no_stagnation(solver):
+    # The residual of conjugate gradients does not fall for many iterations here.
+    h, b = rotated(spectrum("logarithmic", 300, 1e6)), rand(300, seed=1)
+    result = solver(lambda v: h @ v, b, identity, 1e-7, 400)
+    assert result.status is Status.MAX_ITER
+    norms = result.residual_norms
+    assert any(later > 0.5 * earlier for earlier, later in zip(norms, norms[40:], strict=False))
+
+
+@both
+def test_callback_sees_every_iteration(solver):
+    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    seen = []
+    result = solver(lambda v: h @ v, b, identity, 1e-4, 500, lambda i, r, x: seen.append((i, r, x.clone())))
+    assert [i for i, _, _ in seen] == list(range(1, result.n_iter + 1))
+    assert [r for _, r, _ in seen] == result.residual_norms[1:]
+    assert torch.equal(seen[-1][2], result.x)
+
+
+@both
+def test_callback_stops(solver):
+    h, b = rotated(spectrum("logarithmic")), rand(60, seed=1)
+    result = solver(lambda v: h @ v, b, identity, 1e-10, 100, lambda i, r, x: i == 3)
+    assert result.status is Status.MAX_ITER
+    assert result.n_iter == 3
+
+
+@both
+def test_callback_that_stops_at_convergence_leaves_the_status(solver):
+    assert solver(identity, rand(6, seed=1), identity, 1e-6, 10, lambda i, r, x: True).converged
+
+
+@both
+def test_arguments_are_not_changed(solver):
+    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    before = b.clone()
+    solver(lambda v: h @ v, b, identity, 1e-6, 50)
+    assert torch.equal(b, before)
+
+
+def test_result_is_frozen_and_status_is_advice():
+    result = SolverResult(torch.zeros(1), Status.MAX_ITER, 0)
+    with pytest.raises(FrozenInstanceError):
+        result.n_iter = 1
+    assert "max_iter" in result.status.value
+    assert "float64" in Status.STAGNATED.value
+
+
+def test_dot_accumulates_in_float64():
+    x = rand(solvers._DOT_CHUNK + 3).float()
+    exact = math.fsum((x.double() ** 2).tolist())
+    assert solvers._dot(x, x) == pytest.approx(exact, rel=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------- SGD
+
+
+class Batches:
+    """A ridge regression in batches, with a block-diagonal preconditioner."""
+
+    def __init__(self, n_batches: int, rows: int, size: int = 60, decay: float = 1.0, ridge: float = 1.0):
+        j = rand(rows, size) * torch.arange(1, size + 1, dtype=F64) ** -decay
+        j = j @ torch.linalg.qr(rand(size, size, seed=7))[0]
+        self.parts, self.n_batches, self.ridge = j.tensor_split(n_batches), n_batches, ridge
+        self.h = j.T @ j + ridge * torch.eye(size, dtype=F64)
+        self.b = j.T @ rand(rows, seed=3)
+        self.p = block_diagonal_inverse(self.h)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.h @ v
+
+    def batch_matvec(self, k: int, v: Tensor) -> Tensor:
+        return self.n_batches * (self.parts[k].T @ (self.parts[k] @ v)) + self.ridge * v
+
+    def solve(self, tol: float, max_iter: int, seed: int = 0, precondition=None) -> SolverResult:
+        return sgd(
+            self.matvec, self.batch_matvec, self.n_batches, self.b,
+            (lambda v: self.p @ v) if precondition is None else precondition,
+            tol, max_iter, torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_batches", [1, 2, 7, 40])
+@pytest.mark.parametrize("rows", [30, 240])  # rank-deficient, full rank
+def test_sgd_reaches_the_optimum(n_batches, rows):
+    problem = Batches(min(n_batches, rows), rows)
+    assert_solution(problem.solve(1e-11, 1000), problem.h, problem.b)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_sgd_order_of_batches_changes_the_path_only(seed):
+    problem = Batches(8, 120)
+    other, first = problem.solve(1e-11, 1000, seed), problem.solve(1e-11, 1000)
+    assert other.residual_norms != first.residual_norms
+    assert_solution(other, problem.h, problem.b)
+
+
+def test_sgd_is_reproducible():
+    problem = Batches(8, 120)
+    assert torch.equal(problem.solve(1e-6, 100).x, problem.solve(1e-6, 100).x)
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_sgd_bears_bad_conditioning_without_preconditioner(decay):
+    problem = Batches(5, 120, decay=decay, ridge=1e-2)
+    assert_solution(problem.solve(1e-11, 3000, precondition=identity), problem.h, problem.b, 1e-7)
+
+
+def test_sgd_bears_batches_of_unequal_size():
+    problem = Batches(6, 120)
+    scales = [1e-3, 1e-2, 0.1, 1.0, 10.0, 30.0]
+    problem.parts = [scale * part for scale, part in zip(scales, problem.parts, strict=True)]
+    problem.h = sum(p.T @ p for p in problem.parts) + problem.ridge * torch.eye(60, dtype=F64)
+    problem.p = block_diagonal_inverse(problem.h)
+    assert_solution(problem.solve(1e-11, 1000), problem.h, problem.b)
+
+
+def test_sgd_survives_a_step_that_is_far_too_long(monkeypatch):
+    problem = Batches(30, 120)
+    monkeypatch.setattr(solvers, "_largest_eigenvalue", lambda *args: 1e-6)
+    assert_solution(problem.solve(1e-11, 1000), problem.h, problem.b)
+
+
+def test_sgd_with_one_batch_is_pcg():
+    problem = Batches(1, 120)
+    expected = pcg(problem.matvec, problem.b, lambda v: problem.p @ v, 1e-10, 200)
+    found = problem.solve(1e-10, 200)
+    # Later residuals differ as far as rounding makes the directions of conjugate gradients differ.
+    assert found.residual_norms[:15] == pytest.approx(expected.residual_norms[:15], rel=1e-6)
+    assert abs(found.n_iter - expected.n_iter) <= 2
+
+
+def test_sgd_history_counts_epochs():
+    problem = Batches(4, 120)
+    result = problem.solve(0.0, 5)
+    assert (result.n_iter, len(result.residual_norms), result.status) == (5, 6, Status.MAX_ITER)
+    true = (problem.b - problem.h @ result.x).norm() / problem.b.norm()
+    assert result.residual_norms[-1] == pytest.approx(float(true), rel=1e-10)
+
+
+def test_sgd_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    Batches(4, 120).solve(1e-3, 20)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_largest_eigenvalue():
+    h = rotated(torch.tensor([5.0, 1.0, 0.5, 0.1], dtype=F64))
+    estimate = partial(solvers._largest_eigenvalue, lambda k, v: h @ v, 0, identity)
+    assert 4.0 < estimate(rand(4, seed=2)) <= 5.0 + 1e-12
+    assert estimate(torch.zeros(4, dtype=F64)) == 0.0

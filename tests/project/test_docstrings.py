@@ -1,0 +1,96 @@
+"""Every public name has a numpydoc docstring that agrees with its signature."""
+
+import ast
+import functools
+import inspect
+import re
+
+import pytest
+from numpydoc.docscrape import ClassDoc
+from numpydoc.validate import validate
+from sklearn.base import BaseEstimator
+
+import sklearn_lqf
+
+IGNORED = {
+    "GL01",  # the summary stands on the line of the opening quotes, as in scikit-learn
+    "ES01",  # a good summary may be enough
+    "RT02",  # return values carry a name, as in scikit-learn
+    "SA01",  # See Also where there is something to see
+    "EX01",  # examples stand with the classes, not with each method
+}
+
+
+def _own_methods(cls: type) -> list[str]:
+    """Public methods and properties of a class that this package defines, also in a private base class."""
+    names = set()
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] != "sklearn_lqf":
+            continue
+        for name in vars(base):
+            member = inspect.getattr_static(cls, name)
+            member = member.fget if isinstance(member, property) else getattr(cls, name)
+            # Methods that scikit-learn makes, such as set_fit_request, have a module of scikit-learn.
+            module = getattr(member, "__module__", None) or ""
+            if not name.startswith("_") and inspect.isroutine(member) and module.startswith("sklearn_lqf"):
+                names.add(name)
+    return sorted(names)
+
+
+def _documented() -> list[str]:
+    names = []
+    for name in sklearn_lqf.__all__:
+        value = getattr(sklearn_lqf, name)
+        if inspect.isclass(value):
+            names += [name, *(f"{name}.{method}" for method in _own_methods(value))]
+        elif callable(value):
+            names.append(name)
+    return names
+
+
+def _estimators() -> list[type]:
+    values = (getattr(sklearn_lqf, name) for name in sklearn_lqf.__all__)
+    return [v for v in values if inspect.isclass(v) and issubclass(v, BaseEstimator)]
+
+
+@pytest.mark.parametrize("name", _documented())
+def test_docstring_is_valid_numpydoc(name):
+    errors = validate(f"sklearn_lqf.{name}")["errors"]
+    found = [f"{code}: {message}" for code, message in errors if code not in IGNORED]
+    assert not found, f"docstring of {name}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("estimator", _estimators())
+def test_parameters_are_documented_with_their_defaults(estimator):
+    documented = {p.name: p.type for p in ClassDoc(estimator)["Parameters"]}
+    parameters = dict(inspect.signature(estimator).parameters)
+    assert list(documented) == list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is not inspect.Parameter.empty:
+            stated = re.search(r"default=(.+)$", documented[name])
+            assert stated, f"{estimator.__name__}.{name} states no default, as in 'float, default=1.0'"
+            assert ast.literal_eval(stated[1]) == parameter.default, f"{estimator.__name__}.{name}"
+
+
+def test_there_is_something_to_check():
+    # The lists above are made when this file is collected: empty ones would pass unseen.
+    assert _documented()
+    assert _estimators()
+
+
+def test_methods_made_by_scikit_learn_are_not_ours():
+    class Estimator(BaseEstimator):
+        def fit(self, X, y, sample_weight=None):
+            """Fit."""
+
+        @functools.cached_property
+        def _private(self):
+            """Private."""
+
+        @property
+        def size(self):
+            """Size."""
+
+    Estimator.__module__ = Estimator.fit.__module__ = Estimator.size.fget.__module__ = "sklearn_lqf.estimators.base"
+    assert hasattr(Estimator, "set_fit_request")
+    assert _own_methods(Estimator) == ["fit", "size"]

@@ -1,0 +1,1 @@
+"""What tests share: small networks and data, dense references, and what to skip where."""
