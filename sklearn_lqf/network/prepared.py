@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -21,10 +22,11 @@ from ..backbones.preprocessing import Preprocessing
 from ..images.cache import SharedActivations, with_smaller_batches
 from ..images.synthetic import reference_images
 from .cut import NoTrunk
+from .head import as_vectors
 from .linearize import full_precision, walker
 from .rewrite import evaluate
 from .stages import tangent_prefixes
-from .tracing import Split, remove_head, split_network
+from .tracing import Split, split_network
 
 __all__ = ["PREPARED_OTHERWISE", "PreparedNetwork", "choose_device", "ordinary_arithmetic"]
 
@@ -69,6 +71,13 @@ def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
         )
 
 
+def _put_channels_last(module: nn.Module) -> None:
+    """Lay weights of maps out with the channels last, in place; torch refuses what has more axes."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 class PreparedNetwork:
     """Trunk and tail of a backbone without its head, for images of one size.
 
@@ -99,7 +108,7 @@ class PreparedNetwork:
         source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         dtypes = [p.dtype for p in source.parameters()]  # none of a module without layers, which has no head
         example = self._example(shape, dtypes[0] if dtypes else torch.float32)
-        remove_head(source, example)
+        source = as_vectors(source, example)
         _refuse_mixing(source, example)
         self.source, self.shape = source, tuple(shape)
         self.options = {
@@ -121,10 +130,20 @@ class PreparedNetwork:
         dtype = next((p.dtype for p in self.source.parameters()), torch.float32)
         tangent_prefixes(self.source, self._example(self.shape, dtype), layers)
 
-    def of(self, backbone: Backbone) -> PreparedNetwork:
-        """The same preparation of another backbone."""
-        options = {**self.options, "preprocessing": self.preprocessing, "dtype": self.dtype, "device": self.device}
-        return PreparedNetwork(backbone, self.shape, **options)
+    def standardized(self, vectors: np.ndarray, weights: np.ndarray) -> PreparedNetwork:
+        """The same network for vectors (n, n_features) of other weighted mean and scale, if it is the built-in one."""
+        if not isinstance(self.source, VectorNetwork):
+            return self
+        x = vectors.astype(np.float64)
+        mean = np.average(x, axis=0, weights=weights)
+        scale = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+        scale[scale <= 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1)] = 1.0  # a constant feature
+        twin = copy.copy(self)
+        twin.source = copy.deepcopy(self.source)
+        twin.source.mean.copy_(torch.from_numpy(mean))
+        twin.source.scale.copy_(torch.from_numpy(scale))
+        twin._build()
+        return twin
 
     def _build(self) -> None:
         """Prepare trunk and tail from the network without head."""
@@ -133,7 +152,7 @@ class PreparedNetwork:
         for part in (self.split.trunk, self.split.tail):
             part.to(self.device)
             if len(self.shape) == 3:
-                part.to(memory_format=torch.channels_last)
+                _put_channels_last(part)
         self._row_bytes: int | None = None
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:

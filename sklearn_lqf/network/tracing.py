@@ -1,45 +1,35 @@
 """From a backbone to a frozen trunk and a tangent tail.
 
-Hides torch.fx: tracing, operations in place, folding BatchNorm, leaky activations, and which parameters are
-linearized. A network that does not trace is kept whole.
+Hides torch.fx: tracing at one size of the images, operations in place, and which parameters are linearized. A network
+that does not trace is kept whole.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..runtime.threads import TRACING
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
-from .rewrite import (
-    BATCH_NORMS,
-    CONVS,
-    StaticPad,
-    attention,
-    evaluate,
-    is_plain,
-    make_explicit,
-    plain_attention,
-    replace_module,
-)
-from .stages import find_head, find_stages, remove_head, tangent_prefixes
+from .fold import NotTracedError, fold_batch_norms, make_functional, simplify
+from .head import Output, find_head, remove_head
+from .rewrite import BATCH_NORMS, StaticPad, evaluate, make_explicit, plain_attention, replace_module
+from .stages import find_stages, is_chosen, tangent_prefixes
 from .statistics import LayerInput, Part, Statistics, add_readout
 from .tails import GeneralTail
 
 __all__ = ["Split", "find_head", "remove_head", "split_network"]
 
-_Layer = TypeVar("_Layer", bound=nn.Module)
+_LAYERS = {F.linear: True, F.conv2d: False}  # functions of layers, and whether their channels come last
 
 
 @dataclass
@@ -131,28 +121,51 @@ def split_network(
     _refuse_tied(explicit, prefixes)
     with plain_attention():  # torch's fused encoder layer looks for its own attention module
         stages = {stage[-1]: stage for stage in find_stages(explicit, example, by_width=True)}
+    make_explicit(explicit, example)
     try:
-        make_explicit(explicit, example)
         graph, parts = _trace(explicit, example, stages if read_stages else {})
         if not _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
-            raise RuntimeError("the traced graph computes something else")
-    except Exception as error:  # whatever tracing raises, the general engine serves
-        _warn_untraced(error)
+            raise NotTracedError("the traced graph computes something else")
+    except NotTracedError as reason:
+        _warn_untraced(reason)
         whole = _private_copy(module, example.dtype)
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
         split = Split(
             NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [Part("last", reference.shape[1])], stages, False,
             0, swapped,
         )  # fmt: skip
-        return _with_inputs(split, example) if read_stages else split
+        return _checked(_with_inputs(split, example), read_stages) if read_stages else split
     modularize_activations(graph)
-    folded = _fold_batch_norms(graph, example, prefixes)
+    folded = fold_batch_norms(graph, example, prefixes)
     swapped = swap_activations(graph, negative_slope)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()
     trunk, tail = cut(graph, _tangent_names(graph, prefixes), example)
-    return Split(trunk, tail, _tangent_names(tail, prefixes), parts, stages, True, folded, swapped)
+    split = Split(trunk, tail, _tangent_names(tail, prefixes), parts, stages, True, folded, swapped)
+    return _checked(split, read_stages)
+
+
+def _checked(split: Split, read_stages: bool) -> Split:
+    """The same; stages of which nothing is read are said."""
+    read = {part.name.rpartition(" ")[0] for part in split.parts}
+    # The first layer's input are the pixels.
+    left_out = [stage for i, stage in enumerate(split.stages) if stage not in read and i] if read_stages else []
+    if read_stages and len(split.parts) == 1:
+        warnings.warn(
+            "Nothing is read of the stages of the backbone, only its last features: no layer was found in them whose "
+            "input has one row for each image.",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif left_out:
+        warnings.warn(
+            f"Nothing is read of {len(left_out)} of {len(split.stages)} stages of the backbone ({left_out[:3]}): their "
+            "layers' inputs do not have one row for each image.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return split
 
 
 def _with_inputs(split: Split, example: Tensor) -> Split:
@@ -188,9 +201,9 @@ def _agree(value: Tensor, reference: Tensor) -> bool:
     return torch.allclose(value, reference, rtol=1e-3, atol=atol, equal_nan=True)
 
 
-def _warn_untraced(error: Exception) -> None:
+def _warn_untraced(reason: NotTracedError) -> None:
     warnings.warn(
-        f"The backbone cannot be traced by torch.fx ({type(error).__name__}: {error}). It is linearized as a whole "
+        f"The backbone cannot be traced by torch.fx ({reason}). It is linearized as a whole "
         "through torch.func: exact, but slower, without folding BatchNorm and without caching a frozen trunk.",
         UserWarning,
         stacklevel=3,
@@ -233,13 +246,9 @@ def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield (f"{prefix}.{name}" if prefix else name), p
 
 
-def _chosen(name: str, prefixes: list[str] | None) -> bool:
-    return prefixes is None or any(name.startswith(f"{prefix}.") for prefix in prefixes)
-
-
 def _tangent_names(module: nn.Module, prefixes: list[str] | None) -> list[str]:
     """Names of the parameters that are linearized."""
-    return [name for name, _ in _owned_parameters(module) if _chosen(name, prefixes)]
+    return [name for name, _ in _owned_parameters(module) if is_chosen(name, prefixes)]
 
 
 def _refuse_tied(module: nn.Module, prefixes: list[str] | None) -> None:
@@ -247,7 +256,7 @@ def _refuse_tied(module: nn.Module, prefixes: list[str] | None) -> None:
     owners: dict[int, str] = {}
     for name, p in _owned_parameters(module):
         other = owners.setdefault(id(p), name)
-        if other != name and (_chosen(name, prefixes) or _chosen(other, prefixes)):
+        if other != name and (is_chosen(name, prefixes) or is_chosen(other, prefixes)):
             raise ValueError(
                 f"Parameters {other!r} and {name!r} are tied (one tensor). Tied weights cannot be linearized "
                 "apart: untie them, or choose tangent_layers that leave them in the frozen trunk."
@@ -257,24 +266,114 @@ def _refuse_tied(module: nn.Module, prefixes: list[str] | None) -> None:
 # ------------------------------------------------------------------------------------------------------ trace
 
 
-class _Tracer(fx.Tracer):
-    """Sees through what timm does not declare opaque, and through torch's encoder layer."""
+class _Proxy(fx.Proxy):
+    """What stands for a value while a network is traced; its shape and other facts are those of the examples."""
 
-    def __init__(self, leaves: tuple[type, ...], functions: tuple[Callable, ...]):
+    tracer: _Tracer
+
+    def __getattr__(self, k: str) -> Any:
+        values = self.tracer.values.get(self.node)
+        value = None if values is None else values[0]
+        if isinstance(value, Tensor) and hasattr(value, k) and not callable(getattr(value, k)):
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
+    def __len__(self) -> int:
+        one, other = (len(value) for value in self.tracer.values.get(self.node, ((), (0,))))
+        if one != other:
+            raise fx.proxy.TraceError("the length of a value is that of the batch")
+        return one
+
+
+class _Tracer(fx.Tracer):
+    """Traces at one size of the images: what does not change with the number of images is a constant.
+
+    Every operation is evaluated for two batches beside, which also tells control flow where to go. Sees through what
+    timm does not declare opaque, and through torch's encoder layer.
+
+    Attributes
+    ----------
+    values : dict of fx.Node to (value, value)
+        For the examples, and for these with one row more.
+    """
+
+    def __init__(self, example: Tensor, leaves: tuple[type, ...], functions: tuple[Callable, ...]):
         super().__init__(autowrap_functions=functions)
         self.leaves = leaves
-        self.outputs: dict[str, Any] = {}  # of every module that was called, by name
+        self.values: dict[fx.Node, tuple[Any, Any]] = {}
+        self._examples = (example.clone(), torch.cat([example, example[:1]]))
         self._thread = threading.get_ident()
+        self._evaluates = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        values = self._values(made.node)
+        if values is None:
+            return made
+        self.values[made.node] = values
+        return self._constant(made, *values)
+
+    def _values(self, node: fx.Node) -> tuple[Any, Any] | None:
+        """The value of a node for both batches; None where it cannot be told."""
+        if node.op == "placeholder":
+            return self._examples
+        for other in node.all_input_nodes:
+            if other.op == "get_attr" and other not in self.values:  # a constant, which has no proxy
+                self.values[other] = (self._value(other, 0), self._value(other, 1))
+        if node.op == "output" or any(n not in self.values for n in node.all_input_nodes):
+            return None
+        self._evaluates = True
+        try:
+            with torch.no_grad():
+                return self._value(node, 0), self._value(node, 1)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):
+            return None  # the network itself may not evaluate it
+        finally:
+            self._evaluates = False
+
+    def _value(self, node: fx.Node, which: int) -> Any:
+        if node.op == "get_attr":
+            found: Any = self.root
+            for name in str(node.target).split("."):
+                found = getattr(found, name)
+            return found
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n][which])
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return cast(Callable, node.target)(*args, **kwargs)
+
+    def _constant(self, made: Any, one: Any, other: Any) -> Any:
+        """The value itself where it is no tensor and that of both batches; of a shape the sizes that are."""
+        if isinstance(one, bool | int | float | str | torch.dtype | None) and type(one) is type(other) and one == other:
+            return one
+        if isinstance(one, torch.Size) and len(one) == len(other):
+            return tuple(a if a == b else made[i] for i, (a, b) in enumerate(zip(one, other, strict=True)))
+        return made
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        one, other = self.values.get(obj.node, (None, None))
+        if isinstance(one, bool) and one is other:
+            return one
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        one, other = self.values.get(obj.node, (None, None))
+        if isinstance(one, Tensor | tuple | list) and len(one) == len(other):
+            return (obj[i] for i in range(len(one)))
+        return super().iter(obj)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:  # torch.fx sees the modules of all threads
+        if self._evaluates or threading.get_ident() != self._thread:  # torch.fx sees the modules of all threads
             return forward(*args, **kwargs)
-        out = super().call_module(m, forward, args, kwargs)
-        self.outputs[self.path_of_module(m)] = out
-        return out
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if threading.get_ident() != self._thread:
+        if self._evaluates or threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -296,35 +395,26 @@ def _trace(module: nn.Module, example: Tensor, stages: dict[str, list[str]]) -> 
         from timm.models import get_notrace_functions, get_notrace_modules
 
         leaves, functions = tuple(get_notrace_modules()), tuple(get_notrace_functions())
-    with TRACING, plain_attention():  # the choice of a fused kernel depends on the input
-        tracer = _Tracer(leaves, functions)
-        graph = fx.GraphModule(module, tracer.trace(module))
-    inputs, values = _layer_inputs(graph, stages), node_values(graph, example)
-    if inputs:
-        longer = node_values(graph, torch.cat([example, example[:1]]))
-        inputs = [i for i in inputs if _follows_batch(values[i.node], longer[i.node])]
+    root = module if isinstance(module, Output) else Output(module)  # with one argument
+    tracer = _Tracer(example, leaves, functions)
+    try:
+        with TRACING, plain_attention():  # the choice of a fused kernel depends on the input
+            graph = fx.GraphModule(root, tracer.trace(root))
+            evaluated = graph(example.clone())
+    except Exception as error:  # the network's own code raises, which is not made for what stands for its values
+        raise NotTracedError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(evaluated, Tensor):
+        raise NotTracedError("the traced graph returns no tensor")
+    values, longer = ({node: pair[k] for node, pair in tracer.values.items()} for k in (0, 1))
+    if any(node not in values for node in graph.graph.nodes if node.op != "output"):
+        values, longer = node_values(graph, example), node_values(graph, torch.cat([example, example[:1]]))
+    inputs = [i for i in _layer_inputs(graph, stages) if _follows_batch(values[i.node], longer[i.node])]
     parts = add_readout(graph, inputs, values, example)
-    _make_functional(graph)
-    _simplify(graph)
+    make_functional(graph)
+    simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, parts
-
-
-def _layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[LayerInput]:
-    """The inputs of the layers of the stages, each once."""
-    found, seen = [], set()
-    for node in graph.graph.nodes:
-        if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        layer, source = graph.get_submodule(node.target), node.args[0]
-        stage = next((s for s, blocks in stages.items() if _chosen(f"{node.target}.", blocks)), None)
-        if stage is None or source in seen or source.op == "placeholder":
-            continue
-        if is_plain(layer, (nn.Linear, nn.Conv2d)):
-            found.append(LayerInput(stage, source, isinstance(layer, nn.Linear)))
-            seen.add(source)
-    return found
 
 
 def _follows_batch(value: Any, longer: Any) -> bool:
@@ -332,101 +422,21 @@ def _follows_batch(value: Any, longer: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and longer.shape == (len(value) + 1, *value.shape[1:])
 
 
-def _make_functional(graph: fx.GraphModule) -> None:
-    """Let every operation in place return a new tensor; what reads its input later reads this tensor.
-
-    Changes through a view of a tensor are not followed; they are seen by comparing the graph with the network.
-    """
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    for node in order:
+def _layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[LayerInput]:
+    """The inputs of the layers of the stages, each once; layers may be called as functions of their weights."""
+    found, seen = [], set()
+    for node in graph.graph.nodes:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, fx.Node) or source in seen or source.op == "placeholder":
+            continue
         if node.op == "call_module":
-            writes = getattr(graph.get_submodule(str(node.target)), "inplace", False)
+            name, layer = str(node.target), graph.get_submodule(node.target)
+            last = isinstance(layer, nn.Linear) if isinstance(layer, nn.Linear | nn.Conv2d) else None
         else:
-            writes = node.op in ("call_function", "call_method") and _out_of_place(node)
-        source = node.args[0] if node.args else None
-        if writes and isinstance(source, fx.Node):
-            for user in list(source.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(source, node)
-    for m in graph.modules():
-        if getattr(m, "inplace", False):
-            cast(Any, m).inplace = False
-
-
-def _out_of_place(node: fx.Node) -> bool:
-    """Let a function or method return a new tensor; whether it wrote into its first argument before."""
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        owners = [Tensor] if isinstance(target, str) else [o for o in (F, torch) if getattr(o, name, None) is target]
-        new = getattr(owners[0], name[:-1], None) if owners else None
-        if not callable(new):
-            raise RuntimeError(f"the operation {name!r} works in place")
-        node.target = name[:-1] if isinstance(target, str) else new
-        return True
-    if getattr(target, "__module__", None) != F.__name__ or isinstance(target, str):
-        return False
-    given = inspect.signature(target).bind(*node.args, **node.kwargs)
-    writes = bool(given.arguments.get("inplace"))
-    if writes:
-        given.arguments["inplace"] = False
-        node.args, node.kwargs = given.args, given.kwargs
-    return writes
-
-
-def _simplify(graph: fx.GraphModule) -> None:
-    """Remove assertions, and what does nothing in evaluation mode; write attention by its formula."""
-    for node in list(graph.graph.nodes):
-        target = node.target
-        if node.op == "call_module":
-            nothing = type(graph.get_submodule(target)) is nn.Identity
-        else:
-            nothing = target is F.dropout or getattr(target, "__name__", "") == "stochastic_depth"
-        if nothing:
-            node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
-            graph.graph.erase_node(node)
-        elif target is torch._assert:
-            graph.graph.erase_node(node)
-        elif target is F.scaled_dot_product_attention:
-            node.target = attention
-
-
-# ------------------------------------------------------------------------------------------------------- fold
-
-
-def _fold_batch_norms(graph: fx.GraphModule, example: Tensor, prefixes: list[str] | None) -> int:
-    """Fold each BatchNorm that is the only use of a convolution or Linear; how many were folded.
-
-    One that is to be linearized stays unless its convolution is, too.
-    """
-    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-    folded = 0
-    for node in list(graph.graph.nodes):
-        if node.op != "call_module" or not node.args or not is_plain(graph.get_submodule(node.target), BATCH_NORMS):
-            continue
-        source = node.args[0]
-        once = targets.count(source.target) == targets.count(node.target) == 1 and len(source.users) == 1
-        if source.op != "call_module" or not once:
-            continue
-        if _chosen(f"{node.target}.", prefixes) and not _chosen(f"{source.target}.", prefixes):
-            continue
-        layer = graph.get_submodule(source.target)
-        norm = cast(nn.modules.batchnorm._BatchNorm, graph.get_submodule(node.target))
-        if not is_plain(layer, (*CONVS, nn.Linear)) or norm.running_mean is None:
-            continue
-        # On tokens (B, T, F) a Linear has its channels last, and BatchNorm normalizes the second axis.
-        if isinstance(layer, nn.Linear) and node_values(graph, example)[source].ndim != 2:
-            continue
-        graph.set_submodule(source.target, _fused(layer, norm, norm.running_mean.dtype))
-        node.replace_all_uses_with(source)
-        graph.graph.erase_node(node)
-        folded += 1
-    return folded
-
-
-def _fused(layer: _Layer, norm: nn.modules.batchnorm._BatchNorm, dtype: torch.dtype) -> nn.Module:
-    """The layer with the normalization in its weight and bias, computed in float64."""
-    layer, norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
-    if isinstance(layer, nn.Linear):
-        return fuse_linear_bn_eval(layer, norm).to(dtype)
-    return fuse_conv_bn_eval(cast(nn.Conv2d, layer), norm).to(dtype)
+            last = _LAYERS.get(node.target) if node.op == "call_function" else None
+            name = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
+        stage = next((s for s, blocks in stages.items() if is_chosen(f"{name}.", blocks)), None)
+        if last is not None and stage is not None:
+            found.append(LayerInput(stage, source, last))
+            seen.add(source)
+    return found

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sklearn_lqf.network.stages import Head, channels_last, find_head, find_stages, remove_head, tangent_prefixes
+from sklearn_lqf.network.head import Head, find_head, remove_head
+from sklearn_lqf.network.stages import channels_last, find_stages, tangent_prefixes
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
@@ -221,7 +222,7 @@ def test_features_must_be_one_vector_for_each_image():
     # The head is found, as its result is pooled; its input is not.
     net = Other(pooled, a=nn.Conv2d(3, 4, 1)).eval()
     assert find_head(net, IMAGES) == Head("a")
-    with pytest.raises(ValueError, match=r"head 'a' must be one vector for each image; .* returns \(2, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"head 'a' must be one vector for each image; .* \(2, 3, 32, 32\)"):
         remove_head(net, IMAGES)
 
     def paired(m, x):
@@ -375,12 +376,17 @@ def mlp():
 @pytest.mark.parametrize(
     ("layers", "prefixes"),
     [
-        ("all", None), ("head", []), (0, []), (1, ["4"]), (2, ["2", "4"]), (3, None), (8, None),
+        ("all", None), ("head", []), (0, []), (1, ["4"]), (2, ["2", "4"]), (3, None),
         ("2", ["2"]), (["2", "0"], ["2", "0"]), ((), []),
     ],
 )  # fmt: skip
 def test_tangent_layers(layers, prefixes):
     assert tangent_prefixes(mlp(), VECTORS, layers) == prefixes
+
+
+def test_more_stages_than_there_are():
+    with pytest.warns(UserWarning, match="takes all parameters of the backbone: it has 3 stages"):
+        assert tangent_prefixes(mlp(), VECTORS, 8) is None
 
 
 @pytest.mark.parametrize("layers", [-1, 0.5, None, True, [0], b"all", {"0": 1}])
