@@ -153,7 +153,7 @@ def measure_fits(report: Report, args: argparse.Namespace, device: torch.device)
     X, codes = X[train], codes[train]
     backbone = load_backbone(BACKBONE)
     module = backbone.module.to(device, memory_format=torch.channels_last).eval()
-    estimators = {name: LQFClassifier(BACKBONE, device=device, **kind) for name, kind in KINDS.items()}
+    estimators = {name: LQFClassifier(BACKBONE, execution={"device": device}, **kind) for name, kind in KINDS.items()}
 
     def probe() -> None:
         loaded = load_backbone(BACKBONE)
@@ -191,7 +191,7 @@ def grow(case: dict[str, Any], threads: int, device_name: str) -> dict[str, Any]
     X, y = repeated_digits(case["n"])
     if case["varied"] == "classes":
         y = np.random.default_rng(0).permutation(case["n"]) % case["classes"]
-    estimator = LQFClassifier(BACKBONE, image_shape=(8, 8), image_size=case["size"], device=device)
+    estimator = LQFClassifier(BACKBONE, image_shape=(8, 8), image_size=case["size"], execution={"device": device})
     estimator.fit(X[:20], np.arange(20) % 2)  # what the first fit of a process alone takes
     before, start = peak_memory(), now(device)
     estimator.fit(X, y)
@@ -295,7 +295,7 @@ def measure_searches(report: Report, args: argparse.Namespace, device: torch.dev
         seconds: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             for name, memory in (("shared", folder), ("alone", None)):
-                estimator = LQFClassifier(BACKBONE, tangents=tangents, memory=memory, device=device)
+                estimator = LQFClassifier(BACKBONE, tangents=tangents, execution={"memory": memory, "device": device})
                 search = GridSearchCV(estimator, {"alpha": list(SEARCH_ALPHAS)}, cv=SEARCH_FOLDS, refit=False)
                 start = now(device)
                 found[name] = search.fit(X[train], codes[train]).cv_results_["mean_test_score"]

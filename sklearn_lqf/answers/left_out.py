@@ -1,7 +1,7 @@
-"""What a fitted model says of its training rows, and how sure it is: functions of a problem, for all outputs at once.
+"""What the model would be without a training row: held-out outputs, and the effect on others.
 
-Scale and prior are those of the fit; everything follows from one factorization. Answers for many new rows are made in
-pieces, so that memory does not grow with their number but for the result.
+Functions of a fitted model and its training rows, for all outputs at once, in closed form from one factorization. Scale
+and prior are those of the fit.
 """
 
 from __future__ import annotations
@@ -11,50 +11,64 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..engine.problem import Problem, Solution
+from ..engine.fitted import FittedModel
+from ..engine.problem import TrainingRows
 from ..engine.ridge import changes
+from .uncertainty import pieces
 
-__all__ = ["influence", "posterior_variance"]
+__all__ = ["influence", "leave_one_out"]
 
-_PIECE = 1 << 24  # elements of an intermediate result
+
+def leave_one_out(model: FittedModel, rows: TrainingRows, weights: np.ndarray) -> np.ndarray:
+    """Outputs for each training row of the model without it.
+
+    Parameters
+    ----------
+    model : FittedModel
+    rows : TrainingRows
+        Those of the fit, in any order.
+    weights : ndarray of shape (n,)
+        Those of their classes included.
+
+    Returns
+    -------
+    ndarray of shape (n, C)
+        In the units of y.
+    """
+    return model.problem(rows, weights).held_out("auto") * model.unit
 
 
 def influence(
-    problem: Problem, solution: Solution, features: np.ndarray, effect: Callable[[np.ndarray, slice], np.ndarray]
+    model: FittedModel,
+    rows: TrainingRows,
+    weights: np.ndarray,
+    features: np.ndarray,
+    effect: Callable[[np.ndarray, slice], np.ndarray],
 ) -> np.ndarray:
     """The effect of leaving out each training row on new rows.
 
     Parameters
     ----------
-    problem : Problem
-        Of the n training rows, with the scale and prior of the solution.
-    solution : Solution
+    model : FittedModel
+    rows : TrainingRows
+        The n rows of the fit, in any order.
+    weights : ndarray of shape (n,)
+        Those of their classes included.
     features : ndarray of shape (m, D)
         Raw features of the new rows.
     effect : callable
-        (changes of the outputs (k, n, C), which of the m rows these are) -> (k, n) or (k, n, C).
+        (changes of the outputs in the units of y (k, n, C), which of the m rows these are) -> (k, n) or (k, n, C).
 
     Returns
     -------
     ndarray of shape (m, n) or (m, n, C)
+        Made in pieces of rows, so that only the result grows with m.
     """
-    form = problem.factorization(solution.variances)
+    problem, variances = model.problem(rows, weights), model.solution.variances
+    form = problem.factorization(variances)
     targets, multiplicity = torch.from_numpy(problem.targets), torch.from_numpy(problem.multiplicity)
     found = []
-    for rows in _pieces(len(features), targets.numel()):
-        scaled = problem.scaled(features[rows], solution.variances)
-        found.append(effect(changes(form, targets, multiplicity, scaled).numpy(), rows))
+    for piece in pieces(len(features), targets.numel()):
+        changed = changes(form, targets, multiplicity, problem.scaled(features[piece], variances)).numpy()
+        found.append(effect(changed * model.unit, piece))
     return np.concatenate(found)
-
-
-def posterior_variance(problem: Problem, solution: Solution, features: np.ndarray) -> np.ndarray:
-    """Posterior variance of an output of new rows over that of the noise, (m,)."""
-    form = problem.factorization(solution.variances)
-    pieces = _pieces(len(features), max(features.shape[1], len(problem.targets)))
-    return np.concatenate([form.variance(problem.scaled(features[p], solution.variances)).numpy() for p in pieces])
-
-
-def _pieces(count: int, elements: int) -> list[slice]:
-    """Rows in pieces, each with intermediate results of so many elements for a row."""
-    step = max(1, _PIECE // max(elements, 1))
-    return [slice(a, a + step) for a in range(0, count, step)]

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..images.cache import Fingerprint
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
 from .features import Group, GroupFeatures, draw_directions
-from .problem import Solution
+from .problem import Problem, Recipe, Solution, TrainingRows
 
-__all__ = ["FeatureReader", "GroupedModel"]
+__all__ = ["FeatureReader", "FittedModel"]
 
 _REFERENCES = 32  # images from whose features the directions are drawn
 
@@ -137,8 +138,10 @@ class FeatureReader:
 
 
 @dataclass(frozen=True)
-class GroupedModel:
-    """f_c(x) = b_c + sum_g sqrt(theta_g) <psi_g(x), beta_gc>, for all classes from one fit.
+class FittedModel:
+    """f_c(x) = b_c + sum_g sqrt(theta_g) <psi_g(x), beta_gc>, for all classes from one fit: a value.
+
+    What it says of its training rows are functions of it, see `answers`.
 
     Attributes
     ----------
@@ -146,11 +149,20 @@ class GroupedModel:
     solution : Solution
     unit : ndarray of shape (C,)
         Of the solution's targets, in those of y.
+    recipe : Recipe
+        By which the solution was chosen.
+    fingerprint : str
+        Of the training rows.
+    rows : TrainingRows or None
+        The training rows, where they are kept.
     """
 
     reader: FeatureReader
     solution: Solution
     unit: np.ndarray
+    recipe: Recipe
+    fingerprint: str
+    rows: TrainingRows | None = None
 
     def __post_init__(self) -> None:
         columns = sum(group.size for group in self.reader.groups)
@@ -164,6 +176,19 @@ class GroupedModel:
     def network(self) -> PreparedNetwork:
         """What evaluates images."""
         return self.reader.network
+
+    @property
+    def prior(self) -> dict[str, float]:
+        """Share of each group in the prior variance of an output, first stage first."""
+        variances = self.solution.variances / self.solution.variances.sum()
+        shares = {group.name: float(v) for group, v in zip(self.reader.groups, variances, strict=True)}
+        return {name: shares[name] for name in self.reader.names_by_depth()}
+
+    @property
+    def columns(self) -> dict[str, tuple[int, int]]:
+        """First column of each group, and the one behind its last."""
+        ends = np.cumsum(self.reader.sizes)
+        return {g.name: (int(end) - g.size, int(end)) for g, end in zip(self.reader.groups, ends, strict=True)}
 
     @cached_property
     def weight(self) -> np.ndarray:
@@ -184,6 +209,29 @@ class GroupedModel:
         """Images (B, ...) to outputs (B, C); trunk activations are kept in a joblib.Memory, or None of them."""
         read = self.reader.reading(memory)
         return lambda images: self.outputs(read(images))
+
+    def problem(self, rows: TrainingRows, weights: np.ndarray) -> Problem:
+        """The quadratic of the training rows, with the scale and the prior of the fit.
+
+        Parameters
+        ----------
+        rows : TrainingRows
+            Those of the fit, in any order.
+        weights : ndarray of shape (n,)
+            Those of their classes included.
+
+        Raises
+        ------
+        ValueError
+            The rows are others.
+        """
+        digests = torch.tensor(rows.digests)  # a copy: arrays of joblib may be read-only
+        if Fingerprint.of(digests, rows.targets, weights) != self.fingerprint:
+            raise ValueError(
+                "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
+                "any order."
+            )
+        return Problem(rows, self.reader.groups, weights, self.unit, self.recipe, fitted=self.solution)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("weight", "bias")}

@@ -6,18 +6,17 @@ Hides how the prior variances are chosen, on which of many rows, and which form 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..backbones.loading import Backbone
 from .features import Group, Standardization, fit_standardization
 from .prior import CRITERIA, Rows, learn_prior, scale_prior
 from .ridge import Block, EstimatedForm, Factorization, closed_form_fits, factorize, leave_one_out, noise_variance
 
-__all__ = ["PRIORS", "Problem", "Recipe", "Solution", "StoredData", "TrainingRows"]
+__all__ = ["PRIORS", "Problem", "Recipe", "Solution", "TrainingRows"]
 
 PRIORS = (*CRITERIA, "equal", "last")
 _PRIOR_ROWS = 500  # from which a prior is learned: more hardly change it, and cost the cube of their number
@@ -28,7 +27,7 @@ _DEVIATION = 1.0  # of the log of a variance under the hyper-prior: see the stud
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a model is fitted to.
+    """What a model is fitted to: the rows with a positive weight.
 
     Attributes
     ----------
@@ -40,12 +39,15 @@ class TrainingRows:
         Positive weights as given.
     digests : ndarray of shape (n, 16), uint8
         Of the images.
+    vectors : ndarray of shape (n, n_features) or None
+        The rows of X where they are vectors, whose standardization changes with them; None for images.
     """
 
     features: np.ndarray
     targets: np.ndarray
     given: np.ndarray
     digests: np.ndarray
+    vectors: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -57,45 +59,16 @@ class TrainingRows:
 
     def taking(self, chosen: np.ndarray) -> TrainingRows:
         """Copies of some rows."""
-        return TrainingRows(self.features[chosen], self.targets[chosen], self.given[chosen], self.digests[chosen])
+        return replace(self, **{name: v[chosen] for name, v in self._columns().items()})
 
     def joined(self, other: TrainingRows) -> TrainingRows:
         """These rows, then those of another."""
-        pairs = ((getattr(self, f), getattr(other, f)) for f in ("features", "targets", "given", "digests"))
-        return TrainingRows(*(np.concatenate(pair) for pair in pairs))
+        theirs = other._columns()
+        return replace(self, **{name: np.concatenate([v, theirs[name]]) for name, v in self._columns().items()})
 
-
-@dataclass(frozen=True)
-class StoredData:
-    """What an estimator keeps of its training images.
-
-    Attributes
-    ----------
-    rows : TrainingRows
-    vectors : ndarray of shape (n, n_features) or None
-        The rows of X, where they are vectors: their standardization changes with them.
-    backbone : Backbone or None
-        Of vectors.
-    """
-
-    rows: TrainingRows
-    vectors: np.ndarray | None = None
-    backbone: Backbone | None = None
-
-    def taking(self, chosen: np.ndarray) -> StoredData:
-        """Copies of some rows."""
-        return replace(
-            self,
-            rows=self.rows.taking(chosen),
-            vectors=None if self.vectors is None else self.vectors[chosen],
-        )
-
-    def joined(self, other: StoredData) -> StoredData:
-        """These rows, then those of another."""
-        both = None
-        if self.vectors is not None and other.vectors is not None:
-            both = np.concatenate([self.vectors, other.vectors])
-        return replace(self, rows=self.rows.joined(other.rows), vectors=both)
+    def _columns(self) -> dict[str, np.ndarray]:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in columns.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -105,6 +78,7 @@ class Recipe:
     Attributes
     ----------
     prior : str, mapping of str to float, or sequence of float
+    alpha : float or "auto"
     solver : {"auto", "closed", "pcg"}
     tol : float
     max_iter : int
@@ -117,6 +91,7 @@ class Recipe:
     """
 
     prior: Any
+    alpha: float | str
     solver: str
     tol: float
     max_iter: int
@@ -139,15 +114,13 @@ class Solution:
     intercept : ndarray of shape (C,)
     noise : float
         Variance of the noise of a row of weight 1.
-    held_out : ndarray of shape (n, C)
-        Outputs for each training row by the model without it, scale and prior held fixed.
     method : str
         ``"rows"`` or ``"columns"``, the closed form, or ``"estimate"``: held-out outputs and noise are estimates.
     n_iter : int
         Of the solver; 0 of a closed form.
     residual_norms : tuple of float
-    status : Any
-        Of the solver; None of a closed form.
+    advice : str or None
+        What a user may do about a solver that did not reach its tolerance; None where it did.
     """
 
     standardization: Standardization
@@ -155,11 +128,15 @@ class Solution:
     weight: np.ndarray
     intercept: np.ndarray
     noise: float
-    held_out: np.ndarray
     method: str
     n_iter: int = 0
     residual_norms: tuple[float, ...] = ()
-    status: Any = None
+    advice: str | None = None
+
+    @property
+    def alpha(self) -> float:
+        """Variance of noise over the prior variance of an output."""
+        return float(1 / self.variances.sum())
 
 
 class Problem:
@@ -324,23 +301,26 @@ class Problem:
 
     def held_out(self, alpha: float | str) -> np.ndarray:
         """Leave-one-out outputs (n, C) at a penalty, scale and prior held fixed."""
-        form = self.factorization(self.variances_at(alpha))
+        return self._held_out(self.factorization(self.variances_at(alpha)))
+
+    def _held_out(self, form: Factorization) -> np.ndarray:
         return leave_one_out(form, torch.from_numpy(self.targets), torch.from_numpy(self.multiplicity)).numpy()
 
-    def solve(self, alpha: float | str) -> Solution:
-        """The solution at a penalty."""
+    def solve(self, alpha: float | str) -> tuple[Solution, np.ndarray]:
+        """The solution at a penalty, and its leave-one-out outputs (n, C), scale and prior held fixed."""
         variances = self.variances_at(alpha)
         form, t = self.factorization(variances), torch.from_numpy(self.targets)
-        m = torch.from_numpy(self.multiplicity)
         coef, intercept = form.solve(t)
         scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
         weight = np.zeros((len(scale), t.shape[1]))
         weight[scale > 0] = coef.numpy() * scale[scale > 0][:, None]
-        found = Solution(
-            self.standardization, variances, weight, intercept.numpy(),
-            noise_variance(form, t, m, self._recipe.free), leave_one_out(form, t, m).numpy(), form.method,
+        course: dict[str, Any] = {}
+        if form.course is not None:
+            found = form.course
+            advice = None if found.converged else str(found.status.value)
+            course = {"n_iter": found.n_iter, "residual_norms": found.residual_norms, "advice": advice}
+        noise = noise_variance(form, t, torch.from_numpy(self.multiplicity), self._recipe.free)
+        solution = Solution(
+            self.standardization, variances, weight, intercept.numpy(), noise, form.method, **course
         )  # fmt: skip
-        if form.course is None:
-            return found
-        course = form.course
-        return replace(found, n_iter=course.n_iter, residual_norms=course.residual_norms, status=course.status)
+        return solution, self._held_out(form)

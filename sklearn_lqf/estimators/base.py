@@ -16,22 +16,25 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..answers.left_out import influence, posterior_variance
+from ..answers.left_out import influence, leave_one_out
+from ..answers.uncertainty import output_variance
 from ..backbones.loading import Backbone
-from ..engine.fitted import FeatureReader, GroupedModel
-from ..engine.problem import Problem, Recipe, StoredData, TrainingRows
+from ..engine.fitted import FeatureReader, FittedModel
+from ..engine.problem import Problem, Recipe, TrainingRows
 from ..images.cache import Fingerprint, TrunkCache, memory_budget
 from ..io.export import to_module
-from ..io.files import PersistenceMixin
+from ..io.files import load_estimator, pickled_state, save_estimator, unpickled_state
 from ..network.prepared import PreparedNetwork, choose_device, ordinary_arithmetic
 from ..paper.model import PaperModel, fit_paper
 from ..runtime.processes import ALONE, Group, default_group
-from .data import Inputs, evaluate_rows, select_rows, standardize_vectors
+from .data import Inputs, evaluate_rows, select_rows
 from .progress import CallbackSupportMixin, Progress, with_callbacks
 
 __all__ = ["LQFBase", "stores_data"]
 
-_STATE = ("_model", "_stored", "_fingerprint", "_recipe", "_fitted_class_weight")  # beside attributes that end in "_"
+# What a fit leaves beside attributes that end in "_". Parameters that decide what a fitted model answers are frozen in
+# `_fitted_with`: to change one of them later changes nothing before the next fit.
+_STATE = ("_model", "_fitted_with", "_image_options", "_size")
 
 Estimator = TypeVar("Estimator", bound="LQFBase")
 
@@ -53,11 +56,13 @@ def _levels_to_the_caller() -> int:
     return levels
 
 
-class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
+class LQFBase(CallbackSupportMixin, Inputs):
     """The estimator without what its targets are; documented with those that are public."""
 
-    _stored: StoredData | None
-    _recipe: Recipe
+    _frozen: tuple[str, ...] = ()  # parameters that decide what a fitted model answers
+    _model: FittedModel | PaperModel
+    _fitted_with: dict[str, Any]
+    alpha: float | str
 
     # ------------------------------------------------------------------------------------------------- fit
 
@@ -92,7 +97,7 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
     def _fit(self: Estimator, X: Any, y: Any, sample_weight: Any, classes: Any = None) -> Estimator:
         """`fit`, also with classes of which there is no image yet; a fit that raises leaves nothing fitted."""
         try:
-            device = choose_device(self.device)
+            device = choose_device(self._execution.device)
             with ordinary_arithmetic(device):
                 self._fit_all(X, y, sample_weight, classes, device)
         except BaseException:
@@ -103,8 +108,8 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         return self
 
     def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any, device: torch.device) -> None:
-        shared = isinstance(self.distributed, bool | np.bool_) and self.distributed
-        group = default_group(device) if shared else ALONE
+        execution = self._execution
+        group = default_group(device) if execution.distributed else ALONE
         # Read.
         group.together(self._check_parameters, group.size)
         inputs, backbone = group.together(self._read_training_rows, X, y)
@@ -113,7 +118,7 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
             self._check_agreement(group, inputs, y, sample_weight, backbone)
         targets = self._learn_targets(y, classes)
         given = self._given_weights(sample_weight, len(inputs))
-        self._fitted_class_weight = copy.deepcopy(getattr(self, "class_weight", None))
+        self._fitted_with = {name: self._frozen_value(name) for name in self._frozen}
         weights = self._weigh_classes(targets, given)
         keep = np.flatnonzero(weights)  # a weight of zero is a row left out
         if len(keep) < group.size:
@@ -125,11 +130,12 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         # Prepare.
         seed = self._draw_seed()
         network = self._prepare(backbone, inputs, keep, weights, device)
-        self._recipe, self._stored = self._new_recipe(targets.shape[1]), None
+        recipe = self._new_recipe(targets.shape[1])
         self.device_ = str(device)
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
-            if self.model == "paper":
-                self._fit_paper(network, inputs, keep, targets[keep], weights[keep], given[keep], seed, progress)
+            if self._paper:
+                rows = (inputs, keep, targets[keep], weights[keep], given[keep])
+                self._fit_paper(network, recipe, *rows, seed, progress)
                 return
             # Evaluate.
             count = int(self.n_directions) if self._reads_directions() else 0
@@ -137,16 +143,18 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
             own = keep[group.share(len(keep))]
             found = group.together(self._evaluate, reader, inputs, own, progress)
             features, digests = (group.all_gather_rows(v).numpy() for v in found)
-            rows = TrainingRows(features, targets[keep], given[keep], digests)
+            vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
+            rows_of_fit = TrainingRows(features, targets[keep], given[keep], digests, vectors)
             # Pose and solve.
-            self._solve(reader, rows, group, keep, len(inputs))
-            if self.store_data:
-                vectors = isinstance(inputs, np.ndarray)
-                self._stored = StoredData(rows, inputs[keep], backbone) if vectors else StoredData(rows)
+            self._solve(reader, recipe, rows_of_fit, bool(self.store_data), group, keep, len(inputs))
+
+    def _frozen_value(self, name: str) -> Any:
+        """The value of a parameter that a later change of it does not reach."""
+        return copy.deepcopy(getattr(self, name))
 
     def _reads_directions(self) -> bool:
         """Whether tangents along directions may have a variance."""
-        if self.model == "paper" or (isinstance(self.prior, str) and self.prior in ("equal", "last")):
+        if self._paper or (isinstance(self.prior, str) and self.prior in ("equal", "last")):
             return False
         named = isinstance(self.prior, Mapping) and not any(str(name).endswith(" directions") for name in self.prior)
         return self.tangents in ("network", "both") and not named
@@ -154,9 +162,15 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
     def _new_recipe(self, n_outputs: int) -> Recipe:
         indicators = self._targets_are_indicators()
         return Recipe(
-            copy.deepcopy(self.prior), self.solver, float(self.tol), int(self.max_iter),
-            n_outputs - 1 if indicators else n_outputs, indicators, memory_budget(),
-        )  # fmt: skip
+            prior=copy.deepcopy(self.prior),
+            alpha=getattr(self, "alpha", "auto"),
+            solver=self.solver,
+            tol=float(self.tol),
+            max_iter=int(self.max_iter),
+            free=n_outputs - 1 if indicators else n_outputs,
+            stratified=indicators,
+            budget=memory_budget(),
+        )
 
     def _evaluate(
         self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Progress | None = None
@@ -169,14 +183,16 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
             if progress is not None:
                 progress.rows(len(images), len(chosen))
 
-        size = reader.network.rows_at_once(self.batch_size)
-        features = evaluate_rows(reader.reading(self._memory()), inputs, chosen, size, see)
+        size = reader.network.rows_at_once(self._execution.batch_size)
+        features = evaluate_rows(reader.reading(self._execution.folder), inputs, chosen, size, see)
         return torch.from_numpy(features), seen.images
 
     def _solve(
         self,
         reader: FeatureReader,
+        recipe: Recipe,
         rows: TrainingRows,
+        keep_rows: bool,
         group: Group = ALONE,
         keep: np.ndarray | None = None,
         n: int = 0,
@@ -187,74 +203,67 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         """
         weights = self._weigh_classes(rows.targets, rows.given)
         unit = self._target_unit(rows.targets, weights)
-        problem = Problem(rows, reader.groups, weights, unit, self._recipe)
-        alpha = self._choose_alpha(
-            problem, rows, reader, np.arange(len(rows)) if keep is None else keep, n or len(rows)
-        )
-        solution = group.of_the_first(problem.solve(alpha))
+        problem = Problem(rows, reader.groups, weights, unit, recipe)
+        place = np.arange(len(rows)) if keep is None else keep
+        alpha = self._choose_alpha(problem, recipe, rows, reader, place, n or len(rows))
+        solution, held_out = group.of_the_first(problem.solve(alpha))
         if not np.isfinite(solution.weight).all():
             raise ValueError(
-                f"The solution is not finite ({solution.status}): use dtype='float64', check the backbone's weights "
-                "and preprocessing, or increase alpha."
+                f"The solution is not finite ({solution.advice}): use execution={{'dtype': 'float64'}}, check the "
+                "backbone's weights and preprocessing, or increase alpha."
             )
-        self._learn_from_held_out(solution.held_out * unit, rows, weights)
-        self._model = GroupedModel(reader, replace(solution, held_out=np.empty((0, len(unit))), status=None), unit)
-        self._fingerprint = Fingerprint.of(torch.from_numpy(rows.digests), rows.targets, weights)
-        total = solution.variances.sum()
-        shares = {group.name: float(v / total) for group, v in zip(reader.groups, solution.variances, strict=True)}
-        self.prior_ = {name: shares[name] for name in reader.names_by_depth()}
-        ends = np.cumsum(reader.sizes)
-        starts = zip(reader.groups, ends, strict=True)
-        self.groups_ = {group.name: (int(end) - group.size, int(end)) for group, end in starts}
-        self.alpha_ = float(1 / total)
+        self._learn_from_held_out(held_out * unit, rows, weights)
+        fingerprint = Fingerprint.of(torch.from_numpy(rows.digests), rows.targets, weights)
+        self._model = FittedModel(reader, solution, unit, recipe, fingerprint, rows if keep_rows else None)
+        self.prior_, self.groups_ = self._model.prior, self._model.columns
+        self.alpha_ = solution.alpha
         self.coef_ = solution.weight.T * unit[:, None]
         self.intercept_ = solution.intercept * unit
         self.noise_variance_ = solution.noise
         self.solver_ = solution.method
         self.tangent_layers_ = reader.tangent_layers
-        n_iter = 1 if solution.status is None else solution.n_iter
-        self._set_course(n_iter, solution.residual_norms, solution.status)
+        closed = solution.n_iter == 0 and not solution.residual_norms
+        self._set_course(1 if closed else solution.n_iter, solution.residual_norms, solution.advice)
 
-    def _set_course(self, n_iter: int, residual_norms: Any, status: Any) -> None:
+    def _set_course(self, n_iter: int, residual_norms: Any, advice: str | None) -> None:
         self.n_iter_ = n_iter
         self.residual_norms_ = np.array(residual_norms, dtype=np.float64)
-        self.converged_ = status is None or status.name == "CONVERGED"
-        self._advice = None if self.converged_ else str(status.value)
+        self.converged_ = advice is None
+        self._advice = advice
 
     def _choose_alpha(
-        self, problem: Problem, rows: TrainingRows, reader: FeatureReader, keep: np.ndarray, n: int
+        self, problem: Problem, recipe: Recipe, rows: TrainingRows, reader: FeatureReader, keep: np.ndarray, n: int
     ) -> float | str:
         """The penalty."""
-        return self.alpha
+        return recipe.alpha
 
     def _prepare(
         self, backbone: Backbone, rows: Any, keep: np.ndarray, weights: np.ndarray, device: torch.device
     ) -> PreparedNetwork:
         """The backbone made ready for the size of the images, or for the scale of the vectors."""
-        vectors = isinstance(rows, np.ndarray)
-        dtype = torch.float64 if self.dtype == "float64" or (vectors and self.dtype == "auto") else torch.float32
+        vectors, dtype = isinstance(rows, np.ndarray), self._execution.dtype
         if vectors:
-            standardize_vectors(backbone, rows[keep], weights[keep])
             shape: tuple[int, ...] = (rows.shape[1],)
             preprocessing = None
         else:
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             shape = (backbone.in_channels, *rows.size)
-        layers = self.tangent_layers if self.model == "paper" or self._reads_directions() else "head"
+        precision = torch.float64 if dtype == "float64" or (vectors and dtype == "auto") else torch.float32
+        layers = self.tangent_layers if self._paper or self._reads_directions() else "head"
         alone = isinstance(self.prior, str) and self.prior == "last"
-        local = self.model == "groups" and self.tangents in ("local", "both") and not alone
+        local = not self._paper and self.tangents in ("local", "both") and not alone
         slope = float(self.negative_slope)
-        network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, dtype, device)
+        network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, precision, device)
         if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
             network.check_layers(self.tangent_layers)
-        return network
+        return network.standardized(rows[keep], weights[keep]) if vectors else network
 
     def _fit_paper(
-        self, network: PreparedNetwork, inputs: Any, keep: np.ndarray, targets: np.ndarray, weights: np.ndarray,
-        given: np.ndarray, seed: int, progress: Progress,
+        self, network: PreparedNetwork, recipe: Recipe, inputs: Any, keep: np.ndarray, targets: np.ndarray,
+        weights: np.ndarray, given: np.ndarray, seed: int, progress: Progress,
     ) -> None:  # fmt: skip
         """The paper's model: one change of all weights for all outputs."""
-        activations = network.evaluator(self._memory())
+        activations = network.evaluator(self._execution.folder)
 
         def evaluate(start: int, stop: int) -> tuple[Tensor, ...]:
             return activations(select_rows(inputs, keep[start:stop]))
@@ -271,31 +280,35 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         features, digests = self._evaluate(reader, inputs, keep)
         rows = TrainingRows(features.numpy(), targets, given, digests.numpy())
         unit = self._target_unit(targets, weights)
-        probe = Problem(rows, reader.groups, weights, unit, replace(self._recipe, prior="last", solver="auto"))
+        probe = Problem(rows, reader.groups, weights, unit, replace(recipe, prior="last", solver="auto"))
         self._learn_from_held_out(probe.held_out("auto") * unit, rows, weights)
 
         cache = TrunkCache(
-            evaluate, len(keep), network.rows_at_once(self.batch_size), "auto", lambda n: progress.rows(n, len(keep))
+            evaluate,
+            len(keep),
+            network.rows_at_once(self._execution.batch_size),
+            "auto",
+            lambda n: progress.rows(n, len(keep)),
         )
         solver = "pcg" if self.solver == "auto" else self.solver
         fitted = fit_paper(
-            network, cache, targets, weights, self._paper_unit(unit), multiplicity=rows.multiplicity, alpha=self.alpha,
-            solver=solver, tol=float(self.tol), max_iter=int(self.max_iter), seed=seed, report=report,
+            network, cache, targets, weights, self._paper_unit(unit), multiplicity=rows.multiplicity,
+            alpha=recipe.alpha, solver=solver, tol=float(self.tol), max_iter=int(self.max_iter), seed=seed, report=report,
         )  # fmt: skip
         self._model = fitted.model
-        self._fingerprint = Fingerprint.of(digests, targets, weights)
         self.alpha_, self.coef_ = fitted.relative_alpha, fitted.model.coef
         self.intercept_, self.solver_ = np.zeros(targets.shape[1]), solver
         self.prior_, self.groups_, self.noise_variance_ = {}, {}, float("nan")
         self.tangent_layers_ = sorted({name.rpartition(".")[0] for name in network.split.tangent})
         result = fitted.result
-        self._set_course(result.n_iter, result.residual_norms, result.status)
+        advice = None if result.converged else str(result.status.value)
+        self._set_course(result.n_iter, result.residual_norms, advice)
 
     def _warn_unless_converged(self) -> None:
         if not self.converged_:
             warnings.warn(
                 f"The solver stopped after {self.n_iter_} iterations at a relative gradient of "
-                f"{self.residual_norms_[-1]:.1e}, above tol={self.tol:g}. {self._advice}",
+                f"{self.residual_norms_[-1]:.1e}, above tol. {self._advice}",
                 ConvergenceWarning,
                 stacklevel=_levels_to_the_caller(),
             )
@@ -365,25 +378,25 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         return self._grouped("features").solution.standardization(self._raw_features(self._read_new_data(X)))
 
     def _raw_features(self, rows: Any) -> np.ndarray:
-        return self._in_batches(self._model.reader.reading(self._memory()), rows)
+        return self._in_batches(self._grouped("features").reader.reading(self._execution.folder), rows)
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of y, (n, C)."""
         check_is_fitted(self)
-        found = self._in_batches(self._model.evaluator(self._memory()), self._read_new_data(X))
+        found = self._in_batches(self._model.evaluator(self._execution.folder), self._read_new_data(X))
         bad = np.flatnonzero(~np.isfinite(found).all(1))
         if len(bad):
             raise ValueError(
                 f"The outputs for {len(bad)} of {len(found)} rows of X are not finite, the first X[{bad[0]}]: the "
                 f"backbone's activations overflow {self._model.network.dtype} there. Leave these rows out, or fit with "
-                "dtype='float64'."
+                "execution={'dtype': 'float64'}."
             )
         return found
 
-    def _grouped(self, method: str) -> GroupedModel:
+    def _grouped(self, method: str) -> FittedModel:
         """The model, unless it is the paper's."""
         check_is_fitted(self)
-        if not isinstance(self._model, GroupedModel):
+        if not isinstance(self._model, FittedModel):
             raise ValueError(f"{method} is there for model='groups' only; this model was fitted with model='paper'.")
         return self._model
 
@@ -439,12 +452,12 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         chosen with the labels of all images, this one's included. Where ``solver_`` is ``"estimate"``, so is this.
         """
         model = self._grouped("leave_one_out")
-        problem, keep, n = self._problem_of_fit(X, y, sample_weight)
-        form_outputs = problem.held_out("auto") * model.unit
-        outputs = np.empty((n, form_outputs.shape[1]))
+        rows, weights, keep, n = self._rows_of_fit(X, y, sample_weight)
+        left_out = leave_one_out(model, rows, weights)
+        outputs = np.empty((n, left_out.shape[1]))
         if len(keep) < n:
             outputs[:] = self._outputs(X)
-        outputs[keep] = form_outputs
+        outputs[keep] = left_out
         return self._decision(outputs)
 
     def influence(self, X: Any, y: Any, X_test: Any, y_test: Any = None, sample_weight: Any = None) -> np.ndarray:
@@ -483,55 +496,50 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         where it was measured (page on influence). Where ``solver_`` is ``"estimate"``, so is this.
         """
         model = self._grouped("influence")
-        problem, keep, n = self._problem_of_fit(X, y, sample_weight)
+        rows, weights, keep, n = self._rows_of_fit(X, y, sample_weight)
         features = self._raw_features(self._read_new_data(X_test))
         outputs = model.outputs(features)
         residual = None if y_test is None else outputs - self._known_targets(y_test, len(outputs), "y_test")
 
-        def effect(changes: np.ndarray, rows: slice) -> np.ndarray:
-            changes = changes * model.unit
+        def effect(changes: np.ndarray, piece: slice) -> np.ndarray:
             if residual is None:
-                return self._explained(changes, outputs[rows])
-            return (changes * (changes + 2 * residual[rows, None])).sum(2)
+                return self._explained(changes, outputs[piece])
+            return (changes * (changes + 2 * residual[piece, None])).sum(2)
 
-        found = influence(problem, model.solution, features, effect)
+        found = influence(model, rows, weights, features, effect)
         whole = np.zeros((len(outputs), n, *found.shape[2:]))
         whole[:, keep] = found
         return whole
 
     def _output_variance(self, X: Any) -> np.ndarray:
-        """Posterior variance of an output in its unit, (n,); of the indicators of classes before they add up to one."""
+        """Posterior variance of an output over the square of its unit, (n,)."""
         model = self._grouped("return_std")
-        problem, _, _ = self._problem_of_fit(None, None, None)
-        features = self._raw_features(self._read_new_data(X))
-        return model.solution.noise * posterior_variance(problem, model.solution, features)
+        rows, weights, _, _ = self._rows_of_fit(None, None, None)
+        return output_variance(model, rows, weights, self._raw_features(self._read_new_data(X)))
 
-    def _problem_of_fit(self, X: Any, y: Any, sample_weight: Any) -> tuple[Problem, np.ndarray, int]:
-        """The fitted problem, from its data, given again or stored; which rows have a weight; and of how many.
+    def _rows_of_fit(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingRows, np.ndarray, np.ndarray, int]:
+        """The training rows, given again or stored; their weights; their places in X; and how many rows X has.
 
         X None: those that are stored.
         """
         if X is None:
-            rows = self._stored_data().rows
+            rows = self._stored_rows()
             keep, n = np.arange(len(rows)), len(rows)
         else:
             inputs = self._read_new_data(X)
             n = len(inputs)
-            targets, given = self._known_targets(y, n, "y"), self._given_weights(sample_weight, n)
-            keep = np.flatnonzero(self._weigh_classes(targets, given))
-            with ordinary_arithmetic(self._model.network.device):
-                features, digests = self._evaluate(self._model.reader, inputs, keep)
-            rows = TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy())
-        weights = self._weigh_classes(rows.targets, rows.given)
-        digests = torch.tensor(rows.digests)  # a copy: arrays of joblib may be read-only
-        if Fingerprint.of(digests, rows.targets, weights) != self._fingerprint:
-            raise ValueError(
-                "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
-                "any order."
-            )
-        model = self._model
-        problem = Problem(rows, model.reader.groups, weights, model.unit, self._recipe, fitted=model.solution)
-        return problem, keep, n
+            rows, keep = self._new_rows(inputs, y, sample_weight)
+        return rows, self._weigh_classes(rows.targets, rows.given), keep, n
+
+    def _new_rows(self, inputs: Any, y: Any, sample_weight: Any) -> tuple[TrainingRows, np.ndarray]:
+        """Rows as the fitted model reads them, those with a positive weight; and their places."""
+        model = self._grouped("rows")
+        targets, given = self._known_targets(y, len(inputs), "y"), self._given_weights(sample_weight, len(inputs))
+        keep = np.flatnonzero(self._weigh_classes(targets, given))
+        with ordinary_arithmetic(model.network.device):
+            features, digests = self._evaluate(model.reader, inputs, keep)
+        vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
+        return TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy(), vectors), keep
 
     # --------------------------------------------------------------------------------------------- updates
 
@@ -561,54 +569,116 @@ class LQFBase(CallbackSupportMixin, PersistenceMixin, Inputs):
         image: the result is that of `fit` without the images, but for rounding. A folder ``memory`` is not touched.
         """
         self._grouped("forget")
-        stored = self._stored_data()
-        targets = stored.rows.targets
-        rest = np.delete(np.arange(len(targets)), _check_indices(indices, len(targets)))
-        empty = ~targets.any(0)  # classes that had no image before do not lose one
-        self._check_rest(targets[rest] + empty)
+        stored = self._stored_rows()
+        rest = np.delete(np.arange(len(stored)), _check_indices(indices, len(stored)))
+        empty = ~stored.targets.any(0)  # classes that had no image before do not lose one
+        self._check_rest(stored.targets[rest] + empty)
         return self._update(stored.taking(rest))
 
     def _add(self: Estimator, X: Any, y: Any, sample_weight: Any) -> Estimator:
         """Fit again with more images; the estimator is fitted."""
-        model = self._grouped("partial_fit")
-        stored = self._stored_data()
-        inputs = self._read_new_data(X)
-        targets, given = self._known_targets(y, len(inputs), "y"), self._given_weights(sample_weight, len(inputs))
-        keep = np.flatnonzero(self._weigh_classes(targets, given))
-        with ordinary_arithmetic(model.network.device):
-            features, digests = self._evaluate(model.reader, inputs, keep)
-        rows = TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy())
-        return self._update(stored.joined(StoredData(rows, None if stored.vectors is None else inputs[keep])))
+        self._grouped("partial_fit")
+        rows, _ = self._new_rows(self._read_new_data(X), y, sample_weight)
+        return self._update(self._stored_rows().joined(rows))
 
-    def _update(self: Estimator, stored: StoredData) -> Estimator:
-        """Fit again to stored data; the estimator is as it was when this raises."""
-        twin, reader, rows = copy.copy(self), self._model.reader, stored.rows
+    def _update(self: Estimator, rows: TrainingRows) -> Estimator:
+        """Fit again to other rows, by the recipe of the fit; the estimator is as it was when this raises."""
+        twin, model = copy.copy(self), self._grouped("an update")
+        reader = model.reader
         with ordinary_arithmetic(reader.network.device):
-            if stored.vectors is not None:  # whose standardization follows from all of them
-                stored = replace(stored, backbone=copy.deepcopy(stored.backbone))
-                assert stored.backbone is not None and stored.vectors is not None
-                everything = np.arange(len(rows))
-                standardize_vectors(stored.backbone, stored.vectors, self._weigh_classes(rows.targets, rows.given))
-                network = reader.network.of(stored.backbone)
+            if rows.vectors is not None:  # whose standardization follows from all of them
+                weights = self._weigh_classes(rows.targets, rows.given)
+                network = reader.network.standardized(rows.vectors, weights)
                 reader = FeatureReader.draw(
                     network, len(reader.directions), reader.sketch_size, reader.seed, reader.views
                 )
-                rows = replace(rows, features=self._evaluate(reader, stored.vectors, everything)[0].numpy())
-                stored = replace(stored, rows=rows)
-            twin._solve(reader, rows)
-        twin._stored = stored
+                features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)))
+                rows = replace(rows, features=features.numpy())
+            twin._solve(reader, model.recipe, rows, True)
         self.__dict__.update(vars(twin))
         self._warn_unless_converged()
         return self
 
-    def _stored_data(self) -> StoredData:
+    def _stored_rows(self) -> TrainingRows:
         """What is stored, or an error."""
-        if self._stored is None:
+        rows = self._grouped("stored data").rows
+        if rows is None:
             raise ValueError(
                 f"This {type(self).__name__} was fitted with store_data=False and keeps nothing of its training data: "
                 "fit it with store_data=True."
             )
-        return self._stored
+        return rows
+
+    # -------------------------------------------------------------------------------------------------- files
+
+    def save(self, path: Any, *, include_backbone: bool = True) -> None:
+        """Write the fitted estimator to a file that can be loaded without trusting it.
+
+        Parameters
+        ----------
+        path : str or path
+            Conventionally ends in ``.safetensors``. A file of this name is replaced once the new one is complete.
+        include_backbone : bool, default=True
+            Whether the file holds the pre-trained weights. False: `load` takes them from where `fit` had them, and
+            compares them by a digest; the file is smaller by the size of the backbone. The built-in network for
+            vectors is always in the file.
+
+        Raises
+        ------
+        TypeError
+            A parameter or a class label is of a kind that JSON and tensors cannot represent.
+        ImportError
+            The package safetensors is missing.
+        OSError
+            The file cannot be written; one that was there is as before.
+
+        Notes
+        -----
+        The file holds tensors and JSON: parameters, fitted attributes, stored training data (``store_data=True``),
+        versions. Not saved are two items of ``execution``, the folder ``memory``, which must be trusted, and ``device``,
+        which `load` decides; callbacks; and the code of a module or callable given as ``backbone``, which `load` must be given again.
+        """
+        check_is_fitted(self)
+        save_estimator(self, path, include_backbone)
+
+    @classmethod
+    def load(cls: type[Estimator], path: Any, *, device: Any = "auto", backbone: Any = None) -> Estimator:
+        """Load an estimator that `save` has written; nothing that the file holds is run.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        device : str or torch.device, default="auto"
+            Where the model is put; becomes the item of ``execution``.
+        backbone : nn.Module, callable, str or None, default=None
+            Takes the place of the parameter ``backbone``; needed where that was a module or callable. It is never
+            changed: a copy takes the weights of the file, or is compared with those of the fit.
+
+        Returns
+        -------
+        estimator : estimator
+            Its predictions are those of the estimator that was saved, on the same device to the last bit.
+
+        Raises
+        ------
+        ValueError
+            The file is broken, was changed, has a newer format or holds another class; or the backbone is not the
+            one that was fitted.
+        FileNotFoundError
+            There is no such file.
+        ImportError
+            The package safetensors is missing, or one that the backbone needs.
+        RuntimeError
+            The file holds no backbone, and its weights cannot be downloaded.
+        """
+        return load_estimator(cls, path, choose_device(device), device, backbone)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return pickled_state(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpickled_state(type(self), state))
 
 
 def _check_indices(indices: Any, n: int) -> np.ndarray:

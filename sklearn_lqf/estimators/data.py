@@ -12,13 +12,13 @@ from PIL import Image
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
-from ..backbones.loading import Backbone, VectorNetwork, load_backbone
+from ..backbones.loading import Backbone, load_backbone
 from ..images.cache import with_smaller_batches
 from ..images.reading import ImageInputs, is_image_input
 from ..network.prepared import ordinary_arithmetic
 from .parameters import Parameters
 
-__all__ = ["Inputs", "evaluate_rows", "select_rows", "standardize_vectors"]
+__all__ = ["Inputs", "evaluate_rows", "select_rows"]
 
 
 _WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares leave what float32 can hold
@@ -35,7 +35,7 @@ class Inputs(Parameters):
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         if is_image_input(X, self.image_shape):
             backbone = load_backbone(
-                self.backbone, self.weights, random_state=self.random_state, download=self.download
+                self.backbone, self.weights, random_state=self.random_state, download=self._execution.download
             )
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             of_backbone = isinstance(self.image_size, str) and self.image_size == "backbone"
@@ -46,6 +46,7 @@ class Inputs(Parameters):
                 "image_size": size,
                 "in_channels": backbone.in_channels,
                 "interpolation": preprocessing.interpolation,
+                "channel_axis": self.channel_axis,
             }
             rows = self._read_images(X, self.image_shape, reset=True)
             self.image_shape_: tuple[int, int, int] | None = rows.image_shape
@@ -67,7 +68,7 @@ class Inputs(Parameters):
             self.weights,
             vector_features=rows.shape[1],
             random_state=self.random_state,
-            download=self.download,
+            download=self._execution.download,
         )
         return rows, backbone
 
@@ -78,7 +79,7 @@ class Inputs(Parameters):
                 raise ValueError(f"X holds images, but this {type(self).__name__} was fitted on vectors.")
             return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         height, width, channels = self.image_shape_
-        shape = (height, width, channels) if self.channel_axis == -1 else (channels, height, width)
+        shape = (height, width, channels) if self._image_options["channel_axis"] == -1 else (channels, height, width)
         rows = self._read_images(X, None if is_image_input(X) else shape, reset=False)
         if rows.size != self._size:
             raise ValueError(
@@ -92,13 +93,13 @@ class Inputs(Parameters):
         _refuse_one_image(X)
         if shape is not None and not is_image_input(X):
             X = validate_data(self, X, dtype=None, reset=reset)
-        return ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis, **self._image_options)
+        return ImageInputs(X, image_shape=shape, **self._image_options)
 
     def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
         network = self._model.network
         with ordinary_arithmetic(network.device):
-            return evaluate_rows(evaluate, rows, np.arange(len(rows)), network.rows_at_once(self.batch_size))
+            return evaluate_rows(evaluate, rows, np.arange(len(rows)), network.rows_at_once(self._execution.batch_size))
 
     def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
         """Weights of n rows, not all zero."""
@@ -152,15 +153,3 @@ def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:
     if (np.diff(chosen) == 1).all():  # the ends do not tell: rows come again in each view
         return rows.batch(int(chosen[0]), int(chosen[-1]) + 1)
     return torch.cat([rows.batch(int(i), int(i) + 1) for i in chosen])
-
-
-def standardize_vectors(backbone: Backbone, rows: np.ndarray, weights: np.ndarray) -> None:
-    """Give the built-in network for vectors the weighted mean and scale of its input."""
-    if not isinstance(backbone.module, VectorNetwork):
-        return
-    x = rows.astype(np.float64)
-    mean = np.average(x, axis=0, weights=weights)
-    scale = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
-    scale[scale <= 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1)] = 1.0  # a constant feature
-    backbone.module.mean.copy_(torch.from_numpy(mean))
-    backbone.module.scale.copy_(torch.from_numpy(scale))

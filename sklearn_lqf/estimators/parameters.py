@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions, validate_parameter_constraints
 from sklearn.utils.validation import check_memory
 from torch import nn
 
@@ -21,12 +24,11 @@ from ..backbones.loading import Backbone
 from ..engine.problem import PRIORS
 from ..runtime.processes import Group
 
-__all__ = ["Parameters", "check_number", "with_shared_parameters"]
+__all__ = ["Execution", "Parameters", "check_number", "with_shared_parameters"]
 
 _VIEWS = ("identity", "flip")
-_TANGENTS = ("local", "network", "both")
 # Parameters in which processes that share a fit may differ; the backbone is compared by its weights.
-_OF_A_PROCESS = {"backbone", "weights", "download", "batch_size", "memory", "device", "verbose"}
+_OF_A_PROCESS = {"backbone", "weights", "execution", "verbose"}
 
 Class = TypeVar("Class", bound=type)
 Estimator = TypeVar("Estimator", bound="Parameters")
@@ -41,9 +43,6 @@ weights : str, path or None, default="auto"
     ``"auto"``: the pre-trained weights of the named backbone, or a module as it is. None: random
     initialization. Else the name of a set of weights of torchvision, or a local file (state dict, loaded
     with ``weights_only=True``, or safetensors).
-download : bool, default=True
-    Whether weights that are not on this machine are downloaded. False: `fit` fails instead, without asking a server;
-    ``python -m sklearn_lqf`` lists what is there.
 tangents : {"local", "network", "both", None}, default="local"
     What is read of the network beside its last features. ``"local"``: of the layers of all stages the gradient of the
     mean of their own output by their weight, which is made of the mean of their input and costs no backward pass, and
@@ -92,32 +91,35 @@ channel_axis : int, default=-1
     Axis of the channels within one image, -1 or 0.
 preprocessing : dict or None, default=None
     Overrides of the backbone's ``mean``, ``std`` (for pixels in [0, 1]) and ``interpolation``.
-batch_size : int, default=64
-    Images evaluated at once, at most: on a CPU fewer where the activations of the linearized layers would take more
-    than 256 MiB, and half as many as often as memory requires. The solution does not depend on it but for rounding.
-memory : str, path, joblib.Memory or None, default=None
-    Folder in which the trunk activations of each image are shared between fits, and with predictions: a grid
-    search evaluates the trunk once for each image. They are found by the content of image and trunk. As with
-    any joblib.Memory nothing is ever removed from it, and it must be trusted, since it is unpickled.
 store_data : bool, default=False
     Whether the estimator keeps the features of the training images (vectors: the rows, too), their targets and weights,
     for `partial_fit`, `forget`, predictions with uncertainty, and `leave_one_out` and `influence` without the images.
     They are part of what is pickled, until it is fitted again.
-device : str or torch.device, default="auto"
-    ``"auto"``: CUDA where present, else the CPU.
-distributed : bool, default=False
-    Whether the processes of torch.distributed's default process group, started by torchrun and initialized
-    by the caller, share the fit. Each calls `fit` with the same X and y, reads only the images of its share
-    of the rows, and ends with the same model. The features, (n, D), are gathered by every process.
-    ``random_state`` must be an int; ``model="paper"`` and ``store_data`` are not supported.
-dtype : {"auto", "float32", "float64"}, default="auto"
-    Precision of the network. ``"auto"``: float64 for vectors, float32 for images.
 random_state : int, RandomState instance or None, default=0
     Seeds the built-in network for vectors, random weights, directions and sketches, and for the paper's model the head
     and the order of batches of ``"sgd"``. Nothing else is random: by default the same data give the same model. None
     draws anew at each fit.
 verbose : int, default=0
     Above 0: progress bars (needs tqdm, extra ``progress``).
+execution : dict or None, default=None
+    Where and how the model is computed, which changes its numbers by rounding at most. `set_params` and grid searches
+    reach an item as ``execution__<name>``. Absent items have their defaults:
+
+    - ``"device"``, str or torch.device, ``"auto"``: CUDA where present, else the CPU.
+    - ``"dtype"``, ``"auto"``: precision of the network, ``"float32"`` or ``"float64"``; by default that for images,
+      this for vectors.
+    - ``"batch_size"``, int, 64: images evaluated at once, at most; fewer where memory requires it.
+    - ``"n_jobs"``, int or None, None: threads that read and decode images while the network works, one for None.
+    - ``"memory"``, str, path or joblib.Memory, None: folder in which the trunk activations of each image are shared
+      between fits, and with predictions: a grid search evaluates the trunk once for each image. They are found by the
+      content of image and trunk. As with any joblib.Memory nothing is ever removed from it, and it must be trusted,
+      since it is unpickled.
+    - ``"distributed"``, bool, False: whether the processes of torch.distributed's default process group, started by
+      torchrun and initialized by the caller, share the fit. Each calls `fit` with the same X and y, reads only the
+      images of its share of the rows, and ends with the same model. The features, (n, D), are gathered by every
+      process. ``random_state`` must be an int; ``model="paper"`` and ``store_data`` are not supported.
+    - ``"download"``, bool, True: whether weights that are not on this machine are downloaded. False: `fit` fails
+      instead, without asking a server; ``python -m sklearn_lqf`` lists what is there.
 """
 _ATTRIBUTES = """
 n_features_in_ : int
@@ -156,8 +158,57 @@ device_ : str
 """
 
 
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a model is computed; documented with the estimators.
+
+    Attributes
+    ----------
+    device, dtype, batch_size, n_jobs, memory, distributed, download
+        Items of the parameter ``execution``.
+    """
+
+    device: Any = "auto"
+    dtype: str = "auto"
+    batch_size: int = 64
+    n_jobs: int | None = None
+    memory: Any = None
+    distributed: bool = False
+    download: bool = True
+
+    @property
+    def folder(self) -> Any:
+        """The joblib.Memory, or None."""
+        if self.memory is None:
+            return None
+        return check_memory(os.fspath(self.memory) if isinstance(self.memory, os.PathLike) else self.memory)
+
+
+_EXECUTION = {field.name: field.default for field in fields(Execution)}
+_EXECUTION_CONSTRAINTS: dict[str, list[Any]] = {
+    "device": [str, torch.device],
+    "dtype": [StrOptions({"auto", "float32", "float64"})],
+    "batch_size": [Interval(Integral, 1, None, closed="left")],
+    "n_jobs": [Interval(Integral, 1, None, closed="left"), None],
+    "memory": [str, os.PathLike, HasMethods("cache"), None],
+    "distributed": ["boolean"],
+    "download": ["boolean"],
+}
+# Parameters of version 0.1, and what to write instead.
+_RENAMED = {
+    **{name: f"execution={{{name!r}: ...}}, or set_params(execution__{name}=...)" for name in _EXECUTION},
+    "readout": "prior='last' in place of readout='last'; readout='stages' is the default",
+    "head": "nothing: there is no random head but with model='paper'",
+    "tail_weight": "nothing: the prior is learned",
+    "target_scale": "nothing: targets are centered",
+    "center": "nothing: the intercept is free",
+    "damping": "nothing: it is fixed",
+    "cache": "nothing: features are read once",
+}
+
+
 def with_shared_parameters(cls: Class) -> Class:
-    """Fill in what the docstring of an estimator shares with the others."""
+    """Fill in what the docstring of an estimator shares with the others; refuse parameters of version 0.1 by name."""
     text = inspect.cleandoc(cls.__doc__ or "")
     for name, shared in (
         ("network parameters", _NETWORK_PARAMETERS), ("model parameter", _MODEL_PARAMETER),
@@ -165,145 +216,160 @@ def with_shared_parameters(cls: Class) -> Class:
     ):  # fmt: skip
         text = text.replace(f"<{name}>", shared.strip())
     cls.__doc__ = f"{text}\n"
+    init: Any = vars(cls)["__init__"]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name in _RENAMED:
+                raise TypeError(f"{cls.__name__} has no parameter {name!r} any more; write {_RENAMED[name]}.")
+        init(self, *args, **kwargs)
+
+    type.__setattr__(cls, "__init__", checked)
     return cls
 
 
 class Parameters(BaseEstimator):
     """An estimator with the shared parameters, and no method that fits."""
 
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        weights: Any = "auto",
-        download: bool = True,
-        tangents: str | None = "local",
-        tangent_layers: Any = 1,
-        n_directions: int = 8,
-        sketch_size: int | None = 16,
-        model: str = "groups",
-        prior: Any = "leave-one-out",
-        alpha: float | str = "auto",
-        negative_slope: float = 0.0,
-        solver: str = "auto",
-        max_iter: int = 200,
-        tol: float = 1e-3,
-        views: str | Sequence[str] = "identity",
-        image_shape: Sequence[int] | None = None,
-        image_size: Any = None,
-        channel_axis: int = -1,
-        preprocessing: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
-        memory: Any = None,
-        store_data: bool = False,
-        device: Any = "auto",
-        distributed: bool = False,
-        dtype: str = "auto",
-        random_state: Any = 0,
-        verbose: int = 0,
-    ):
-        self.backbone = backbone
-        self.weights = weights
-        self.download = download
-        self.tangents = tangents
-        self.tangent_layers = tangent_layers
-        self.n_directions = n_directions
-        self.sketch_size = sketch_size
-        self.model = model
-        self.prior = prior
-        self.alpha = alpha
-        self.negative_slope = negative_slope
-        self.solver = solver
-        self.max_iter = max_iter
-        self.tol = tol
-        self.views = views
-        self.image_shape = image_shape
-        self.image_size = image_size
-        self.channel_axis = channel_axis
-        self.preprocessing = preprocessing
-        self.batch_size = batch_size
-        self.memory = memory
-        self.store_data = store_data
-        self.device = device
-        self.distributed = distributed
-        self.dtype = dtype
-        self.random_state = random_state
-        self.verbose = verbose
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "backbone": [str, nn.Module, callable],
+        "tangents": [StrOptions({"local", "network", "both"}), None],
+        "n_directions": [Interval(Integral, 0, None, closed="left")],
+        "sketch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "model": [StrOptions({"groups", "paper"})],
+        "prior": [StrOptions(set(PRIORS)), Mapping, Sequence, np.ndarray],
+        "alpha": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+        "class_weight": [StrOptions({"balanced"}), Mapping, None],
+        "negative_slope": [Interval(Real, 0, 1, closed="left")],
+        "solver": [StrOptions({"auto", "closed", "pcg", "sgd"})],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "views": [str, Sequence],
+        "preprocessing": [Mapping, None],
+        "store_data": ["boolean"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+        "execution": [Mapping, None],
+    }
+
+    # Parameters of every estimator.
+    backbone: Any
+    weights: Any
+    tangents: str | None
+    tangent_layers: Any
+    n_directions: int
+    sketch_size: int | None
+    prior: Any
+    negative_slope: float
+    solver: str
+    max_iter: int
+    tol: float
+    views: str | Sequence[str]
+    image_shape: Sequence[int] | None
+    image_size: Any
+    channel_axis: int
+    preprocessing: Mapping[str, Any] | None
+    store_data: bool
+    random_state: Any
+    verbose: int
+    execution: Mapping[str, Any] | None
+
+    @property
+    def _execution(self) -> Execution:
+        """Checked items of ``execution``, and the defaults of the others."""
+        name = f"{type(self).__name__}(execution=...)"
+        given = {} if self.execution is None else dict(self.execution)
+        unknown = sorted(map(str, set(given) - set(_EXECUTION)))
+        if unknown:
+            raise ValueError(f"execution has no item {unknown[0]!r}; its items: {sorted(_EXECUTION)}.")
+        validate_parameter_constraints(_EXECUTION_CONSTRAINTS, given, name)
+        return Execution(**given)
+
+    @property
+    def _paper(self) -> bool:
+        """Whether the model is the paper's."""
+        return getattr(self, "model", "groups") == "paper"
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Get the parameters of this estimator.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether items of ``execution`` are listed, too, as ``execution__<name>``.
+
+        Returns
+        -------
+        params : dict of str to any
+            Values by name.
+        """
+        found = super().get_params(deep=deep)
+        if deep and (self.execution is None or isinstance(self.execution, Mapping)):
+            items = {**_EXECUTION, **(self.execution or {})}
+            found |= {f"execution__{name}": value for name, value in items.items()}
+        return found
+
+    def set_params(self: Estimator, **params: Any) -> Estimator:
+        """Set parameters of this estimator.
+
+        Parameters
+        ----------
+        **params : dict
+            Parameters by name; items of ``execution`` as ``execution__<name>``.
+
+        Returns
+        -------
+        self : estimator
+            The estimator.
+
+        Raises
+        ------
+        ValueError
+            There is no such parameter.
+        """
+        items = {k: v for k, v in params.items() if k.startswith("execution__")}
+        for name in params:
+            if name in _RENAMED:
+                raise ValueError(f"{type(self).__name__} has no parameter {name!r} any more; write {_RENAMED[name]}.")
+        unknown = sorted(k for k in items if k.removeprefix("execution__") not in _EXECUTION)
+        if unknown:
+            raise ValueError(f"Invalid parameter {unknown[0]!r}: the items of execution are {sorted(_EXECUTION)}.")
+        super().set_params(**{k: v for k, v in params.items() if k not in items})
+        if items:
+            given = {k.removeprefix("execution__"): v for k, v in items.items()}
+            self.execution = {**(self.execution or {}), **given}
+        return self
 
     def _check_parameters(self, n_processes: int) -> None:
-        check_number("negative_slope", self.negative_slope, 0, strict=False)
-        if self.negative_slope >= 1:
-            raise ValueError(f"negative_slope must be below 1, got {self.negative_slope!r}.")
-        check_number("tol", self.tol, 0, strict=False)
-        self._check_alpha()
-        for name, least in (
-            ("max_iter", 1),
-            ("batch_size", 1),
-            ("n_directions", 0),
-            ("sketch_size", 1),
-            ("verbose", 0),
-        ):
-            value = getattr(self, name)
-            if name == "sketch_size" and value is None:
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
-        if not (self.tangents is None or (isinstance(self.tangents, str) and self.tangents in _TANGENTS)):
-            raise ValueError(f"tangents must be one of {list(_TANGENTS)} or None, got {self.tangents!r}.")
-        for name, allowed in (
-            ("model", ("groups", "paper")), ("solver", ("auto", "closed", "pcg", "sgd")),
-            ("dtype", ("auto", "float32", "float64")),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-        self._check_prior()
-        self._memory()
-        for name in ("download", "distributed", "store_data"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        self._check_combinations(n_processes)
-        try:
-            check_random_state(self.random_state)
-        except ValueError as error:
-            raise ValueError(
-                f"random_state must be an int from 0 to 2**32 - 1, a RandomState or None, got {self.random_state!r}."
-            ) from error
-        views = self._view_names() if isinstance(self.views, Iterable) else []
+        self._validate_params()
+        execution = self._execution
+        execution.folder  # noqa: B018 raises for what is no folder
+        if not isinstance(self.prior, str):
+            values = list(self.prior.values()) if isinstance(self.prior, Mapping) else list(self.prior)
+            if not values:
+                raise ValueError(f"prior must be one of {list(PRIORS)} or hold numbers; got {self.prior!r}.")
+            for value in values:
+                check_number("Each number of prior", value)
+        views = self._view_names()
         known = all(isinstance(v, str) and v in _VIEWS for v in views)
         if not views or not known or len(set(views)) != len(views):
             raise ValueError(f"views must name each of {list(_VIEWS)} at most once, got {self.views!r}.")
+        self._check_combinations(execution, n_processes)
 
-    def _check_alpha(self) -> None:
-        check_number("alpha", self.alpha, 0, strict=True, special=["auto"])
-
-    def _check_prior(self) -> None:
-        """Names are checked here, numbers when the groups are known."""
-        if isinstance(self.prior, str):
-            if self.prior not in PRIORS:
-                raise ValueError(
-                    f"prior must be one of {list(PRIORS)}, a dict of numbers by group, or a number for each group; got "
-                    f"{self.prior!r}."
-                )
-            return
-        values = list(self.prior.values()) if isinstance(self.prior, Mapping) else self.prior
-        if not isinstance(values, Sequence | np.ndarray) or not len(values):
-            raise ValueError(f"prior must be one of {list(PRIORS)} or hold numbers; got {self.prior!r}.")
-        for value in values:
-            check_number("Each number of prior", value, 0, strict=False)
-
-    def _check_combinations(self, n_processes: int) -> None:
+    def _check_combinations(self, execution: Execution, n_processes: int) -> None:
         """Parameters that exclude each other."""
-        if self.model == "groups" and self.solver == "sgd":
+        if not self._paper and self.solver == "sgd":
             raise ValueError("solver='sgd' is the paper's: set model='paper', or use 'auto', 'closed' or 'pcg'.")
-        if self.model == "paper":
+        if self._paper:
             if self.solver == "closed":
                 raise ValueError("model='paper' has no closed form: use solver='auto', 'pcg' or 'sgd'.")
-            for name, wrong in (
-                ("distributed", n_processes > 1), ("store_data", self.store_data), ("views", self.views != "identity"),
+            for name, wrong, value in (
+                ("distributed", n_processes > 1, execution.distributed),
+                ("store_data", self.store_data, self.store_data), ("views", self.views != "identity", self.views),
             ):  # fmt: skip
                 if wrong:
-                    raise ValueError(f"model='paper' does not support {name}={getattr(self, name)!r}.")
+                    raise ValueError(f"model='paper' does not support {name}={value!r}.")
         if n_processes > 1 and self.store_data:
             raise ValueError("store_data=True does not support distributed=True with several processes.")
         if n_processes > 1 and not isinstance(self.random_state, Integral):
@@ -315,6 +381,7 @@ class Parameters(BaseEstimator):
     def _check_agreement(self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, backbone: Backbone) -> None:
         """Raise on all processes that share a fit unless they have the same data, parameters and weights."""
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in _OF_A_PROCESS}
+        parameters["dtype"] = self._execution.dtype
         module = backbone.module
         group.check_same(
             {
@@ -333,12 +400,6 @@ class Parameters(BaseEstimator):
         """A seed for a generator of torch's own, by ``random_state``."""
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
-    def _memory(self) -> Any:
-        """The joblib.Memory, or None."""
-        if self.memory is None:
-            return None
-        return check_memory(os.fspath(self.memory) if isinstance(self.memory, os.PathLike) else self.memory)
-
     def __sklearn_clone__(self: Estimator) -> Estimator:
         """A clone shares a module given as backbone, which is never changed, instead of copying it."""
         if not isinstance(self.backbone, nn.Module):
@@ -350,12 +411,8 @@ class Parameters(BaseEstimator):
         return twin
 
 
-def check_number(name: str, value: Any, low: float, strict: bool, special: Sequence[Any] = ()) -> None:
-    """Raise ValueError unless a parameter is a finite number of the range, or one of some other values."""
-    if any(value is s or (isinstance(value, str) and value == s) for s in special):
-        return
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise ValueError unless a member of a parameter is a finite number, and not negative, or positive."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    finite = number and abs(value if isinstance(value, int) else float(value)) <= sys.float_info.max
-    if not finite or value < low or (strict and value == low):
-        others = "".join(f"{s!r} or " for s in special)
-        raise ValueError(f"{name} must be {others}a number {'>' if strict else '>='} {low}, got {value!r}.")
+    if not number or not np.isfinite(float(value)) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be a number {'>' if positive else '>='} 0, got {value!r}.")

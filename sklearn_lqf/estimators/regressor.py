@@ -70,7 +70,6 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
-        download: bool = True,
         tangents: str | None = "local",
         tangent_layers: Any = 1,
         n_directions: int = 8,
@@ -87,23 +86,33 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         image_size: Any = None,
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
-        memory: Any = None,
         store_data: bool = False,
-        device: Any = "auto",
-        distributed: bool = False,
-        dtype: str = "auto",
         random_state: Any = 0,
         verbose: int = 0,
+        execution: Mapping[str, Any] | None = None,
     ):
-        super().__init__(
-            backbone, weights=weights, download=download, tangents=tangents, tangent_layers=tangent_layers,
-            n_directions=n_directions, sketch_size=sketch_size, model=model, prior=prior, alpha=alpha,
-            negative_slope=negative_slope, solver=solver, max_iter=max_iter, tol=tol, views=views,
-            image_shape=image_shape, image_size=image_size, channel_axis=channel_axis, preprocessing=preprocessing,
-            batch_size=batch_size, memory=memory, store_data=store_data, device=device, distributed=distributed,
-            dtype=dtype, random_state=random_state, verbose=verbose,
-        )  # fmt: skip
+        self.backbone = backbone
+        self.weights = weights
+        self.tangents = tangents
+        self.tangent_layers = tangent_layers
+        self.n_directions = n_directions
+        self.sketch_size = sketch_size
+        self.model = model
+        self.prior = prior
+        self.alpha = alpha
+        self.negative_slope = negative_slope
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        self.views = views
+        self.image_shape = image_shape
+        self.image_size = image_size
+        self.channel_axis = channel_axis
+        self.preprocessing = preprocessing
+        self.store_data = store_data
+        self.random_state = random_state
+        self.verbose = verbose
+        self.execution = execution
 
     @available_if(stores_data)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> LQFRegressor:
@@ -178,8 +187,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         return values
 
     def _known_targets(self, y: Any, n: int, name: str) -> np.ndarray:
-        y = self._read_targets(y, n)
-        values = y.reshape(len(y), -1).astype(np.float64)
+        values = self._read_targets(y, n).reshape(n, -1).astype(np.float64)
         if values.shape[1] != self._n_targets:
             raise ValueError(f"{name} has {values.shape[1]} targets, but the model was fitted on {self._n_targets}.")
         return values

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.metrics import get_scorer
+from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
+from sklearn.utils._param_validation import StrOptions
 
-from ..engine.fitted import FeatureReader, GroupedModel
-from ..engine.problem import Problem, StoredData, TrainingRows
-from .classifier import LQFClassifier
+from ..engine.fitted import FeatureReader, FittedModel
+from ..engine.problem import Problem, Recipe, TrainingRows
+from .classification import ClassifierBase
 from .parameters import check_number, with_shared_parameters
 
 __all__ = ["LQFClassifierCV"]
 
 
-class _OfOutputs(LQFClassifier):
+def _holds_folds(cv: Any) -> bool:
+    """Whether cv is an iterable, of rows of X."""
+    return not (cv is None or isinstance(cv, Integral) or hasattr(cv, "split"))
+
+
+class _OfOutputs(ClassifierBase):
     """A classifier whose images are its outputs, for scorers."""
 
     def _outputs(self, X: Any) -> np.ndarray:
@@ -27,7 +34,7 @@ class _OfOutputs(LQFClassifier):
 
 
 @with_shared_parameters
-class LQFClassifierCV(LQFClassifier):
+class LQFClassifierCV(ClassifierBase):
     """Linear Quadratic Fine-tuning with the penalty chosen by cross-validation.
 
     The features of an image are evaluated once for all folds and penalties; scale and prior are fitted once for each
@@ -96,12 +103,18 @@ class LQFClassifierCV(LQFClassifier):
     True
     """
 
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **ClassifierBase._parameter_constraints,
+        "cv": ["cv_object"],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+    }
+    _frozen: tuple[str, ...] = ("class_weight", "alphas", "cv", "scoring")
+
     def __init__(
         self,
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
-        download: bool = True,
         tangents: str | None = "local",
         tangent_layers: Any = 1,
         n_directions: int = 8,
@@ -120,95 +133,100 @@ class LQFClassifierCV(LQFClassifier):
         image_size: Any = None,
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
-        memory: Any = None,
         store_data: bool = False,
-        device: Any = "auto",
-        distributed: bool = False,
-        dtype: str = "auto",
         random_state: Any = 0,
         verbose: int = 0,
+        execution: Mapping[str, Any] | None = None,
     ):
-        super().__init__(
-            backbone, weights=weights, download=download, tangents=tangents, tangent_layers=tangent_layers,
-            n_directions=n_directions, sketch_size=sketch_size, prior=prior, class_weight=class_weight,
-            negative_slope=negative_slope, solver=solver, max_iter=max_iter, tol=tol, views=views,
-            image_shape=image_shape, image_size=image_size, channel_axis=channel_axis, preprocessing=preprocessing,
-            batch_size=batch_size, memory=memory, store_data=store_data, device=device, distributed=distributed,
-            dtype=dtype, random_state=random_state, verbose=verbose,
-        )  # fmt: skip
-        del self.alpha  # not a parameter here: the one that is chosen is alpha_
+        self.backbone = backbone
+        self.weights = weights
+        self.tangents = tangents
+        self.tangent_layers = tangent_layers
+        self.n_directions = n_directions
+        self.sketch_size = sketch_size
+        self.prior = prior
         self.alphas = alphas
         self.cv = cv
         self.scoring = scoring
+        self.class_weight = class_weight
+        self.negative_slope = negative_slope
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        self.views = views
+        self.image_shape = image_shape
+        self.image_size = image_size
+        self.channel_axis = channel_axis
+        self.preprocessing = preprocessing
+        self.store_data = store_data
+        self.random_state = random_state
+        self.verbose = verbose
+        self.execution = execution
 
     def _check_parameters(self, n_processes: int) -> None:
         super()._check_parameters(n_processes)
         if n_processes > 1:
             raise ValueError("LQFClassifierCV does not support distributed=True with several processes.")
-        for alpha in self._alphas():
-            check_number("Each of alphas", float(alpha), 0, strict=True)
-        if isinstance(self.scoring, str):
-            get_scorer(self.scoring)
-        elif self.scoring is not None and not callable(self.scoring):
-            raise ValueError(f"scoring must be the name of a scorer, a callable or None, got {self.scoring!r}.")
-
-    def _check_alpha(self) -> None:
-        """There is none."""
-
-    def _alphas(self) -> np.ndarray:
         try:
             alphas = np.asarray(self.alphas, dtype=np.float64)
         except (TypeError, ValueError):
             alphas = np.empty(0)
         if alphas.ndim != 1 or not len(alphas) or len(np.unique(alphas)) != len(alphas):
             raise ValueError(f"alphas must be some different numbers, got {self.alphas!r}.")
-        return alphas
+        for alpha in alphas:
+            check_number("Each of alphas", float(alpha), positive=True)
+
+    def _frozen_value(self, name: str) -> Any:
+        value = getattr(self, name)
+        # An iterator of folds would be at its end when images are added.
+        return copy.deepcopy(list(value) if name == "cv" and _holds_folds(value) else value)
+
+    @property
+    def _alphas(self) -> np.ndarray:
+        return np.asarray(self._fitted_with["alphas"], dtype=np.float64)
 
     def _choose_alpha(
-        self, problem: Problem, rows: TrainingRows, reader: FeatureReader, keep: np.ndarray, n: int
+        self, problem: Problem, recipe: Recipe, rows: TrainingRows, reader: FeatureReader, keep: np.ndarray, n: int
     ) -> float:
         """Choose by scores of images left out."""
-        if self.cv is None:
+        if self._fitted_with["cv"] is None:
             self.n_splits_, results = len(rows), self._score_left_out(problem, rows)
         else:
             splits = self._splits(rows, keep, n)
-            self.n_splits_, results = len(splits), self._score_folds(rows, splits, reader)
+            self.n_splits_, results = len(splits), self._score_folds(recipe, rows, splits, reader)
         mean = results["mean_test_score"]
         if np.isnan(mean).all():
-            raise ValueError(f"There is no score to choose by: scoring={self.scoring!r} gives nan for each of alphas.")
+            scoring = self._fitted_with["scoring"]
+            raise ValueError(f"There is no score to choose by: scoring={scoring!r} gives nan for each of alphas.")
         ranked = np.where(np.isnan(mean), -np.inf, mean)
         self.best_index_ = int(ranked.argmax())
-        self.best_alpha_, self.best_score_ = float(self._alphas()[self.best_index_]), float(mean[self.best_index_])
+        self.best_alpha_, self.best_score_ = float(self._alphas[self.best_index_]), float(mean[self.best_index_])
         rank = 1 + (ranked[None] > ranked[:, None]).sum(1)
-        self.cv_results_ = {"alpha": self._alphas(), **results, "rank_test_score": rank}
+        self.cv_results_ = {"alpha": self._alphas, **results, "rank_test_score": rank}
         return self.best_alpha_
 
     def _score_left_out(self, problem: Problem, rows: TrainingRows) -> dict[str, np.ndarray]:
         """Scores of the leave-one-out outputs for all penalties."""
         weights, scores = self._weigh_classes(rows.targets, rows.given), []
-        for alpha in self._alphas():
+        for alpha in self._alphas:
             outputs = problem.held_out(float(alpha))
-            if self.scoring is None:
+            if self._fitted_with["scoring"] is None:
                 scores.append(-float(np.average(((outputs - rows.targets) ** 2).mean(1), weights=weights)))
             else:
                 judge = self._judge(outputs, rows, weights)
                 scores.append(self._score(judge, outputs, rows.targets, rows.given))
         return {"mean_test_score": np.array(scores)}
 
-    def _has_given_folds(self) -> bool:
-        """Whether cv is an iterable, of rows of X."""
-        return not (self.cv is None or isinstance(self.cv, Integral) or hasattr(self.cv, "split"))
-
     def _splits(self, rows: TrainingRows, keep: np.ndarray, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Which of the rows each fold is fitted to, and which it predicts; ``keep`` are the rows among n of X."""
         y = rows.targets if self._multilabel else rows.targets.argmax(1)
-        splitter = check_cv(self.cv, y, classifier=True)
+        cv = self._fitted_with["cv"]
+        splitter = check_cv(cv, y, classifier=True)
         splits = list(splitter.split(np.empty(len(y)), y))
         if not splits:
-            raise ValueError(f"cv={self.cv!r} yields no folds; an iterator yields them once: make it a list.")
+            raise ValueError(f"cv={cv!r} yields no folds; an iterator yields them once: make it a list.")
         place = np.arange(len(y))
-        if self._has_given_folds():  # what is given counts rows without a weight
+        if _holds_folds(cv):  # what is given counts rows without a weight
             place = np.full(n, -1)
             place[keep] = np.arange(len(keep))
         parts = ((place[train], place[test]) for train, test in splits)  # of indices, or masks
@@ -221,28 +239,28 @@ class LQFClassifierCV(LQFClassifier):
                 )
         return found
 
-    def _update(self, stored: StoredData) -> Any:
-        if self._has_given_folds():
+    def _update(self, rows: TrainingRows) -> Any:
+        if _holds_folds(self._fitted_with["cv"]):
             raise ValueError(
-                "cv holds folds of the rows of fit, which are not those of the changed set: set it to an int or a "
-                "splitter."
+                "cv was given as folds of the rows of fit, which are not those of the changed set: fit with an int or "
+                "a splitter."
             )
-        return super()._update(stored)
+        return super()._update(rows)
 
     def _score_folds(
-        self, rows: TrainingRows, splits: Sequence[tuple[np.ndarray, np.ndarray]], reader: FeatureReader
+        self, recipe: Recipe, rows: TrainingRows, splits: Sequence[tuple[np.ndarray, np.ndarray]], reader: FeatureReader
     ) -> dict[str, np.ndarray]:
         """Scores of all folds and penalties."""
-        alphas, unit = self._alphas(), np.ones(rows.targets.shape[1])
+        alphas, unit = self._alphas, np.ones(rows.targets.shape[1])
         scores = np.zeros((len(splits), len(alphas)))
         for k, (train, test) in enumerate(splits):
             weights = self._weigh_classes(rows.targets[train], rows.given[train])
             part, weights = rows.taking(train[weights > 0]), weights[weights > 0]
-            held_out, problem = rows.taking(test), Problem(part, reader.groups, weights, unit, self._recipe)
+            held_out, problem = rows.taking(test), Problem(part, reader.groups, weights, unit, recipe)
             for i, alpha in enumerate(alphas):
-                solution = problem.solve(float(alpha))
-                outputs = GroupedModel(reader, solution, unit).outputs(held_out.features)
-                judge = self._judge(solution.held_out, part, weights)
+                solution, left_out = problem.solve(float(alpha))
+                outputs = FittedModel(reader, solution, unit, recipe, "").outputs(held_out.features)
+                judge = self._judge(left_out, part, weights)
                 scores[k, i] = self._score(judge, outputs, held_out.targets, held_out.given)
         found = {f"split{k}_test_score": s for k, s in enumerate(scores)}
         return {**found, "mean_test_score": scores.mean(0), "std_test_score": scores.std(0)}
@@ -257,7 +275,7 @@ class LQFClassifierCV(LQFClassifier):
     def _score(self, judge: _OfOutputs, outputs: np.ndarray, values: np.ndarray, given: np.ndarray) -> float:
         """The score of outputs (m, C) for indicators (m, C), with weights (m,) where the scorer takes them."""
         y = values.astype(np.int64) if self._multilabel else self.classes_[values.argmax(1)]
-        scoring = "accuracy" if self.scoring is None else self.scoring
+        scoring = self._fitted_with["scoring"] or "accuracy"
         scorer = get_scorer(scoring) if isinstance(scoring, str) else scoring
         taken = inspect.signature(getattr(scorer, "_score_func", scorer)).parameters
         weights = {"sample_weight": given} if "sample_weight" in taken and (given != 1).any() else {}

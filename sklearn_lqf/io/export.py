@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backbones.preprocessing import Preprocessing
 from ..engine.features import GroupFeatures
-from ..engine.fitted import GroupedModel
+from ..engine.fitted import FittedModel
 from ..network.linearize import full_precision, walker
 from ..network.prepared import ordinary_arithmetic
 from ..network.rewrite import plain_attention
@@ -198,7 +198,7 @@ def to_module(model: Any) -> LinearizedModule:
 
     Parameters
     ----------
-    model : GroupedModel or PaperModel
+    model : FittedModel or PaperModel
 
     Returns
     -------
@@ -210,7 +210,7 @@ def to_module(model: Any) -> LinearizedModule:
 
 
 @to_module.register
-def _(model: GroupedModel) -> LinearizedModule:
+def _(model: FittedModel) -> LinearizedModule:
     network, split = model.network, _copied(model.network.split)
     weight, bias = (torch.tensor(v).to(network.device, network.dtype) for v in (model.weight, model.bias))
     features = _GroupFeatures(split, model.reader._built)

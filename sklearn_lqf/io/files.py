@@ -10,131 +10,77 @@ import copy
 import dataclasses
 import enum
 import inspect
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..backbones.loading import Backbone, VectorNetwork, load_backbone
 from ..backbones.preprocessing import Preprocessing
 from ..engine.features import Standardization
-from ..engine.fitted import FeatureReader, GroupedModel
-from ..engine.problem import Recipe, Solution, StoredData, TrainingRows
-from ..network.prepared import PreparedNetwork, choose_device
+from ..engine.fitted import FeatureReader, FittedModel
+from ..engine.problem import Recipe, Solution, TrainingRows
+from ..network.prepared import PreparedNetwork
 from ..paper.model import PaperModel
 from ..versions import __version__, installed_versions
 from .archive import digest, read_archive, refusal, write_archive
 from .manifest import decode, encode
 
-__all__ = ["PersistenceMixin"]
+__all__ = ["load_estimator", "pickled_state", "save_estimator", "unpickled_state"]
 
 _WEIGHT = "weights."  # begins the names of the backbone's tensors
 _VERSION = "_sklearn_lqf_version"  # in pickles
-# Neither parameters nor results: the network and the data, which are written apart, and what scikit-learn puts there.
-_APART = {"_model", "_stored", "_recipe", "_metadata_request", "_skl_callbacks"}
+# Neither parameters nor results: the model, which is written apart, and what scikit-learn puts there.
+_APART = {"_model", "_metadata_request", "_skl_callbacks"}
+_LOCAL = {"memory", "device"}  # items of `execution` that belong to a machine
 
-Estimator = TypeVar("Estimator", bound="PersistenceMixin")
+Estimator = TypeVar("Estimator")
 
 
-class PersistenceMixin:
-    """`save` and `load`, and pickles that know their version; for estimators with a linear model."""
+def save_estimator(estimator: Any, path: Any, include_backbone: bool) -> None:
+    """Write a fitted estimator to a file; documented with its method ``save``."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}: pass the name of the file.")
+    tensors: dict[str, Tensor] = {}
+    header = _header(estimator, include_backbone, tensors)
+    write_archive(Path(path), header, tensors)
 
-    def save(self: Any, path: Any, *, include_backbone: bool = True) -> None:
-        """Write the fitted estimator to a file that can be loaded without trusting it.
 
-        Parameters
-        ----------
-        path : str or path
-            Conventionally ends in ``.safetensors``. A file of this name is replaced once the new one is complete.
-        include_backbone : bool, default=True
-            Whether the file holds the pre-trained weights. False: `load` takes them from where `fit` had them, and
-            compares them by a digest; the file is smaller by the size of the backbone. The built-in network for
-            vectors is always in the file.
+def load_estimator(cls: type[Estimator], path: Any, place: torch.device, device: Any, backbone: Any) -> Estimator:
+    """Read an estimator from a file to a device, which becomes the parameter as given."""
+    path = Path(path)
+    header, tensors = read_archive(path)
+    with refusal(path, "its content is not what save writes"):
+        estimator: Any = _without_network(cls, header, tensors, device)
+        saved = _saved_network(header, tensors)
+    found = _backbone(estimator, saved, path, backbone)
+    with refusal(path, "its model cannot be built"):
+        estimator._model = _model(_built(found, saved, place), decode(header["model"], tensors))
+    return estimator
 
-        Raises
-        ------
-        TypeError
-            A parameter or a class label is of a kind that JSON and tensors cannot represent.
-        ImportError
-            The package safetensors is missing.
-        OSError
-            The file cannot be written; one that was there is as before.
 
-        Notes
-        -----
-        The file holds tensors and JSON: parameters, fitted attributes, stored training data (``store_data=True``),
-        versions. Not saved are ``memory``, a folder that must be trusted; ``device``, which `load` decides; callbacks;
-        and the code of a module or callable given as ``backbone``, which `load` must be given again.
-        """
-        check_is_fitted(self)
-        tensors: dict[str, Tensor] = {}
-        header = _header(self, include_backbone, tensors)
-        write_archive(Path(path), header, tensors)
+def pickled_state(state: Any) -> dict[str, Any]:
+    """The state of an estimator, and by which version it was pickled."""
+    return {**state, _VERSION: __version__}
 
-    @classmethod
-    def load(cls: type[Estimator], path: Any, *, device: Any = "auto", backbone: Any = None) -> Estimator:
-        """Load an estimator that `save` has written; nothing that the file holds is run.
 
-        Parameters
-        ----------
-        path : str or path
-            The file.
-        device : str or torch.device, default="auto"
-            Where the model is put; becomes the parameter ``device``.
-        backbone : nn.Module, callable, str or None, default=None
-            Takes the place of the parameter ``backbone``; needed where that was a module or callable. It is never
-            changed: a copy takes the weights of the file, or is compared with those of the fit.
-
-        Returns
-        -------
-        estimator : estimator
-            Its predictions are those of the estimator that was saved, on the same device to the last bit.
-
-        Raises
-        ------
-        ValueError
-            The file is broken, was changed, has a newer format or holds another class; or the backbone is not the
-            one that was fitted.
-        FileNotFoundError
-            There is no such file.
-        ImportError
-            The package safetensors is missing, or one that the backbone needs.
-        RuntimeError
-            The file holds no backbone, and its weights cannot be downloaded.
-        """
-        place = choose_device(device)
-        path = Path(path)
-        header, tensors = read_archive(path)
-        with refusal(path, "its content is not what save writes"):
-            estimator = _without_network(cls, header, tensors, device)
-            saved = _saved_network(header, tensors)
-        found = _backbone(estimator, saved, path, backbone)
-        with refusal(path, "its model cannot be built"):
-            estimator._model = _model(_built(found, saved, place), decode(header["model"], tensors))
-            estimator._recipe = Recipe(**decode(header["recipe"], tensors))
-            estimator._stored = _stored(header, tensors, found)
-        return estimator
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = cast("dict[str, Any]", super().__getstate__())  # of BaseEstimator
-        return {**state, _VERSION: __version__}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        version = state.pop(_VERSION, "an earlier version")
-        if version != __version__:
-            warnings.warn(
-                f"This {type(self).__name__} was pickled by sklearn_lqf {version} and is read by {__version__}: it may "
-                "not work, or give other results. Files written by save are meant to be read by later versions.",
-                UserWarning,
-                stacklevel=2,
-            )
-        defaults = {name: p.default for name, p in _signature(type(self)).items() if p.default is not p.empty}
-        super().__setstate__({**defaults, **state})  # type: ignore[misc]
+def unpickled_state(cls: type, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an estimator from a pickle, with defaults of parameters that it lacks."""
+    state = dict(state)
+    version = state.pop(_VERSION, "an earlier version")
+    if version != __version__:
+        warnings.warn(
+            f"This {cls.__name__} was pickled by sklearn_lqf {version} and is read by {__version__}: it may "
+            "not work, or give other results. Files written by save are meant to be read by later versions.",
+            UserWarning,
+            stacklevel=3,
+        )
+    defaults = {name: p.default for name, p in _signature(cls).items() if p.default is not p.empty}
+    return {**defaults, **state}
 
 
 def _signature(cls: type) -> dict[str, inspect.Parameter]:
@@ -149,20 +95,18 @@ def _header(estimator: Any, include_backbone: bool, tensors: dict[str, Tensor]) 
     """What the file says, in JSON; tensors are collected."""
     parameters = estimator.get_params(deep=False)
     kept = {k: v for k, v in vars(estimator).items() if _is_fitted(k) and k not in parameters and k not in _APART}
-    stored = getattr(estimator, "_stored", None)
+    # Folds and scorers that have no text are in no file: the parameters of the loaded estimator serve.
+    kept["_fitted_with"] = {k: v for k, v in kept["_fitted_with"].items() if _has_text(v)}
     backbone = parameters["backbone"]
     return {
         "class": type(estimator).__name__,
         "versions": installed_versions(),
         "backbone": None if isinstance(backbone, str) else f"{type(backbone).__module__}.{type(backbone).__qualname__}",
-        "parameters": {k: _parameter(k, v, tensors) for k, v in parameters.items() if k not in ("memory", "device")},
+        "parameters": {k: _parameter(k, v, tensors) for k, v in parameters.items()},
         "attributes": {k: encode(v, k, tensors) for k, v in kept.items()},
         "requests": _requests(estimator),
         "network": _network_header(estimator._model.network, include_backbone, tensors),
         "model": encode(_model_fields(estimator._model), "model", tensors),
-        "recipe": encode(_fields(estimator._recipe), "recipe", tensors),
-        "stored": None if stored is None else encode(_stored_fields(stored), "stored", tensors),
-        "stored_backbone": stored is not None and stored.backbone is not None,
     }
 
 
@@ -171,11 +115,7 @@ def _is_fitted(name: str) -> bool:
     return (name.endswith("_") or name.startswith("_")) and not name.startswith("__")
 
 
-def _stored_fields(stored: StoredData) -> dict[str, Any]:
-    return {**_fields(stored.rows), "vectors": stored.vectors}
-
-
-def _model_fields(model: GroupedModel | PaperModel) -> dict[str, Any]:
+def _model_fields(model: FittedModel | PaperModel) -> dict[str, Any]:
     """What belongs to the fitted model beside its network."""
     if isinstance(model, PaperModel):
         return {"kind": "paper", "head": model.head, "coef": model.coef, "unit": model.unit}
@@ -183,14 +123,19 @@ def _model_fields(model: GroupedModel | PaperModel) -> dict[str, Any]:
         "kind": "groups",
         "reader": _fields(model.reader, ["network", "_built"]),
         "standardization": _fields(model.solution.standardization),
-        "solution": _fields(model.solution, ["standardization", "status"]),
+        "solution": _fields(model.solution, ["standardization"]),
         "unit": model.unit,
+        "recipe": _fields(model.recipe),
+        "fingerprint": model.fingerprint,
+        "rows": None if model.rows is None else _fields(model.rows),
     }
 
 
 def _parameter(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if name == "backbone":
         return value if isinstance(value, str) else None
+    if name == "execution" and value is not None:
+        value = {k: v for k, v in value.items() if k not in _LOCAL}
     if name == "weights" and isinstance(value, enum.Enum):
         return value.name  # of torchvision's, which takes the name as well
     try:
@@ -200,6 +145,14 @@ def _parameter(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
             f"The parameter {name}={value!r} cannot be saved ({error}). Predictions do not depend on it when the "
             f"estimator is fitted: set_params({name}=...) to such a value before, or use joblib.dump."
         ) from error
+
+
+def _has_text(value: Any) -> bool:
+    try:
+        encode(value, "", {})
+    except TypeError:
+        return False
+    return True
 
 
 def _requests(estimator: Any) -> dict[str, dict[str, Any]]:
@@ -285,15 +238,19 @@ def _without_network(cls: Any, header: Mapping[str, Any], tensors: Mapping[str, 
     if header["class"] != cls.__name__:
         raise ValueError(f"it holds an estimator of class {header['class']}: use {header['class']}.load")
     parameters = {k: decode(v, tensors) for k, v in header["parameters"].items()}
-    unknown = sorted(set(parameters) - set(_signature(cls)) | {"memory", "device"} & set(parameters))
+    execution = parameters.get("execution") or {}
+    unknown = sorted(set(parameters) - set(_signature(cls)) | _LOCAL & set(execution))
     if unknown:
         raise ValueError(f"{cls.__name__} cannot take the parameters {unknown} from a file")
     attributes = {k: decode(v, tensors) for k, v in header["attributes"].items()}
     foreign = [k for k in attributes if not _is_fitted(k) or k in _APART]
     if foreign:
         raise ValueError(f"{foreign} are no fitted attributes")
-    estimator = cls(**parameters, device=device)
+    if device != "auto":
+        parameters["execution"] = {**execution, "device": device}
+    estimator = cls(**parameters)
     vars(estimator).update(attributes)
+    estimator._fitted_with = {**{k: getattr(estimator, k) for k in cls._frozen}, **attributes["_fitted_with"]}
     if header["requests"]:
         known = estimator._get_metadata_request()
         for method, requests in header["requests"].items():
@@ -320,7 +277,7 @@ def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> B
         weights,
         vector_features=saved.shape[0] if len(saved.shape) == 1 else None,
         random_state=copy.deepcopy(estimator.random_state),  # a RandomState is advanced
-        download=estimator.download,
+        download=estimator._execution.download,
         architecture_only=saved.weights is not None,
     )
     own = _weights(found.module)
@@ -359,7 +316,7 @@ def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> Pr
     return network
 
 
-def _model(network: PreparedNetwork, fields: dict[str, Any]) -> GroupedModel | PaperModel:
+def _model(network: PreparedNetwork, fields: dict[str, Any]) -> FittedModel | PaperModel:
     """The fitted model of a network."""
     if fields["kind"] == "paper":
         paper = PaperModel(network, fields["head"], fields["coef"], fields["unit"])
@@ -367,12 +324,5 @@ def _model(network: PreparedNetwork, fields: dict[str, Any]) -> GroupedModel | P
         return paper
     reader = FeatureReader(network, **fields["reader"])
     solution = Solution(Standardization(**fields["standardization"]), **fields["solution"])
-    return GroupedModel(reader, solution, fields["unit"])
-
-
-def _stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone) -> StoredData | None:
-    if header["stored"] is None:
-        return None
-    fields = decode(header["stored"], tensors)
-    vectors = fields.pop("vectors")
-    return StoredData(TrainingRows(**fields), vectors, backbone if header["stored_backbone"] else None)
+    rows = None if fields["rows"] is None else TrainingRows(**fields["rows"])
+    return FittedModel(reader, solution, fields["unit"], Recipe(**fields["recipe"]), fields["fingerprint"], rows)

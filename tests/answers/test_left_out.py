@@ -21,7 +21,7 @@ NEW_VALUES = VALUES[:4] + 1
 SEVERAL = np.c_[LABELS == "ant", LABELS != "bee", VALUES[:, 0] > VALUES[:, 0].mean()].astype(int)
 WEIGHTS = np.where(np.arange(N) == 4, 0.0, np.where(np.arange(N) == 7, 2.0, np.where(np.arange(N) == 9, 0.5, 1.0)))
 NET = tiny_net(width=4)
-OPTIONS: dict[str, Any] = {"backbone": NET, "dtype": "float64", "batch_size": 4, "store_data": True}
+OPTIONS: dict[str, Any] = {"backbone": NET, "execution": {"dtype": "float64", "batch_size": 4}, "store_data": True}
 
 # An estimator, y, targets in its units, y of the new images, and the form of the solution.
 CASES: dict[str, tuple[Any, np.ndarray, np.ndarray, Any, str]] = {

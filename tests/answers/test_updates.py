@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import NotFittedError
-from support.data import make_images, tiny_net
+from support.data import make_images, merged, tiny_net
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
-from sklearn_lqf.engine.problem import Problem, StoredData
+from sklearn_lqf.engine.problem import Problem, TrainingRows
 
 N, GONE = 15, [1, 5, 12]
 KEPT = np.delete(np.arange(N), GONE)
@@ -24,11 +24,11 @@ VALUES = X[:, :6, :6].mean((1, 2)) / 255 + 0.1 * RNG.standard_normal((N, 3))  # 
 LABELS = (np.median(VALUES, 0) < VALUES).astype(int)  # several for each image
 VECTORS = RNG.standard_normal((N, 4)) * [1, 10, 0.1, 1] + 3
 WEIGHTS = RNG.uniform(0.5, 2.0, N)
-EXACT = {"backbone": tiny_net(width=4), "dtype": "float64", "batch_size": 5, "store_data": True}
+EXACT = {"backbone": tiny_net(width=4), "execution": {"dtype": "float64", "batch_size": 5}, "store_data": True}
 
 
 def classifier(kind=LQFClassifier, **parameters):
-    return kind(**{**EXACT, **parameters})
+    return kind(**merged(EXACT, parameters))
 
 
 def regressor(**parameters) -> LQFRegressor:
@@ -136,16 +136,15 @@ def test_stored_data_stand_for_data_that_are_given(case):
 # -------------------------------------------------------------------------------------------- nothing remains of it
 
 
-def secrets(stored: StoredData, gone: list[int]) -> dict[str, set[bytes]]:
+def secrets(stored: TrainingRows, gone: list[int]) -> dict[str, set[bytes]]:
     """What is known of some rows alone: each number, and each digest."""
 
     def of(array: np.ndarray) -> set[bytes]:
         alone = np.setdiff1d(array[gone], np.append(np.delete(array, gone, 0).ravel(), [0.0, 1.0]))
         return {x.tobytes() for x in alone[:8]}
 
-    rows = stored.rows
-    found = {"features": of(rows.features), "targets": of(rows.targets), "weights": of(rows.given)}
-    found["digests"] = {bytes(rows.digests[i]) for i in gone}
+    found = {"features": of(stored.features), "targets": of(stored.targets), "weights": of(stored.given)}
+    found["digests"] = {bytes(stored.digests[i]) for i in gone}
     if stored.vectors is not None:
         found["vectors"] = of(stored.vectors)
     return {k: v for k, v in found.items() if v}
@@ -194,7 +193,7 @@ SECRETIVE = {
 @pytest.mark.parametrize("case", SECRETIVE)
 def test_nothing_of_the_forgotten_remains(case):
     model, kinds = fitted(case), SECRETIVE[case]
-    known = secrets(model._stored, GONE)
+    known = secrets(model._model.rows, GONE)
     assert set(known) == kinds
     assert leaks(known, model) == {"memory": kinds, "pickle": kinds}
     model.forget(GONE)
@@ -206,25 +205,24 @@ def test_nothing_of_the_forgotten_remains(case):
 
 def kept_aside(taking):
     """All rows stay beside those that are left."""
-    return lambda stored, chosen: replace(taking(stored, chosen), backbone=stored)
+    return lambda stored, chosen: replace(taking(stored, chosen), given=Beside(taking(stored, chosen).given, stored))
 
 
 def only_views(taking):
     """Of a run of rows, what is left still holds the others."""
 
-    def view(stored: StoredData, chosen: np.ndarray) -> StoredData:
+    def view(stored: TrainingRows, chosen: np.ndarray) -> TrainingRows:
         rows = slice(chosen[0], chosen[-1] + 1)
-        parts = {"features": stored.rows.features[rows], "digests": stored.rows.digests[rows]}
-        return replace(taking(stored, chosen), rows=replace(stored.rows.taking(chosen), **parts))
+        return replace(taking(stored, chosen), features=stored.features[rows], digests=stored.digests[rows])
 
     return view
 
 
 @pytest.mark.parametrize(("wrong", "pickled"), [(kept_aside, {"features", "digests"}), (only_views, set())])
 def test_what_remains_would_be_found(wrong, pickled, monkeypatch):
-    monkeypatch.setattr(StoredData, "taking", wrong(StoredData.taking))
+    monkeypatch.setattr(TrainingRows, "taking", wrong(TrainingRows.taking))
     model = fitted("images")
-    known = secrets(model._stored, [0])
+    known = secrets(model._model.rows, [0])
     assert leaks(known, model.forget(0)) == {"memory": {"features", "digests"}, "pickle": pickled}
 
 
@@ -318,7 +316,7 @@ def test_adding_equals_a_fit_of_all(case):
         model.partial_fit(data[rows], y[rows], **classes, sample_weight=WEIGHTS[rows] if weighted else None)
         classes = {}
     assert_equal_fits(model, fitted(case), data)
-    assert len(model._stored.rows) == N
+    assert len(model._model.rows) == N
 
 
 @pytest.mark.parametrize("case", ["directions", "balanced", "vectors"])

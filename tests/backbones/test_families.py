@@ -32,7 +32,7 @@ def fit(backbone, size, **parameters):
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     weights = None if isinstance(backbone, str) else "auto"
-    clf = LQFClassifier(backbone, weights=weights, device="cpu", **parameters)
+    clf = LQFClassifier(backbone, weights=weights, execution={"device": "cpu"}, **parameters)
     clf.fit(X, [0, 1, 0, 1])
     assert np.isfinite(clf.coef_).all()
     assert np.any(clf.coef_ != 0)

@@ -164,8 +164,8 @@ def test_architecture_of_timm_and_of_packages(monkeypatch):
 def test_estimators_do_not_download_when_told_so():
     images, labels = make_images(size=32)
     with pytest.raises(RuntimeError, match="'resnet18' are needed, and download=False"):
-        LQFClassifier(download=False).fit(images, labels)
+        LQFClassifier(execution={"download": False}).fit(images, labels)
     with pytest.raises(ValueError, match="download must be True or False, got 'no'"):
-        LQFClassifier(download="no").fit(images, labels)
+        LQFClassifier(execution={"download": "no"}).fit(images, labels)
     vectors = np.random.default_rng(0).normal(size=(20, 2))
-    LQFRegressor(download=False, tangent_layers="head").fit(vectors, vectors[:, 0])
+    LQFRegressor(execution={"download": False}, tangent_layers="head").fit(vectors, vectors[:, 0])

@@ -30,7 +30,7 @@ FEATURES[:, 5:8] += 40 * np.eye(C)[CODES]
 DIGESTS = RNG.integers(0, 256, (N, 16), dtype=np.uint8)
 GIVEN = np.where(np.arange(N) % 4 == 1, 2.0, np.where(np.arange(N) % 5 == 2, 0.6, 1.0))
 ROWS = TrainingRows(FEATURES, np.eye(C)[CODES], GIVEN, DIGESTS)
-RECIPE = Recipe("leave-one-out", "auto", 1e-12, 500, C - 1, True, 1 << 30)
+RECIPE = Recipe("leave-one-out", "auto", "auto", 1e-12, 500, C - 1, True, 1 << 30)
 
 
 def pose(rows: TrainingRows = ROWS, **recipe) -> Problem:
@@ -288,7 +288,7 @@ KEPT = np.flatnonzero(WEIGHTS)
 
 
 def regressor(**parameters) -> LQFRegressor:
-    return LQFRegressor(tiny_net(), dtype="float64", store_data=True, **parameters)
+    return LQFRegressor(tiny_net(), execution={"dtype": "float64"}, store_data=True, **parameters)
 
 
 @pytest.fixture(scope="module")

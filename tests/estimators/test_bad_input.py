@@ -574,7 +574,7 @@ FIRST_CALLS: dict[str, tuple[str, Callable[[Any], Any], type, str]] = {
         "takes images, but X holds vectors of 5 features"),
     "weights of classes and labels": ("classifier", lambda m: m.set_params(class_weight="balanced").fit(X, LABELS),
         ValueError, "not supported with several labels.*use sample_weight"),
-    "no process group": ("classifier", lambda m: m.set_params(distributed=True).fit(X, Y),
+    "no process group": ("classifier", lambda m: m.set_params(execution={"distributed": True}).fit(X, Y),
         (ValueError, RuntimeError), "torchrun|process group"),
 }  # fmt: skip
 

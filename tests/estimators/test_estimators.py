@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.validation import check_is_fitted
 from support.callbacks import Silent
-from support.data import TinyNet, make_images, tiny_net
+from support.data import TinyNet, make_images, merged, tiny_net
 from torch import nn
 
 from sklearn_lqf import LQFClassifier
@@ -33,7 +33,7 @@ RAVELED = X.reshape(len(X), -1)
 
 def classifier(**parameters) -> LQFClassifier:
     """A small classifier; float64 makes equalities sharp."""
-    return LQFClassifier(**{"backbone": tiny_net(), "dtype": "float64", **parameters})
+    return LQFClassifier(**merged({"backbone": tiny_net(), "execution": {"dtype": "float64"}}, parameters))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ OPTIONS = [
     {"tangents": "both", "tangent_layers": "all", "n_directions": 3, "sketch_size": 4},
     {"tangents": "network", "tangent_layers": ["block2"], "sketch_size": None}, {"prior": "evidence"},
     {"prior": "equal"}, {"prior": "last"}, {"prior": {"last": 1, "block1.1 tangents": 2.5}},
-    {"random_state": None}, {"solver": "closed"}, {"solver": "pcg", "prior": "equal"}, {"dtype": "float32"},
+    {"random_state": None}, {"solver": "closed"}, {"solver": "pcg", "prior": "equal"}, {"execution": {"dtype": "float32"}},
     {"model": "paper"}, {"model": "paper", "tangent_layers": "all"}, {"model": "paper", "tangent_layers": "head"},
 ]  # fmt: skip
 
@@ -189,7 +189,9 @@ def test_solvers_reach_one_optimum():
     assert (closed.solver_, iterative.solver_) == ("rows", "estimate")
     assert_equal_models(iterative, closed, 1e-7)
     pcg = classifier(model="paper", tol=1e-8, alpha=0.1).fit(X, Y)
-    sgd = classifier(model="paper", solver="sgd", tol=1e-8, alpha=0.1, max_iter=2000, batch_size=8).fit(X, Y)
+    sgd = classifier(model="paper", solver="sgd", tol=1e-8, alpha=0.1, max_iter=2000, execution={"batch_size": 8}).fit(
+        X, Y
+    )
     np.testing.assert_allclose(sgd.coef_, pcg.coef_, atol=1e-6 * np.abs(pcg.coef_).max())
 
 
@@ -266,7 +268,7 @@ def small_device(monkeypatch, limit: int) -> list[int]:
 
 def test_less_memory_gives_the_same_result(fitted, monkeypatch):
     tried = small_device(monkeypatch, 7)
-    clf = classifier(batch_size=24).fit(X, Y)
+    clf = classifier(execution={"batch_size": 24}).fit(X, Y)
     assert max(tried) == 24
     assert_equal_models(clf, fitted)
 
@@ -276,7 +278,7 @@ def test_batches_of_a_cpu_are_bounded_by_their_activations(fitted, monkeypatch):
     for room, most in ((0, 1), (5 * row, 5), (100 * row, 24)):
         monkeypatch.setattr(prepared, "_BATCH_BYTES", room)
         tried = small_device(monkeypatch, 24)
-        clf = classifier(batch_size=24).fit(X, Y)
+        clf = classifier(execution={"batch_size": 24}).fit(X, Y)
         assert max(tried) == most
         assert_equal_models(clf, fitted)
     assert pickle.loads(pickle.dumps(clf))._model.network.rows_at_once(64) == 64
@@ -307,18 +309,22 @@ def trunk_rows(monkeypatch) -> list[int]:
 
 def test_memory_shares_the_trunk_between_fits_and_predictions(monkeypatch, tmp_path):
     rows, options = trunk_rows(monkeypatch), {"tangents": "network"}
-    search = GridSearchCV(classifier(memory=tmp_path, **options), {"alpha": [0.1, 1.0]}, cv=KFold(3)).fit(X, Y)
+    search = GridSearchCV(
+        classifier(execution={"memory": tmp_path}, **options), {"alpha": [0.1, 1.0]}, cv=KFold(3)
+    ).fit(X, Y)
     assert sum(rows) == len(X)
     plain = GridSearchCV(classifier(**options), {"alpha": [0.1, 1.0]}, cv=KFold(3)).fit(X, Y)
     np.testing.assert_array_equal(search.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
     rows.clear()
-    clf = classifier(memory=joblib.Memory(str(tmp_path), verbose=0), **options).fit(X, Y)
+    clf = classifier(execution={"memory": joblib.Memory(str(tmp_path), verbose=0)}, **options).fit(X, Y)
     clf.predict(X)
     assert sum(rows) == 0
     assert_equal_models(clf, classifier(**options).fit(X, Y))
     rows.clear()
-    classifier(memory=tmp_path, tangents="network", tangent_layers="all").fit(X, Y)  # no trunk: nothing to share
-    classifier(memory=tmp_path, preprocessing={"mean": (0.4, 0.4, 0.4)}, **options).fit(X, Y)
+    classifier(execution={"memory": tmp_path}, tangents="network", tangent_layers="all").fit(
+        X, Y
+    )  # no trunk: nothing to share
+    classifier(execution={"memory": tmp_path}, preprocessing={"mean": (0.4, 0.4, 0.4)}, **options).fit(X, Y)
     assert sum(rows) == 2 * len(X)
 
 
@@ -409,7 +415,7 @@ def test_a_model_of_an_absent_device_is_loaded_on_the_cpu(fitted):
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu():
-    clf = classifier(device="cuda", tangents="both").fit(X, Y)
+    clf = classifier(execution={"device": "cuda"}, tangents="both").fit(X, Y)
     assert clf.device_.startswith("cuda")
     assert_equal_models(clf, classifier(tangents="both").fit(X, Y), 1e-6)
     twin = pickle.loads(pickle.dumps(clf))
@@ -543,7 +549,7 @@ def test_few_images_that_are_all_right_leave_a_doubt(multilabel):
     ids=["inference", "no grad", "autocast"],
 )
 def test_modes_of_torch_do_not_matter(mode):
-    inside, outside = (classifier(dtype="float32", tangents="both", store_data=True) for _ in range(2))
+    inside, outside = (classifier(execution={"dtype": "float32"}, tangents="both", store_data=True) for _ in range(2))
     with mode():
         outputs = inside.fit(X, Y).forget(0).decision_function(X)
     np.testing.assert_array_equal(outputs, outside.fit(X, Y).forget(0).decision_function(X))
@@ -611,5 +617,5 @@ def test_group_norm_neither_crashes_nor_keeps_graphs(as_module, traced, monkeypa
     clf = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-4).fit(X, Y)
     assert clf.converged_
     assert products and not any(p.requires_grad for p in products)
-    exact = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-8, dtype="float64").fit(X, Y)
+    exact = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-8, execution={"dtype": "float64"}).fit(X, Y)
     np.testing.assert_allclose(clf.decision_function(X), exact.decision_function(X), atol=1e-2)

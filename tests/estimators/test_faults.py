@@ -24,7 +24,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from support.callbacks import Silent
-from support.data import make_images, tiny_net
+from support.data import make_images, merged, tiny_net
 from torch import nn
 
 import sklearn_lqf
@@ -45,7 +45,7 @@ PAPER = {"model": "paper", "tol": 1e-6, "max_iter": 500}
 
 
 def classifier(**options) -> LQFClassifier:
-    return LQFClassifier(**{"backbone": NET, "dtype": "float64", **options})
+    return LQFClassifier(**merged({"backbone": NET, "execution": {"dtype": "float64"}}, options))
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +93,10 @@ def assert_not_fitted(estimator: Any) -> None:
     [("TemporaryFile", OSError(errno.EROFS, "Read-only file system")), ("gettempdir", FileNotFoundError("No folder"))],
 )
 def test_without_room_on_the_disk_activations_are_computed_again(monkeypatch, place, error):
-    expected = classifier(batch_size=2, **PAPER).fit(X, Y)
+    expected = classifier(execution={"batch_size": 2}, **PAPER).fit(X, Y)
     monkeypatch.setattr(cache, "_MEMORY_PART", 0.0)
     monkeypatch.setattr(tempfile, place, lambda **_: raise_(error))
-    clf = classifier(batch_size=2, **PAPER).fit(X, Y)
+    clf = classifier(execution={"batch_size": 2}, **PAPER).fit(X, Y)
     assert np.array_equal(clf.coef_, expected.coef_)
     assert clf._fingerprint == expected._fingerprint
 
@@ -231,7 +231,7 @@ def test_an_interrupted_fit_changes_nothing(monkeypatch, place, before):
     net.stem.register_forward_hook(lambda *_: None)
     weights = np.linspace(1, 2, 12)
     prepare, options = INTERRUPTED[place]
-    clf = classifier(backbone=net, batch_size=3, **options)
+    clf = classifier(backbone=net, execution={"batch_size": 3}, **options)
     expected = clone(clf).fit(X, Y, weights)
     if before == "fitted":
         clf.fit(X, Y)
@@ -279,9 +279,9 @@ def interrupt(work: Callable[[], Any], number: int) -> int:
 def test_interrupted_anywhere(kind):
     """At calls spread over the whole fit, more densely at its start, where most of them differ."""
     net = tiny_net(width=2, n_classes=2)
-    clf = classifier(backbone=net, batch_size=6, tangents="both", n_directions=1, sketch_size=2)
+    clf = classifier(backbone=net, execution={"batch_size": 6}, tangents="both", n_directions=1, sketch_size=2)
     if kind == "vectors":
-        clf = LQFRegressor(batch_size=6)
+        clf = LQFRegressor(execution={"batch_size": 6})
     data = (X, Y) if kind == "images" else (X[:, 0, :, 0] / 255, np.arange(12.0))
     settings, module = _settings(), _module(net)
     expected = clf.fit(*data).coef_  # what is done once in a process is done
@@ -353,7 +353,7 @@ def test_new_images_at_which_the_network_overflows():
     for method in ("predict", "predict_proba", "decision_function"):
         with pytest.raises(ValueError, match=r"2 of 5 rows of X are not finite, the first X\[3\].*float32.*'float64'"):
             getattr(clf, method)(both)
-    wide = LQFClassifier(scaled(*overflow), dtype="float64").fit(dark, Y)
+    wide = LQFClassifier(scaled(*overflow), execution={"dtype": "float64"}).fit(dark, Y)
     assert np.isfinite(wide.decision_function(both)).all()
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.base import clone
-from support.data import tiny_net
+from support.data import merged, tiny_net
 from torch import nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
@@ -56,11 +56,11 @@ def one_thread():
 
 
 def classifier(channels: int = 3, **parameters: Any) -> LQFClassifier:
-    return LQFClassifier(NETS[channels], **{"alpha": 0.1, "dtype": "float64", **parameters})
+    return LQFClassifier(NETS[channels], **merged({"alpha": 0.1, "execution": {"dtype": "float64"}}, parameters))
 
 
 def regressor(channels: int = 3, **parameters: Any) -> LQFRegressor:
-    return LQFRegressor(NETS[channels], **{"alpha": 0.1, "dtype": "float64", **parameters})
+    return LQFRegressor(NETS[channels], **merged({"alpha": 0.1, "execution": {"dtype": "float64"}}, parameters))
 
 
 # ------------------------------------------------------------------------------------------------------- strategies
@@ -220,7 +220,7 @@ def test_every_form_gives_the_same_model(data, X, tmp_path):
 @given(data=st.data(), X=images(st.integers(2, 6), channels=3))
 def test_predictions_are_of_each_image_alone(data, X):
     """Whatever stands beside it, in whatever order and batches."""
-    clf = classifier(image_size=6, batch_size=data.draw(st.integers(1, 7))).fit(
+    clf = classifier(image_size=6, execution={"batch_size": data.draw(st.integers(1, 7))}).fit(
         np.resize(X, (4, *X.shape[1:])), [0, 1, 0, 1]
     )
     every = clf.decision_function(X)
@@ -377,7 +377,7 @@ def test_batches_do_not_matter(problem, batch_size, tangents, tangent_layers, sk
     X, codes = problem
     options = {"tangents": tangents, "tangent_layers": tangent_layers, "sketch_size": sketch_size}
     one = classifier(**options).fit(X, codes)
-    other = classifier(batch_size=batch_size, **options).fit(X, codes)
+    other = classifier(execution={"batch_size": batch_size}, **options).fit(X, codes)
     assert one.prior_.keys() == other.prior_.keys()
     assert_same_model(one, other, X)
 
@@ -475,8 +475,14 @@ CASES: dict[str, tuple[Callable, Callable | None, Any, list[int], float]] = {
     "targets": (vectors, target, LQFRegressor(), [SOME, MANY], 1e-6),
     "labels": (vectors, labels, LQFClassifier(), [SOME], 1e-6),
     "folds": (vectors, None, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
-    "images": (noise, None, LQFClassifier(tiny_net(), dtype="float32"), [SOME, MANY], 1e-4),
-    "directions": (noise, None, LQFClassifier(tiny_net(), tangents="both", dtype="float32"), [SOME], 1e-4),
+    "images": (noise, None, LQFClassifier(tiny_net(), execution={"dtype": "float32"}), [SOME, MANY], 1e-4),
+    "directions": (
+        noise,
+        None,
+        LQFClassifier(tiny_net(), tangents="both", execution={"dtype": "float32"}),
+        [SOME],
+        1e-4,
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
-from support.data import make_images, tiny_net
+from support.data import make_images, merged, tiny_net
 
 from sklearn_lqf import LQFClassifier, LQFRegressor
 
@@ -18,11 +18,11 @@ Y = X[:, :6, :6, 0].mean((1, 2)) + RNG.normal(0, 5, 20)  # of the order of 100
 TWO = np.c_[Y, 1e-3 * X[:, 6:, :6, 1].mean((1, 2))]
 LABELS = (np.c_[X[:, :6, :6, 0].mean((1, 2)), X[:, :6, 6:, 1].mean((1, 2)), X[:, 6:, :6, 2].mean((1, 2))] > 100) * 1
 WEIGHTS = np.where(np.arange(20) % 5 == 1, 2.0, np.where(np.arange(20) % 7 == 3, 0.0, 1.0))
-OPTIONS = {"dtype": "float64", "batch_size": 7}
+OPTIONS = {"execution": {"dtype": "float64", "batch_size": 7}}
 
 
 def regressor(**parameters) -> LQFRegressor:
-    return LQFRegressor(tiny_net(), **{**OPTIONS, **parameters})
+    return LQFRegressor(tiny_net(), **merged(OPTIONS, parameters))
 
 
 def least_squares(model, values, weights, new, without=None) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_a_constant_target_is_predicted():
 
 
 def classifier(**parameters) -> LQFClassifier:
-    return LQFClassifier(tiny_net(), **{**OPTIONS, **parameters})
+    return LQFClassifier(tiny_net(), **merged(OPTIONS, parameters))
 
 
 @pytest.mark.parametrize("parameters", [{}, {"views": ("identity", "flip")}, {"tangents": "both"}])

@@ -10,7 +10,7 @@ from sklearn.base import clone
 from sklearn.linear_model import Ridge, RidgeClassifierCV
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
-from support.data import make_images, tiny_net
+from support.data import make_images, merged, tiny_net
 from torch import nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV
@@ -26,16 +26,16 @@ VECTORS = X[:, ::6, ::6, 0].reshape(N, -1) / 255
 with torch.random.fork_rng(devices=[]):
     torch.manual_seed(0)
     NETWORK = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).double()
-OPTIONS = {"dtype": "float64", "batch_size": 5}
+OPTIONS = {"execution": {"dtype": "float64", "batch_size": 5}}
 BOTH_VIEWS = ("identity", "flip")
 
 
 def classifier(**parameters) -> LQFClassifier:
-    return LQFClassifier(**{"backbone": tiny_net(), **OPTIONS, **parameters})
+    return LQFClassifier(**merged({"backbone": tiny_net()}, OPTIONS, parameters))
 
 
 def search(**parameters) -> LQFClassifierCV:
-    return LQFClassifierCV(**{"backbone": tiny_net(), "alphas": ALPHAS, **OPTIONS, **parameters})
+    return LQFClassifierCV(**merged({"backbone": tiny_net(), "alphas": ALPHAS}, OPTIONS, parameters))
 
 
 def hits(estimator, rows, y) -> float:
@@ -307,5 +307,5 @@ def test_bad_parameters(case):
 
 def test_several_processes_are_refused():
     with pytest.raises(ValueError, match="does not support distributed=True"):
-        search(distributed=True)._check_parameters(2)
-    search(distributed=True)._check_parameters(1)
+        search(execution={"distributed": True})._check_parameters(2)
+    search(execution={"distributed": True})._check_parameters(1)

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sklearn_lqf.backbones.loading import load_backbone
 from sklearn_lqf.engine.features import Standardization
-from sklearn_lqf.engine.fitted import FeatureReader, GroupedModel
-from sklearn_lqf.engine.problem import Solution
+from sklearn_lqf.engine.fitted import FeatureReader, FittedModel
+from sklearn_lqf.engine.problem import Recipe, Solution
 from sklearn_lqf.io.export import _backward_operations, to_module
 from sklearn_lqf.network.prepared import PreparedNetwork
 from sklearn_lqf.paper.model import PaperModel
@@ -62,14 +62,15 @@ def prepared(net, shape=(3, 12, 12), layers="all", dtype=F64, slope=0.0, read=Tr
     return PreparedNetwork(backbone, shape, layers, slope, read, preprocessing, dtype, CPU)
 
 
-def grouped(network: PreparedNetwork, n_directions=2, size: int | None = 4, views=("identity",)) -> GroupedModel:
+def grouped(network: PreparedNetwork, n_directions=2, size: int | None = 4, views=("identity",)) -> FittedModel:
     """A model of random weights."""
     reader = FeatureReader.draw(network, n_directions, size, 0, views)
     rng, d = np.random.default_rng(0), sum(group.size for group in reader.groups)
     scale = Standardization(rng.normal(size=d), rng.uniform(1, 2, d))
     variances, weight, intercept = np.ones(len(reader.groups)), rng.normal(size=(d, C)), rng.normal(size=C)
-    solution = Solution(scale, variances, weight, intercept, 1.0, np.zeros((1, C)), "rows")
-    return GroupedModel(reader, solution, np.array([1.0, 2.0, 3.0]))
+    solution = Solution(scale, variances, weight, intercept, 1.0, "rows")
+    recipe = Recipe("equal", "auto", "auto", 1e-3, 1, C, False, 1 << 30)
+    return FittedModel(reader, solution, np.array([1.0, 2.0, 3.0]), recipe, "")
 
 
 def paper(network: PreparedNetwork, moved=True) -> PaperModel:
@@ -84,7 +85,7 @@ def paper(network: PreparedNetwork, moved=True) -> PaperModel:
     return PaperModel(network, head, coef, unit)
 
 
-def expected(model: GroupedModel, images: Tensor) -> np.ndarray:
+def expected(model: FittedModel, images: Tensor) -> np.ndarray:
     return model.outputs(model.reader.reading(None)(images))
 
 
@@ -139,7 +140,7 @@ def test_untraced_network():
     network, plain = (prepared(built(Branching).eval(), read=read) for read in (True, False))
     assert not network.split.traced
     for model in (grouped(network), grouped(network, 0), paper(plain)):
-        wanted = expected(model, IMAGES) if isinstance(model, GroupedModel) else model.evaluator(None)(IMAGES)
+        wanted = expected(model, IMAGES) if isinstance(model, FittedModel) else model.evaluator(None)(IMAGES)
         assert_outputs(to_module(model)(IMAGES), wanted)
 
 

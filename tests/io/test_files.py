@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import KFold
-from support.data import TinyNet, make_images, tiny_net
+from support.data import TinyNet, make_images, merged, tiny_net
 from torch import nn
 
 import sklearn_lqf
@@ -31,7 +31,7 @@ NET = tiny_net()
 
 
 def classifier(kind=LQFClassifier, **parameters):
-    return kind(**{"backbone": NET, "dtype": "float64", **parameters})
+    return kind(**merged({"backbone": NET, "execution": {"dtype": "float64"}}, parameters))
 
 
 # Of both models, in all forms of the solution and kinds of groups.
@@ -141,7 +141,7 @@ def test_backbone_by_name_is_built_without_a_download(tmp_path, monkeypatch):
     twin = LQFClassifier.load(path, device="cpu")
     assert np.array_equal(twin.decision_function(NEW), clf.decision_function(NEW))
     assert (twin.backbone, twin.weights) == ("squeezenet1_1", "auto")
-    saved(clf.set_params(download=False), tmp_path, include_backbone=False)
+    saved(clf.set_params(execution__download=False), tmp_path, include_backbone=False)
     with pytest.raises(RuntimeError, match="download=False"):
         LQFClassifier.load(path)
     saved(clf.set_params(weights=None), tmp_path, include_backbone=False)  # drawn again by random_state
@@ -250,7 +250,7 @@ def test_stored_data_go_on(vectors, tmp_path):
 
 
 def test_memory_is_not_taken_from_a_file(tmp_path):
-    clf = classifier(memory=Memory(tmp_path / "trusted", verbose=0)).fit(X, Y)
+    clf = classifier(execution={"memory": Memory(tmp_path / "trusted", verbose=0)}).fit(X, Y)
     path = saved(clf, tmp_path)
     assert "trusted" not in json.dumps(header_of(path))
     assert LQFClassifier.load(path, backbone=TinyNet).memory is None
@@ -275,7 +275,7 @@ def sklearn_config():
 def test_between_devices(of_vectors, tmp_path):
     moved = LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda")
     np.testing.assert_allclose(moved.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS), rtol=1e-10)
-    clf = classifier(device="cuda", store_data=True).fit(X, Y)
+    clf = classifier(execution={"device": "cuda"}, store_data=True).fit(X, Y)
     path = saved(clf, tmp_path)
     same = LQFClassifier.load(path, backbone=TinyNet)
     assert same.device_.startswith("cuda")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from sklearn.model_selection import GridSearchCV
-from support.data import make_images, tiny_net
+from support.data import make_images, merged, tiny_net
 
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.runtime.processes import ALONE, Group, _message_device, default_group
@@ -33,12 +33,12 @@ CASES = {
     "conjugate gradients": ({"solver": "pcg", "tol": 1e-10}, len(X), False),
     "two images": ({}, 2, False),
     "vectors": ({"backbone": "auto"}, len(X), True),
-    "float32": ({"dtype": "float32", "views": BOTH}, len(X), True),
+    "float32": ({"execution": {"dtype": "float32"}, "views": BOTH}, len(X), True),
 }
 
 
 def classifier(**parameters) -> LQFClassifier:
-    return LQFClassifier(**{"backbone": tiny_net(), "dtype": "float64", **parameters})
+    return LQFClassifier(**merged({"backbone": tiny_net(), "execution": {"dtype": "float64"}}, parameters))
 
 
 def images(case: str) -> np.ndarray:
@@ -80,14 +80,14 @@ def group_operations(rank: int, folder) -> dict:
 
 def a_file_that_one_cannot_read(rank: int, folder) -> str:
     paths = [folder / f"{i}.png" for i in range(12)]
-    return _message(lambda: classifier(distributed=True).fit(paths, Y[:12]))
+    return _message(lambda: classifier(execution={"distributed": True}).fit(paths, Y[:12]))
 
 
 def bars(rank: int, folder) -> bool:
     """Whether a verbose fit writes to stderr."""
     written = []
     with contextlib.redirect_stderr(_Writes(written)):
-        classifier(distributed=True, verbose=1).fit(X, Y)
+        classifier(execution={"distributed": True}, verbose=1).fit(X, Y)
     return bool(written)
 
 
@@ -113,17 +113,17 @@ def _message(call) -> str:
 
 # What differs on rank 1, or is wrong on both: parameters, data.
 ERRORS = {
-    "paper": lambda rank: classifier(distributed=True, model="paper").fit(X, Y),
-    "stored": lambda rank: classifier(distributed=True, store_data=True).fit(X, Y),
-    "seed": lambda rank: classifier(distributed=True, random_state=None).fit(X, Y),
-    "labels": lambda rank: classifier(distributed=True).fit(X, np.roll(Y, rank)),
-    "number": lambda rank: classifier(distributed=True).fit(X[rank:], Y[rank:]),
-    "lengths": lambda rank: classifier(distributed=True).fit(X, Y[rank:]),
-    "weights": lambda rank: classifier(distributed=True).fit(X, Y, None if rank else np.ones(len(X))),
-    "parameters": lambda rank: classifier(distributed=True, max_iter=100 + rank).fit(X, Y),
-    "invalid": lambda rank: classifier(distributed=True, max_iter=rank).fit(X, Y),
-    "network": lambda rank: classifier(distributed=True, backbone=tiny_net(seed=rank)).fit(X, Y),
-    "too few": lambda rank: classifier(distributed=True).fit(X, Y, np.arange(len(X)) == 1),
+    "paper": lambda rank: classifier(execution={"distributed": True}, model="paper").fit(X, Y),
+    "stored": lambda rank: classifier(execution={"distributed": True}, store_data=True).fit(X, Y),
+    "seed": lambda rank: classifier(execution={"distributed": True}, random_state=None).fit(X, Y),
+    "labels": lambda rank: classifier(execution={"distributed": True}).fit(X, np.roll(Y, rank)),
+    "number": lambda rank: classifier(execution={"distributed": True}).fit(X[rank:], Y[rank:]),
+    "lengths": lambda rank: classifier(execution={"distributed": True}).fit(X, Y[rank:]),
+    "weights": lambda rank: classifier(execution={"distributed": True}).fit(X, Y, None if rank else np.ones(len(X))),
+    "parameters": lambda rank: classifier(execution={"distributed": True}, max_iter=100 + rank).fit(X, Y),
+    "invalid": lambda rank: classifier(execution={"distributed": True}, max_iter=rank).fit(X, Y),
+    "network": lambda rank: classifier(execution={"distributed": True}, backbone=tiny_net(seed=rank)).fit(X, Y),
+    "too few": lambda rank: classifier(execution={"distributed": True}).fit(X, Y, np.arange(len(X)) == 1),
 }
 
 
@@ -133,11 +133,11 @@ def run_all(rank: int, folder) -> dict:
         "gloo", init_method=(folder / "group").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     try:
-        found = {case: answer(case, fit(case, distributed=True)) for case in CASES}
+        found = {case: answer(case, fit(case, execution={"distributed": True})) for case in CASES}
         found |= {f.__name__: f(rank, folder) for f in (group_operations, bars)}
         found[a_file_that_one_cannot_read.__name__] = a_file_that_one_cannot_read(rank, folder)
         found |= {f"error: {name}": _message(lambda call=call: call(rank)) for name, call in ERRORS.items()}
-        found["afterwards"] = answer("float64", fit("float64", distributed=True))
+        found["afterwards"] = answer("float64", fit("float64", execution={"distributed": True}))
     finally:
         dist.destroy_process_group()
     return found
@@ -286,18 +286,18 @@ def test_a_fit_after_errors_is_as_before(ranks):
 
 def test_without_a_group_the_error_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match=r"(?s)torchrun.*init_process_group"):
-        classifier(distributed=True).fit(X, Y)
+        classifier(execution={"distributed": True}).fit(X, Y)
     monkeypatch.setattr(dist, "is_available", lambda: False)
     with pytest.raises(ValueError, match="lacks"):
-        classifier(distributed=True).fit(X, Y)
+        classifier(execution={"distributed": True}).fit(X, Y)
     with pytest.raises(ValueError, match="distributed must be"):
-        classifier(distributed=None).fit(X, Y)
+        classifier(execution={"distributed": None}).fit(X, Y)
 
 
 def test_a_group_of_one_process_fits_as_without(tmp_path):
     dist.init_process_group("gloo", init_method=(tmp_path / "group").as_uri(), rank=0, world_size=1)
     try:
-        shared = fit("float64", distributed=True)
+        shared = fit("float64", execution={"distributed": True})
     finally:
         dist.destroy_process_group()
     assert np.array_equal(shared.coef_, fit("float64").coef_)

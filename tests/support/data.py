@@ -44,3 +44,14 @@ def make_images(n: int = 24, size: int = 12, n_classes: int = 3, seed: int = 0):
         a, b = corners[k % 4]
         X[i, a : a + half, b : b + half, k % 3] += 130
     return X.astype(np.uint8), np.array(["ant", "bee", "cow", "dog"])[codes % 4]
+
+
+def merged(*parts: dict) -> dict:
+    """Parameters of an estimator, of which the later win; items of ``execution`` are put together, too."""
+    found: dict = {}
+    for part in parts:
+        items = {**found.get("execution", {}), **part.get("execution", {})}
+        found |= part
+        if items:
+            found["execution"] = items
+    return found
