@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..network.linearize import full_precision, walker
+from ..network.linearize import walker
 from ..network.rewrite import is_plain
 from ..network.statistics import Part
 from ..network.tails import TracedTail
@@ -153,9 +153,8 @@ class GroupFeatures:
 
     def _layers_by_stage(self, split: Split, example: Sequence[Tensor]) -> dict[str, list[str]]:
         """Layers to be sketched, by the last module of their stage; first stage first."""
-        with full_precision():
-            _, one = self._with_graph(self._laid_out([z[:1] for z in example]))
-            _, two = self._with_graph(self._laid_out([z[:1].repeat_interleave(2, 0) for z in example]))
+        _, one = self._with_graph(self._laid_out([z[:1] for z in example]))
+        _, two = self._with_graph(self._laid_out([z[:1].repeat_interleave(2, 0) for z in example]))
         tangent, found = set(split.tangent), dict[str, list[str]]()
         for name, m in self._tail.layers().items():
             if f"{name}.weight" not in tangent or not is_plain(m, (nn.Linear, nn.Conv2d)):
@@ -176,14 +175,13 @@ class GroupFeatures:
 
     def __call__(self, activations: Sequence[Tensor]) -> Tensor:
         """Features (B, D) of trunk activations, each (B, ...)."""
-        with full_precision():
-            if not self._sketches:
-                return self._read(self.network_features(activations))
-            return self._with_directions(self._laid_out(activations))
+        if not self._sketches:
+            return self._read(self.network_features(activations))
+        return self._with_directions(self._laid_out(activations))
 
     def network_features(self, activations: Sequence[Tensor]) -> Tensor:
         """What the prepared network returns, (B, columns of all parts)."""
-        with torch.no_grad(), full_precision():
+        with torch.no_grad():
             return self._tail.primal(self._laid_out(activations))[0].detach()
 
     def part_norms(self, features: Tensor) -> Tensor:

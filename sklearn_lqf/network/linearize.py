@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,45 +17,16 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
-from ..runtime.threads import DUAL_NUMBERS, shared_by_threads
+from ..runtime.arithmetic import DUAL_NUMBERS
 from .rewrite import is_plain, plain_attention
 from .tails import GeneralTail, TracedTail
 from .tracing import Split
 
-__all__ = ["LinearizedNetwork", "Point", "full_precision", "walker"]
+__all__ = ["LinearizedNetwork", "Point", "walker"]
 
 # Until torch 2.13 group_norm has no forward-mode derivative for channels-last input, and gradients of its parameters
 # without that of its input end the process: tails that have it, or may have, are evaluated in torch's default layout.
 _GROUP_NORM_IS_CHANNELS_LAST = torch.__version__ >= "2.14"  # compared as versions, not as texts
-
-
-@shared_by_threads
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Switch off TF32 in matrix products and convolutions, and restore the caller's setting.
-
-    torch has an old and a new interface to the same settings, and refuses to read the old one where the
-    caller has used the new one; so each is kept and restored as far as it is there and can be read.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
-    wanted: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9
-        wanted += [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv, cudnn.rnn)]
-    before = []
-    for owner, name, _ in wanted:
-        try:
-            before.append((owner, name, getattr(owner, name)))
-        except RuntimeError:
-            before.append((owner, name, None))
-    try:
-        for (owner, name, value), (_, _, old) in zip(wanted, before, strict=True):
-            if old is not None:
-                setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, old in before:
-            if old is not None:
-                setattr(owner, name, old)
 
 
 def _may_norm_groups(split: Split) -> bool:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,46 +18,23 @@ from torch.utils import _pytree as pytree
 
 from ..backbones.loading import Backbone, VectorNetwork
 from ..backbones.preprocessing import Preprocessing
-from ..images.cache import SharedActivations, with_smaller_batches
+from ..images.cache import SharedActivations
 from ..images.synthetic import reference_images
+from ..runtime.arithmetic import choose_device, full_precision
+from ..runtime.memory import BATCH_BYTES, with_smaller_batches
 from .cut import NoTrunk
 from .head import as_vectors
-from .linearize import full_precision, walker
+from .linearize import walker
 from .rewrite import evaluate
 from .stages import tangent_prefixes
 from .tracing import Split, split_network
 
-__all__ = ["PREPARED_OTHERWISE", "PreparedNetwork", "choose_device", "ordinary_arithmetic"]
-
-_BATCH_BYTES = 1 << 28  # of activations of the tail in one batch on a CPU, which larger ones slow down
+__all__ = ["PREPARED_OTHERWISE", "PreparedNetwork"]
 
 PREPARED_OTHERWISE = (
     "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
     "code with which it was."
 )
-
-
-def choose_device(device: Any) -> torch.device:
-    """The device named, or the fastest present for ``"auto"``; an absent one is an error that lists what is there."""
-    present = ["cpu"]
-    if torch.cuda.is_available():
-        present += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if "cuda" in present else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is not a device; present here: {present} (or 'auto').") from error
-    if str(found) not in present:
-        raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
-    return found
-
-
-@contextmanager
-def ordinary_arithmetic(device: torch.device) -> Iterator[None]:
-    """Tensors that may have gradients, in their own precision, whatever modes of torch the caller is in."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
@@ -180,13 +156,16 @@ class PreparedNetwork:
             x = self.source.mean.cpu() + self.source.scale.cpu() * x
         return x
 
-    def rows_at_once(self, most: int) -> int:
-        """Rows of a batch: at most so many, and on a CPU, which swaps or ends before it says so, what is still fast."""
+    def rows_at_once(self, most: int, budget: int = BATCH_BYTES) -> int:
+        """Rows of a batch: at most so many, and on a CPU, which swaps or ends before it says so, what is still fast.
+
+        There the activations of the tail take at most ``budget`` bytes, or are those of one row.
+        """
         if self.device.type != "cpu":
             return most
         if self._row_bytes is None:
             self._row_bytes = with_smaller_batches(lambda _: self._bytes_of_a_row(), 1)
-        return max(1, min(most, _BATCH_BYTES // self._row_bytes))
+        return max(1, min(most, budget // self._row_bytes))
 
     def _bytes_of_a_row(self) -> int:
         """Bytes of the activations that the tail keeps of one row for its derivatives."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..runtime.threads import shared_by_threads
+from ..runtime.arithmetic import shared_by_threads
 
 __all__ = [
     "BATCH_NORMS", "CONVS", "DROPOUTS", "Attention", "StaticPad", "attention", "evaluate", "is_plain",

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..runtime.threads import DUAL_NUMBERS
+from ..runtime.arithmetic import DUAL_NUMBERS
 from .activations import LeakyClamp
 from .depthwise import is_wide_depthwise, weight_gradient
 from .rewrite import CONVS, StaticPad, is_plain, plain_attention

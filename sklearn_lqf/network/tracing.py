@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..runtime.threads import TRACING
+from ..runtime.arithmetic import TRACING
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
 from .fold import NotTracedError, fold_batch_norms, make_functional, simplify
@@ -123,9 +123,7 @@ def split_network(
         stages = {stage[-1]: stage for stage in find_stages(explicit, example, by_width=True)}
     make_explicit(explicit, example)
     try:
-        graph, parts = _trace(explicit, example, stages if read_stages else {})
-        if not _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
-            raise NotTracedError("the traced graph computes something else")
+        graph, parts = _traced(explicit, example, reference, stages if read_stages else {})
     except NotTracedError as reason:
         _warn_untraced(reason)
         whole = _private_copy(module, example.dtype)
@@ -384,17 +382,39 @@ class _Tracer(fx.Tracer):
         return opaque and type(m) is not nn.TransformerEncoderLayer
 
 
-def _trace(module: nn.Module, example: Tensor, stages: dict[str, list[str]]) -> tuple[fx.GraphModule, list[Part]]:
+def _traced(
+    module: nn.Module, example: Tensor, reference: Tensor, stages: dict[str, list[str]]
+) -> tuple[fx.GraphModule, list[Part]]:
+    """The graph of a network that computes the same; what timm declares opaque is only left so where it must be."""
+    opaque: list[tuple[tuple, tuple]] = [((), ())]
+    if any(type(m).__module__.startswith("timm.") for m in module.modules()):
+        from timm.models import get_notrace_functions, get_notrace_modules
+
+        opaque.append((tuple(get_notrace_modules()), tuple(get_notrace_functions())))
+    reasons = []
+    for leaves, functions in opaque:
+        try:
+            graph, parts = _trace(module, example, stages, leaves, functions)
+        except NotTracedError as reason:
+            reasons.append(reason)
+            continue
+        if _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
+            return graph, parts
+        reasons.append(NotTracedError("the traced graph computes something else"))
+    raise reasons[-1]
+
+
+def _trace(
+    module: nn.Module,
+    example: Tensor,
+    stages: dict[str, list[str]],
+    leaves: tuple[type, ...],
+    functions: tuple[Callable, ...],
+) -> tuple[fx.GraphModule, list[Part]]:
     """The graph of a network in evaluation mode, without assertions, dropout and operations in place.
 
     What is read of the layers of stages is appended to its features; these parts are returned, too.
     """
-    leaves: tuple[type, ...] = ()
-    functions: tuple[Callable, ...] = ()
-    if any(type(m).__module__.startswith("timm.") for m in module.modules()):
-        from timm.models import get_notrace_functions, get_notrace_modules
-
-        leaves, functions = tuple(get_notrace_modules()), tuple(get_notrace_functions())
     root = module if isinstance(module, Output) else Output(module)  # with one argument
     tracer = _Tracer(example, leaves, functions)
     try:

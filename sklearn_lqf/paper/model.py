@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine.prior import Rows, scale_prior
 from ..images.cache import TrunkCache
-from ..network.linearize import LinearizedNetwork, full_precision
+from ..network.linearize import LinearizedNetwork
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
 from .objective import Quadratic, build_kfac
 from .solvers import Callback, SolverResult, Status, pcg, sgd
@@ -87,9 +87,8 @@ class PaperModel:
         d = torch.tensor(self.coef).to(linearized.weight)  # a copy: arrays of joblib may be read-only
 
         def evaluate(images: Tensor) -> np.ndarray:
-            with full_precision():
-                point = linearized.at(activations(images), gradients=False)
-                outputs = point.outputs + point.jvp(d)
+            point = linearized.at(activations(images), gradients=False)
+            outputs = point.outputs + point.jvp(d)
             return self.unit * outputs.double().cpu().numpy()
 
         return evaluate
@@ -244,14 +243,13 @@ def _evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """f_w0 of all rows (n, C) and the features of some (m, D), in float64; one pass over the batches."""
     outputs, features, start = [], [], 0
-    with full_precision():
-        for z in batches:
-            point = linearized.at(z, gradients=False)
-            stop = start + len(point.outputs)
-            mine = torch.as_tensor(rows[(rows >= start) & (rows < stop)] - start)
-            outputs.append(point.outputs.double().cpu().numpy())
-            features.append(point.features[mine.to(point.features.device)].double().cpu().numpy())
-            start = stop
+    for z in batches:
+        point = linearized.at(z, gradients=False)
+        stop = start + len(point.outputs)
+        mine = torch.as_tensor(rows[(rows >= start) & (rows < stop)] - start)
+        outputs.append(point.outputs.double().cpu().numpy())
+        features.append(point.features[mine.to(point.features.device)].double().cpu().numpy())
+        start = stop
     found = np.concatenate(outputs), np.concatenate(features)
     if not all(np.isfinite(v).all() for v in found):
         raise ValueError(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..images.cache import batch_sizes
-from ..network.linearize import LinearizedNetwork, Point, full_precision
+from ..network.linearize import LinearizedNetwork, Point
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 
 __all__ = ["Quadratic", "build_kfac"]
@@ -80,18 +80,16 @@ class Quadratic:
 
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
         """H_k v, with H the mean of H_k over the batches."""
-        with full_precision():
-            point = self._point(k)
-            product = point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
+        point = self._point(k)
+        product = point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
         return (len(self.batches) * product).add_(v, alpha=self.alpha)
 
     def _sum(self, outputs: Callable[[Point, int], Tensor]) -> Tensor:
         """sum_i s_i J_i' u_i over all rows, for u (B, C) of each batch."""
         total = self.network.weight.new_zeros(self.network.n_parameters)
-        with full_precision():
-            for k in range(len(self.batches)):
-                point = self._point(k)
-                point.add_vjp(self.weights[k].unsqueeze(1) * outputs(point, k), total)
+        for k in range(len(self.batches)):
+            point = self._point(k)
+            point.add_vjp(self.weights[k].unsqueeze(1) * outputs(point, k), total)
         return total
 
     def _point(self, k: int) -> Point:
@@ -107,10 +105,9 @@ class Quadratic:
     def value(self, d: Tensor) -> float:
         """The objective at d."""
         total = self.alpha * float(d.double().square().sum())
-        with full_precision():
-            for k, (t, s) in enumerate(zip(self.targets, self.weights, strict=True)):
-                residual = (self._point(k).jvp(d) - t).double()
-                total += float(s.double() @ residual.square().sum(1))
+        for k, (t, s) in enumerate(zip(self.targets, self.weights, strict=True)):
+            residual = (self._point(k).jvp(d) - t).double()
+            total += float(s.double() @ residual.square().sum(1))
         return total
 
     def distance_bound(self, d: Tensor) -> float:
@@ -146,16 +143,15 @@ def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Te
     # As many rows at once as the caller evaluates, if the gradients of all probes fit.
     largest = max(batch_sizes(batches))
     limit = max(1, largest // len(probes), _GRADIENTS // (len(probes) * max(elements, 1)))
-    with full_precision():
-        for piece, batch in _pieces(batches, limit):
-            point = network.at(batch, gradients=bool(blocks))
-            head.update(point.features, weights[piece])
-            if blocks:
-                with torch.no_grad():
-                    for name, inputs, gradients in _layer_gradients(point, blocks, probes[:, piece]):
-                        blocks[name].update(inputs, gradients, weights[piece])
-        if others:
-            _update_others(network, batches, weights, others, owners)
+    for piece, batch in _pieces(batches, limit):
+        point = network.at(batch, gradients=bool(blocks))
+        head.update(point.features, weights[piece])
+        if blocks:
+            with torch.no_grad():
+                for name, inputs, gradients in _layer_gradients(point, blocks, probes[:, piece]):
+                    blocks[name].update(inputs, gradients, weights[piece])
+    if others:
+        _update_others(network, batches, weights, others, owners)
     return KFAC([*blocks.values(), *others, head])
 
 
@@ -166,8 +162,7 @@ def _kronecker_blocks(network: LinearizedNetwork, batch: Batch) -> tuple[dict[st
     (their weight is read by a function) or called with tokens before images, are left to the small blocks. One
     image given twice tells them apart.
     """
-    with full_precision():
-        point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
+    point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
     layers = network.kronecker_layers()
     calls = {name: point.layer_calls(name) for name in layers}
     names = [name for name, found in calls.items() if found and all(_halves_agree(x) for x, _ in found)]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from sklearn_lqf.engine.features import Group, GroupFeatures, draw_directions, fit_standardization
 from sklearn_lqf.images.synthetic import reference_images
-from sklearn_lqf.network.prepared import ordinary_arithmetic
+from sklearn_lqf.runtime.arithmetic import ordinary_arithmetic
 from sklearn_lqf.network.tracing import Split, remove_head, split_network
 
 F64 = torch.float64
@@ -238,7 +238,7 @@ def test_modes_and_flags_change_nothing_and_are_left_alone(global_generators_unc
     with torch.no_grad():
         assert torch.equal(features(activations), whole)
         assert not torch.is_grad_enabled()
-    with torch.inference_mode(), ordinary_arithmetic(torch.device("cpu")):
+    with torch.inference_mode(), ordinary_arithmetic():
         assert torch.equal(features(activations), whole)
     for parameter in split.tail.parameters():
         assert not parameter.requires_grad and parameter.grad is None

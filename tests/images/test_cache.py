@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sklearn_lqf.images import cache
-from sklearn_lqf.images.cache import Fingerprint, SharedActivations, TrunkCache, batch_sizes, with_smaller_batches
+from sklearn_lqf.images.cache import Fingerprint, SharedActivations, TrunkCache, batch_sizes
 
 N = 11
 ROWS = torch.randn(N, 4, 3, 2, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
@@ -61,29 +61,12 @@ def test_batches(kind):
     assert batches.kind == ("memory" if kind == "auto" else kind)
 
 
-def test_auto_takes_the_first_place_with_room(monkeypatch):
+@pytest.mark.parametrize(("memory", "disk", "kind"), [(0, 0, "memory"), (-1, 0, "disk"), (-1, -1, "none")])
+def test_auto_takes_the_first_place_with_room(memory, disk, kind):
     size = (24 * 4 + 8) * N
-    monkeypatch.setattr(cache, "_MEMORY_PART", 0.0)
-    assert made("auto").kind == "disk"
-    monkeypatch.setattr(cache, "_DISK_PART", 0.0)
-    assert made("auto").kind == "none"
-    monkeypatch.setattr(cache, "_MEMORY_PART", 1.0)
-    for free, kind in ((size, "memory"), (size - 1, "none")):
-        monkeypatch.setattr(cache, "_memory", lambda free=free: free)
-        assert made("auto").kind == kind
-
-
-def test_memory_of_machine_and_container(monkeypatch, tmp_path):
-    monkeypatch.setattr(cache, "_CGROUP", tmp_path / "absent")
-    whole = cache._memory()
-    assert whole > 1 << 28
-    (tmp_path / "limit").write_text("1000000\n")
-    monkeypatch.setattr(cache, "_CGROUP", tmp_path / "limit")
-    assert cache._memory() == 1000000
-    (tmp_path / "limit").write_text("max\n")
-    assert cache._memory() == whole
-    monkeypatch.delattr(os, "sysconf")
-    assert cache._memory() == cache._UNKNOWN_MEMORY
+    room = {"memory": size + memory, "disk": size + disk}
+    batches = TrunkCache(Evaluate(), N, 4, "auto", lambda _: None, **room)
+    assert batches.kind == kind
 
 
 def test_what_changes_its_input_in_place_leaves_the_file_alone():
@@ -124,8 +107,8 @@ def test_full_disk(monkeypatch):
     with pytest.raises(OSError, match=r"11 rows take 1 KiB.*No space left.*cache='none'") as caught:
         made("disk")
     assert caught.value.errno == errno.ENOSPC
-    monkeypatch.setattr(cache, "_MEMORY_PART", 0.0)
-    batches = made("auto")
+    with pytest.warns(UserWarning, match="No space left"):
+        batches = TrunkCache(Evaluate(), N, 4, "auto", lambda _: None, memory=0)
     assert batches.kind == "none"
     assert_holds_all(batches)
 
@@ -145,34 +128,9 @@ def test_batches_shrink_to_what_the_device_bears(kind):
     assert_holds_all(batches)
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_halving(error):
-    tried = []
-
-    def work(size: int) -> int:
-        tried.append(size)
-        if size > 2:
-            raise error
-        return 10 * size
-
-    assert with_smaller_batches(work, 9) == 20
-    assert tried == [9, 4, 2]
-
-
-def test_what_cannot_be_mended():
-    with pytest.raises(MemoryError, match=r"batches of one row \(too many\).*image_size"):
+def test_one_row_is_too_much():
+    with pytest.raises(MemoryError, match=r"batches of one row \(too many\)"):
         made("memory", 8, Evaluate(limit=0))
-    calls = []
-
-    def broken(size: int) -> None:
-        calls.append(size)
-        raise RuntimeError("another")
-
-    with pytest.raises(RuntimeError, match="another"):
-        with_smaller_batches(broken, 8)
-    assert calls == [8]
 
 
 # ------------------------------------------------------------------------------------------ shared between fits

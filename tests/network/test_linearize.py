@@ -14,11 +14,11 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sklearn_lqf.network.linearize import LinearizedNetwork, full_precision
+from sklearn_lqf.network.linearize import LinearizedNetwork
 from sklearn_lqf.network.statistics import Part
 from sklearn_lqf.network.tails import _dual_call
 from sklearn_lqf.network.tracing import Split, split_network
-from sklearn_lqf.runtime.threads import DUAL_NUMBERS
+from sklearn_lqf.runtime.arithmetic import DUAL_NUMBERS
 
 SLOPE = 0.1
 OUTPUTS = 3
@@ -891,65 +891,6 @@ def test_attention_in_a_network_that_does_not_trace(untraced):
 
 
 # ----------------------------------------------------------------------------------------------- precision
-
-
-class _State:
-    """Readings of torch's settings of precision; a reading that torch refuses is a value too."""
-
-    @staticmethod
-    def owners():
-        backends = torch.backends
-        new = [backends.cuda.matmul, *([backends.cudnn.conv, backends.cudnn.rnn] if _State.new() else [])]
-        old = [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
-        return old + [(owner, "fp32_precision") for owner in new if _State.new()]
-
-    @staticmethod
-    def new():
-        return hasattr(torch.backends.cuda.matmul, "fp32_precision")
-
-    @staticmethod
-    def read():
-        found = []
-        for owner, name in _State.owners():
-            try:
-                found.append(getattr(owner, name))
-            except RuntimeError:
-                found.append("refused")
-        return found
-
-
-@pytest.fixture
-def settings():
-    """torch's settings of precision are put back after the test."""
-    before = _State.read()
-    yield
-    for (owner, name), value in zip(_State.owners(), before, strict=True):
-        setattr(owner, name, value)
-
-
-SETTINGS = {
-    "default": lambda: None,
-    "TF32": lambda: torch.set_float32_matmul_precision("high"),
-    "no TF32": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
-    "TF32 by the new interface": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-    "no TF32 by the new interface": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-}
-
-
-@pytest.mark.parametrize("choose", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("fails", [False, True])
-def test_precision_is_full_inside_and_restored(settings, choose, fails):
-    try:
-        choose()
-    except AttributeError:
-        pytest.skip("this torch has one interface")
-    before = _State.read()
-    with contextlib.suppress(ZeroDivisionError), full_precision():
-        for (owner, name), value in zip(_State.owners(), _State.read(), strict=True):
-            assert value in (False, "ieee", "refused"), (owner, name)
-        if fails:
-            raise ZeroDivisionError
-    assert _State.read() == before
 
 
 def test_attention_settings_are_restored():
