@@ -1,7 +1,10 @@
 """Linear Quadratic Fine-tuning of pre-trained image networks, as scikit-learn estimators."""
 
+from .displays.convergence import ConvergenceDisplay
+from .displays.influential_images import InfluenceDisplay
+from .displays.prior_shares import PriorDisplay
+from .displays.regularization_path import RegularizationPathDisplay
 from .estimators.classifier import LQFClassifier
-from .estimators.displays import ConvergenceDisplay, InfluenceDisplay, PriorDisplay, RegularizationPathDisplay
 from .estimators.image_reader import ImageReader
 from .estimators.regressor import LQFRegressor
 from .estimators.search import LQFClassifierCV

@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_y
 from ..answers.uncertainty import THRESHOLD, fit_temperature
 from ..engine.problem import TrainingRows
 from ..paper.model import TARGET_SCALE
-from .base import LQFBase, stores_data
+from .fitting import LQFBase, stores_data
 
 __all__ = ["ClassifierBase"]
 

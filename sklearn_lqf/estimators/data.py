@@ -1,9 +1,9 @@
-"""Data as users give them: images or vectors in, batches of tensors out."""
+"""Data as users give them, and what a network reads of them: images or vectors in, features out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,14 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
 from ..backbones.loading import Backbone, load_backbone
-from ..images.cache import with_smaller_batches
+from ..engine.fitted import FeatureReader
+from ..images.digests import Fingerprint
 from ..images.reading import ImageInputs, is_image_input
-from ..network.prepared import ordinary_arithmetic
+from ..network.prepared import PreparedNetwork
+from ..runtime.arithmetic import ordinary_arithmetic
+from ..runtime.memory import with_smaller_batches
 from .parameters import Parameters
+from .progress import Progress
 
 __all__ = ["Inputs", "evaluate_rows", "select_rows"]
 
@@ -35,7 +39,11 @@ class Inputs(Parameters):
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         if is_image_input(X, self.image_shape):
             backbone = load_backbone(
-                self.backbone, self.weights, random_state=self.random_state, download=self._execution.download
+                self.backbone,
+                self.weights,
+                random_state=self.random_state,
+                download=self._execution.download,
+                image_size=self.image_size,
             )
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             of_backbone = isinstance(self.image_size, str) and self.image_size == "backbone"
@@ -98,8 +106,51 @@ class Inputs(Parameters):
     def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
         network = self._model.network
-        with ordinary_arithmetic(network.device):
+        with ordinary_arithmetic():
             return evaluate_rows(evaluate, rows, np.arange(len(rows)), network.rows_at_once(self._execution.batch_size))
+
+    def _reads_directions(self) -> bool:
+        """Whether tangents along directions may have a variance."""
+        if self._paper or (isinstance(self.prior, str) and self.prior in ("equal", "last")):
+            return False
+        named = isinstance(self.prior, Mapping) and not any(str(name).endswith(" directions") for name in self.prior)
+        return self.tangents in ("network", "both") and not named
+
+    def _prepare(
+        self, backbone: Backbone, rows: Any, keep: np.ndarray, weights: np.ndarray, device: torch.device
+    ) -> PreparedNetwork:
+        """The backbone made ready for the size of the images, or for the scale of the vectors."""
+        vectors, dtype = isinstance(rows, np.ndarray), self._execution.dtype
+        if vectors:
+            shape: tuple[int, ...] = (rows.shape[1],)
+            preprocessing = None
+        else:
+            preprocessing = backbone.preprocessing.override(self.preprocessing)
+            shape = (backbone.in_channels, *rows.size)
+        precision = torch.float64 if dtype == "float64" or (vectors and dtype == "auto") else torch.float32
+        layers = self.tangent_layers if self._paper or self._reads_directions() else "head"
+        alone = isinstance(self.prior, str) and self.prior == "last"
+        local = not self._paper and self.tangents in ("local", "both") and not alone
+        slope = float(self.negative_slope)
+        network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, precision, device)
+        if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
+            network.check_layers(self.tangent_layers)
+        return network.standardized(rows[keep], weights[keep]) if vectors else network
+
+    def _evaluate(
+        self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Raw features (n, D) and digests (n, 16) of some rows."""
+        seen = Fingerprint(len(chosen))
+
+        def see(start: int, images: Tensor) -> None:
+            seen.see(np.arange(start, start + len(images)), images)
+            if progress is not None:
+                progress.rows(len(images), len(chosen))
+
+        size = reader.network.rows_at_once(self._execution.batch_size)
+        features = evaluate_rows(reader.reading(self._execution.folder), inputs, chosen, size, see)
+        return torch.from_numpy(features), seen.images
 
     def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
         """Weights of n rows, not all zero."""

@@ -13,7 +13,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_y
 
 from ..engine.problem import TrainingRows
-from .base import LQFBase, stores_data
+from .fitting import LQFBase, stores_data
 from .parameters import with_shared_parameters
 
 __all__ = ["LQFRegressor"]

@@ -25,13 +25,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..backbones.preprocessing import Preprocessing
 from ..engine.features import GroupFeatures
 from ..engine.fitted import FittedModel
-from ..network.linearize import full_precision, walker
-from ..network.prepared import ordinary_arithmetic
+from ..network.linearize import walker
 from ..network.rewrite import plain_attention
 from ..network.tails import TracedTail
 from ..network.tracing import Split
 from ..paper.model import PaperModel
-from ..runtime.threads import DUAL_NUMBERS
+from ..runtime.arithmetic import DUAL_NUMBERS, ordinary_arithmetic
 
 __all__ = ["LinearizedModule", "to_module"]
 
@@ -90,7 +89,7 @@ class LinearizedModule(nn.Module):
         """Outputs (B, n_outputs)."""
         if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export
             return self._outputs(images, self.features.exported)
-        with ordinary_arithmetic(images.device), torch.no_grad(), full_precision():
+        with ordinary_arithmetic(), torch.no_grad():
             # Autograd refuses tensors that were made in inference mode.
             return self._outputs(images.clone() if images.is_inference() else images, self.features)
 

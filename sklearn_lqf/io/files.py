@@ -279,6 +279,7 @@ def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> B
         random_state=copy.deepcopy(estimator.random_state),  # a RandomState is advanced
         download=estimator._execution.download,
         architecture_only=saved.weights is not None,
+        image_size=saved.shape[1:] if len(saved.shape) == 3 else None,
     )
     own = _weights(found.module)
     wrong = [name for name in saved.names if name not in own or not _fits(own[name], name, saved)]

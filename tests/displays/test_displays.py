@@ -17,15 +17,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support.data import make_images, tiny_net
 
-from sklearn_lqf import LQFClassifier, LQFRegressor
-from sklearn_lqf.estimators import curves
-from sklearn_lqf.estimators import displays as plotting
-from sklearn_lqf.estimators.displays import (
+from sklearn_lqf import (
     ConvergenceDisplay,
     InfluenceDisplay,
+    LQFClassifier,
+    LQFRegressor,
     PriorDisplay,
     RegularizationPathDisplay,
 )
+from sklearn_lqf.displays import convergence, influential_images, prior_shares, regularization_path
 
 X, Y = make_images(15)
 NEW_X, NEW_Y = make_images(3, seed=1)
@@ -392,7 +392,7 @@ def test_missing_matplotlib_is_named(display, clf, monkeypatch):
         display(**{name: None for name in names if name != "return"}).plot()
 
 
-@pytest.mark.parametrize("module", [curves, plotting])
+@pytest.mark.parametrize("module", [convergence, influential_images, prior_shares, regularization_path])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed

@@ -1,4 +1,4 @@
-"""Displays in scikit-learn's manner: which images made a prediction; and the curves of `curves`.
+"""Which training images made a prediction, as pictures.
 
 Hides how images in all their forms become pictures; they are read as the estimator reads them.
 """
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from ..images.reading import ImageInputs, is_image_input
-from .curves import ConvergenceDisplay, PriorDisplay, RegularizationPathDisplay, check_estimator, pyplot
+from .figures import check_estimator, pyplot
 
-__all__ = ["ConvergenceDisplay", "InfluenceDisplay", "PriorDisplay", "RegularizationPathDisplay"]
+__all__ = ["InfluenceDisplay"]
 
 _SHOWN_MAX = 512  # pixels of the longer side of an image that is drawn; larger ones are made smaller
 _HELPFUL, _HARMFUL = "tab:blue", "tab:red"  # told apart by color-blind eyes too
@@ -68,7 +68,7 @@ class InfluenceDisplay:
     Examples
     --------
     >>> import numpy as np
-    >>> from sklearn_lqf.estimators.displays import InfluenceDisplay
+    >>> from sklearn_lqf import InfluenceDisplay
     >>> images = np.random.default_rng(0).uniform(size=(4, 8, 8))
     >>> display = InfluenceDisplay(
     ...     image=images[0], label="cat", predicted="cat", effect=[0.2, -0.1, 0.1], images=images[1:],

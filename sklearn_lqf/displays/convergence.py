@@ -1,0 +1,138 @@
+"""How a fit converged: the relative gradient after each iteration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .figures import check_estimator, legend, pyplot
+
+__all__ = ["ConvergenceDisplay"]
+
+_TOL_GID = "sklearn_lqf.tol"  # marks the line of tol, which displays on one Axes share
+
+
+class ConvergenceDisplay:
+    """Convergence of the solver: relative norm of the gradient against iterations.
+
+    It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes. Several
+    displays on one Axes compare solvers.
+
+    Parameters
+    ----------
+    residual_norms : array-like of shape (n_iter + 1,)
+        Norm of the gradient before the first and after each iteration, relative to its value at zero.
+    tol : float, default=None
+        Where the solver stops. None or 0: no line is drawn for it.
+    estimator_name : str, default=None
+        Name in the legend.
+
+    Attributes
+    ----------
+    line_ : matplotlib Line2D
+        The norms.
+    tol_line_ : matplotlib Line2D or None
+        The line of ``tol``; displays with one ``tol`` on one Axes share it.
+    ax_ : matplotlib Axes
+        Axes with the curve.
+    figure_ : matplotlib Figure
+        Figure with the curve.
+
+    See Also
+    --------
+    ConvergenceDisplay.from_estimator : Draw the convergence of a fitted estimator.
+
+    Examples
+    --------
+    >>> from sklearn_lqf import ConvergenceDisplay
+    >>> display = ConvergenceDisplay(residual_norms=[0.5, 0.06, 0.004], tol=0.01, estimator_name="pcg").plot()
+    >>> display.ax_.get_yscale()
+    'log'
+    """
+
+    def __init__(self, *, residual_norms: Any, tol: float | None = None, estimator_name: str | None = None):
+        self.residual_norms = residual_norms
+        self.tol = tol
+        self.estimator_name = estimator_name
+
+    def plot(self, ax: Any = None, *, name: str | None = None, **line_kw: Any) -> ConvergenceDisplay:
+        """Draw the curve.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Axes to draw on. None: those of a new figure.
+        name : str, default=None
+            Name in the legend; ``estimator_name`` if None.
+        **line_kw : dict
+            Passed to matplotlib's ``plot``.
+
+        Returns
+        -------
+        display : ConvergenceDisplay
+            The display itself.
+        """
+        plt = pyplot("ConvergenceDisplay.plot")
+        from matplotlib.ticker import MaxNLocator
+
+        ax = plt.subplots(layout="constrained")[1] if ax is None else ax
+        name = self.estimator_name if name is None else name
+        norms = np.asarray(self.residual_norms, dtype=float)
+        options = {"label": name, "marker": "o" if len(norms) <= 50 else None, "markersize": 4, **line_kw}
+        (self.line_,) = ax.plot(np.arange(len(norms)), norms, **options)
+        self.tol_line_ = self._tol_line(ax)
+        ax.set(yscale="log", xlabel="Iteration", ylabel="Relative norm of the gradient")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend(ax)
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+    def _tol_line(self, ax: Any) -> Any:
+        """The line of tol: that of another display if it is there already."""
+        if not self.tol:
+            return None
+        for line in ax.lines:
+            if line.get_gid() == _TOL_GID and line.get_ydata()[0] == self.tol:
+                return line
+        return ax.axhline(self.tol, color="tab:gray", linestyle="--", label=f"tol = {self.tol:g}", gid=_TOL_GID)
+
+    @classmethod
+    def from_estimator(
+        cls, estimator: Any, *, ax: Any = None, name: str | None = None, **line_kw: Any
+    ) -> ConvergenceDisplay:
+        """Draw the convergence of a fitted estimator.
+
+        Parameters
+        ----------
+        estimator : estimator instance
+            Fitted, with ``residual_norms_`` and ``tol``, such as `LQFClassifier`.
+        ax : matplotlib Axes, default=None
+            Axes to draw on. None: those of a new figure.
+        name : str, default=None
+            Name in the legend; that of the class if None.
+        **line_kw : dict
+            Passed to matplotlib's ``plot``.
+
+        Returns
+        -------
+        display : ConvergenceDisplay
+            The display, drawn.
+
+        Raises
+        ------
+        TypeError
+            The estimator is of another kind.
+        ValueError
+            Its solution is in closed form.
+        """
+        pyplot("ConvergenceDisplay.from_estimator")
+        check_estimator(cls, estimator, "residual_norms_", "tol")
+        if not len(estimator.residual_norms_):
+            raise ValueError(
+                "ConvergenceDisplay needs a solver that iterates, but this solution is in closed form: fit with "
+                "solver='pcg' to see its convergence."
+            )
+        name = type(estimator).__name__ if name is None else name
+        display = cls(residual_norms=estimator.residual_norms_, tol=estimator.tol, estimator_name=name)
+        return display.plot(ax, **line_kw)
