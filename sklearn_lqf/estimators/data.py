@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..backbones.loading import Backbone, load_backbone
 from ..engine.fitted import FeatureReader
+from ..images.decoding import unwrap
 from ..images.digests import Fingerprint
 from ..images.reading import ImageInputs, is_image_input
+from ..images.sources import image_elements
 from ..network.prepared import PreparedNetwork
 from ..runtime.arithmetic import ordinary_arithmetic
 from ..runtime.memory import with_smaller_batches
@@ -25,6 +27,7 @@ from .progress import Progress
 __all__ = ["Inputs", "evaluate_rows", "select_rows"]
 
 
+_LEAST_SIZE = 64  # of arrays: smaller ones are enlarged, since the last stage of most networks is 32 times smaller
 _WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares leave what float32 can hold
 
 
@@ -43,15 +46,11 @@ class Inputs(Parameters):
                 self.weights,
                 random_state=self.random_state,
                 download=self._execution.download,
-                image_size=self.image_size,
+                image_size=None if isinstance(self.image_size, str) else self.image_size,
             )
             preprocessing = backbone.preprocessing.override(self.preprocessing)
-            of_backbone = isinstance(self.image_size, str) and self.image_size == "backbone"
-            size = preprocessing.size if of_backbone else self.image_size
-            if size is None and of_backbone:
-                raise ValueError(f"The size at which {backbone.name} was trained is not known: set image_size.")
             self._image_options: dict[str, Any] = {
-                "image_size": size,
+                "image_size": self._size_of_images(X, preprocessing.size, backbone.name),
                 "in_channels": backbone.in_channels,
                 "interpolation": preprocessing.interpolation,
                 "channel_axis": self.channel_axis,
@@ -101,7 +100,29 @@ class Inputs(Parameters):
         _refuse_one_image(X)
         if shape is not None and not is_image_input(X):
             X = validate_data(self, X, dtype=None, reset=reset)
-        return ImageInputs(X, image_shape=shape, **self._image_options)
+        return ImageInputs(X, image_shape=shape, n_jobs=self._execution.n_jobs, **self._image_options)
+
+    def _size_of_images(self, X: Any, own: tuple[int, int] | None, name: str) -> Any:
+        """The size to which images are resized, by ``image_size`` and the size of the backbone; None: to none."""
+        if not isinstance(self.image_size, str):
+            return self.image_size
+        if self.image_size not in ("auto", "backbone"):
+            raise ValueError(
+                "image_size must be 'auto', 'backbone', a positive int, a pair (H, W) of them, or None, got "
+                f"{self.image_size!r}."
+            )
+        if self.image_size == "backbone":
+            if own is None:
+                raise ValueError(f"The size at which {name} was trained is not known: set image_size.")
+            return own
+        if own is None or not _are_arrays(X):
+            return own
+        shape = None if is_image_input(X) else self.image_shape
+        size = ImageInputs(X, image_shape=shape, channel_axis=self.channel_axis).size
+        if max(size) > max(own):
+            return own
+        least = min(_LEAST_SIZE, *own)
+        return least if min(size) < least else None
 
     def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
@@ -164,6 +185,14 @@ class Inputs(Parameters):
                 "multiply all of them, and a numeric alpha, by one factor."
             )
         return given
+
+
+def _are_arrays(X: Any) -> bool:
+    """Whether images are given as arrays of pixels, not as files or PIL images."""
+    if not is_image_input(X) or getattr(X, "ndim", 0) >= 3:
+        return True
+    elements = image_elements(X)
+    return len(elements) > 0 and hasattr(unwrap(elements[0]), "ndim")
 
 
 def _refuse_one_image(X: Any) -> None:

@@ -36,9 +36,10 @@ Estimator = TypeVar("Estimator", bound="Parameters")
 _NETWORK_PARAMETERS = """
 backbone : str, nn.Module or callable, default="auto"
     The pre-trained network: a classification model of torchvision by name (``"resnet18"``), one of timm
-    (``"timm:convnext_tiny"``), ``"efficientnet_lite0"`` (its ImageNet weights come in a package, extra
-    ``offline``), a module that ends in one Linear layer, or a callable that returns one. ``"auto"`` takes
-    ``"resnet18"`` for images and a small built-in network for vectors. A module is never changed.
+    (``"timm:convnext_tiny"``) or of Hugging Face (``"hf:facebook/dinov2-small"``, extra ``hf``),
+    ``"efficientnet_lite0"``, whose ImageNet weights are installed with this package, a module that gives one vector for
+    each image, with or without a classifier, or a callable that returns one. ``"auto"`` takes ``"efficientnet_lite0"``
+    for images and a small built-in network for vectors. A module is never changed.
 weights : str, path or None, default="auto"
     ``"auto"``: the pre-trained weights of the named backbone, or a module as it is. None: random
     initialization. Else the name of a set of weights of torchvision, or a local file (state dict, loaded
@@ -84,9 +85,11 @@ views : str or sequence of str, default="identity"
 image_shape : tuple of int or None, default=None
     Shape (H, W) or (H, W, C) of the images of which the rows of a two-dimensional X are raveled. None: such
     rows are vectors.
-image_size : int, tuple of int, "backbone" or None, default=None
-    Size to which images are resized and cropped: an int or (H, W), or the size the backbone was trained at.
-    None: images are used as they are, and must be of one size.
+image_size : int, tuple of int, "auto", "backbone" or None, default="auto"
+    Size to which images are resized and cropped: an int or (H, W), or the size that the backbone was trained at
+    (``"backbone"``). None: images are used as they are, and must be of one size. ``"auto"``: files and PIL images get
+    the size of the backbone. Arrays are used as they are from 64 pixels up to this size; smaller ones are enlarged to
+    64, larger ones get the size of the backbone. Where that is not known, as for most modules, ``"auto"`` is None.
 channel_axis : int, default=-1
     Axis of the channels within one image, -1 or 0.
 preprocessing : dict or None, default=None
@@ -279,6 +282,8 @@ class Parameters(BaseEstimator):
     def _execution(self) -> Execution:
         """Checked items of ``execution``, and the defaults of the others."""
         name = f"{type(self).__name__}(execution=...)"
+        own = {"execution": self._parameter_constraints["execution"]}
+        validate_parameter_constraints(own, {"execution": self.execution}, type(self).__name__)
         given = {} if self.execution is None else dict(self.execution)
         unknown = sorted(map(str, set(given) - set(_EXECUTION)))
         if unknown:

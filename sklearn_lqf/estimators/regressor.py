@@ -83,7 +83,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         tol: float = 1e-3,
         views: str | Sequence[str] = "identity",
         image_shape: Sequence[int] | None = None,
-        image_size: Any = None,
+        image_size: Any = "auto",
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
         store_data: bool = False,

@@ -130,7 +130,7 @@ class LQFClassifierCV(ClassifierBase):
         tol: float = 1e-3,
         views: str | Sequence[str] = "identity",
         image_shape: Sequence[int] | None = None,
-        image_size: Any = None,
+        image_size: Any = "auto",
         channel_axis: int = -1,
         preprocessing: Mapping[str, Any] | None = None,
         store_data: bool = False,
