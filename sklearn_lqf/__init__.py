@@ -8,6 +8,7 @@ from .estimators.classifier import LQFClassifier
 from .estimators.image_reader import ImageReader
 from .estimators.regressor import LQFRegressor
 from .estimators.search import LQFClassifierCV
+from .images.folders import load_image_folder
 from .versions import __version__, show_versions
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "PriorDisplay",
     "RegularizationPathDisplay",
     "__version__",
+    "load_image_folder",
     "show_versions",
 ]

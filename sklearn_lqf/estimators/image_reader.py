@@ -14,9 +14,13 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, validate_data
 
-from ..images.reading import ImageInputs, describe, is_image_input
+from ..images.decoding import describe
+from ..images.reading import ImageInputs
+from ..images.sources import is_image_input, plain_frame
 
 __all__ = ["ImageReader"]
+
+_AHEAD = 4  # images of a batch for each thread
 
 
 class ImageReader(TransformerMixin, BaseEstimator):
@@ -43,6 +47,9 @@ class ImageReader(TransformerMixin, BaseEstimator):
         Axis of the channels within one image of X. That of the result is always the last.
     interpolation : {"nearest", "bilinear", "bicubic"}, default="bilinear"
         How images are resized; with antialiasing, except for ``"nearest"``.
+    n_jobs : int or None, default=None
+        Threads that decode and resize images. None is 1 unless in a ``joblib.parallel_config``, -1 is one for each
+        processor. The result does not depend on it.
 
     Attributes
     ----------
@@ -88,6 +95,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         image_shape: Sequence[int] | None = None,
         channel_axis: int = -1,
         interpolation: str = "bilinear",
+        n_jobs: int | None = None,
     ):
         self.image_size = image_size
         self.raveled = raveled
@@ -95,6 +103,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         self.image_shape = image_shape
         self.channel_axis = channel_axis
         self.interpolation = interpolation
+        self.n_jobs = n_jobs
 
     def fit(self, X: Any, y: Any = None) -> ImageReader:
         """Check parameters and the form of X; nothing is learned but the shape of the result.
@@ -104,7 +113,9 @@ class ImageReader(TransformerMixin, BaseEstimator):
         X : array-like or sequence of images
             One of
 
-            - list, tuple, Series, one-dimensional array or single column (n, 1) of paths, PIL images or arrays;
+            - list, tuple, Series, one-dimensional array or single column (n, 1) of paths, PIL images, arrays, bytes of
+              encoded images, binary files, or dicts with an entry "image" or "bytes";
+            - data set with a length, such as those of torchvision and of Hugging Face;
             - array of shape (n, H, W) or (n, H, W, C), or (n, C, H, W) with ``channel_axis=0``;
             - array or DataFrame of shape (n, n_features) of raveled images, with `image_shape`.
 
@@ -158,8 +169,10 @@ class ImageReader(TransformerMixin, BaseEstimator):
                 "set image_size to accept other sizes."
             )
         images = np.empty((len(inputs), *shape), np.uint8)
-        for i, image in enumerate(images):  # one by one: images as they are may be large
-            image[...] = (inputs.batch(i, i + 1)[0] * 255).round().permute(1, 2, 0).numpy()
+        step = 1 if inputs.n_jobs == 1 else _AHEAD * inputs.n_jobs  # few at once: images as they are may be large
+        for start in range(0, len(images), step):
+            pixels = (inputs.batch(start, start + step) * 255).round()
+            images[start : start + step] = pixels.permute(0, 2, 3, 1).numpy()
         return images.reshape(len(images), -1) if self.raveled else images
 
     @available_if(lambda self: self.raveled)
@@ -210,7 +223,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
                     "Series or single column (select it by ColumnTransformer), arrays (n, H, W) or (n, H, W, C), and "
                     "raveled images (n, n_features) with image_shape."
                 )
-            X = validate_data(self, X, dtype="numeric", ensure_non_negative=True, reset=reset)
+            X = validate_data(self, plain_frame(X), dtype="numeric", ensure_non_negative=True, reset=reset)
         return ImageInputs(
             X,
             image_shape=self.image_shape,
@@ -218,6 +231,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
             channel_axis=self.channel_axis,
             in_channels=self.channels,
             interpolation=self.interpolation,
+            n_jobs=self.n_jobs,
         )
 
     def _output_shape(self, inputs: ImageInputs) -> tuple[int, int, int]:

@@ -7,30 +7,23 @@ memory, and how those of one image are found again.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Fingerprint", "SharedActivations", "TrunkCache", "batch_sizes", "memory_budget", "with_smaller_batches",
-]  # fmt: skip
+from ..runtime.memory import device_budget, disk_budget, memory_budget, with_smaller_batches
+from .digests import DIGEST, Fingerprint, image_digest, tensor_bytes  # noqa: F401
 
-_MEMORY_PART = 0.25  # of the memory of the machine that "auto" fills; the rest is for the solver and the user
-_DEVICE_PART = 0.5  # of the free memory of a device
-_DISK_PART = 0.5  # of the free space for temporary files
-_UNKNOWN_MEMORY = 4 << 30  # bytes taken for the memory of a machine that does not tell
-_DIGEST = 16  # bytes
-_CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
+__all__ = ["SharedActivations", "TrunkCache", "batch_sizes"]
+
 
 Activations = tuple[Tensor, ...]
 
@@ -49,6 +42,8 @@ class TrunkCache(Sequence[Activations]):
         Where activations are kept; ``"auto"`` is the first of these that has room.
     report : callable
         Called with the number of rows after each batch that was evaluated.
+    memory, disk : int or None
+        Bytes that ``"auto"`` may take there; None: the budgets of this machine.
 
     Attributes
     ----------
@@ -70,24 +65,36 @@ class TrunkCache(Sequence[Activations]):
         batch_size: int,
         kind: str,
         report: Callable[[int], object],
+        *,
+        memory: int | None = None,
+        disk: int | None = None,
     ):
         self._evaluate, self._n_rows, self.batch_size = evaluate, n_rows, batch_size
         first = with_smaller_batches(partial(self._from, 0), batch_size)
         size = sum(z[0].numel() * z.element_size() for z in first) * n_rows
         self.device = first[0].device
-        self.kind = _choose(size, self.device) if kind == "auto" else kind
+        on_device = size <= device_budget(self.device)
+        if kind != "auto":
+            self.kind = kind
+        elif on_device or size <= (memory_budget() if memory is None else memory):
+            self.kind = "memory"
+        else:
+            self.kind = "disk" if size <= (disk_budget() if disk is None else disk) else "none"
         self._store: _Held | _File | None = None
         if self.kind == "none":
             return
         try:
             on_disk = self.kind == "disk"
-            self._store = _File(first) if on_disk else _Held(first, n_rows, _device_for(size, self.device))
+            self._store = (
+                _File(first) if on_disk else _Held(first, n_rows, self.device if on_device else torch.device("cpu"))
+            )
             self._fill(first, report)
         except _UnwritableError as failure:
+            error = failure.error
             if kind == "auto":
+                _warn_of_no_cache(size, error)
                 self.kind, self._store = "none", None
                 return
-            error = failure.error
             raise OSError(
                 error.errno,
                 f"The trunk activations of {n_rows} rows take {_amount(size)}, and the temporary file for them could "
@@ -137,6 +144,16 @@ class TrunkCache(Sequence[Activations]):
         if self._store is None:
             return self._evaluate(start, stop)
         return tuple(z.to(self.device, non_blocking=True) for z in self._store.rows(start, stop))
+
+
+def _warn_of_no_cache(size: int, error: OSError) -> None:
+    warnings.warn(
+        f"The trunk activations take {_amount(size)}, more than memory has room for, and the temporary file for them "
+        f"could not be written ({error.strerror or error}). They are evaluated anew each time, which is slower: make "
+        "room, or point TMPDIR elsewhere.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def batch_sizes(batches: Sequence[Sequence[Tensor]]) -> list[int]:
@@ -241,41 +258,6 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def _choose(size: int, device: torch.device) -> str:
-    """Where there is room for so many bytes."""
-    if size <= memory_budget() or _device_for(size, device).type != "cpu":
-        return "memory"
-    try:
-        free = shutil.disk_usage(tempfile.gettempdir()).free
-    except OSError:  # no folder that can be written to
-        return "none"
-    return "disk" if size <= _DISK_PART * free else "none"
-
-
-def _device_for(size: int, device: torch.device) -> torch.device:
-    """The device itself where it has room, else the host."""
-    if device.type == "cuda" and size <= _DEVICE_PART * torch.cuda.mem_get_info(device)[0]:
-        return device
-    return torch.device("cpu")
-
-
-def _memory() -> int:
-    """Bytes of memory of the machine, or of the container."""
-    try:
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        found = _UNKNOWN_MEMORY
-    try:
-        return min(found, int(_CGROUP.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return found
-
-
-def memory_budget() -> int:
-    """Bytes that one large object may take: a quarter of the memory of the machine, or of the container."""
-    return int(_MEMORY_PART * _memory())
-
-
 def _amount(size: float) -> str:
     """Bytes in a unit that can be read."""
     for unit in ("bytes", "KiB", "MiB"):
@@ -283,40 +265,6 @@ def _amount(size: float) -> str:
             return f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
-
-
-# ----------------------------------------------------------------------------------------------- out of memory
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator of the CPU
-    )
-
-
-def with_smaller_batches(work: Callable[[int], Any], batch_size: int) -> Any:
-    """``work(batch_size)``, repeated with half the size as long as memory does not suffice.
-
-    Raises
-    ------
-    MemoryError
-        When it does not suffice for single rows.
-    """
-    while True:
-        try:
-            return work(batch_size)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if batch_size == 1:
-                raise MemoryError(
-                    f"There is not enough memory even for batches of one row ({error}). Remedies: a smaller "
-                    "image_size, fewer tangent_layers, device='cpu', or a device with more memory."
-                ) from error
-        if torch.cuda.is_available():  # the frames that held the tensors are gone only here
-            torch.cuda.empty_cache()
-        batch_size = max(1, batch_size // 2)
 
 
 # ------------------------------------------------------------------------------------------ shared between fits
@@ -335,7 +283,7 @@ class SharedActivations:
 
     def __init__(self, memory: Any, trunk: torch.nn.Module, options: object):
         self._recall = memory.cache(_recall, ignore=["value"])
-        digest = hashlib.blake2b(digest_size=_DIGEST)
+        digest = hashlib.blake2b(digest_size=DIGEST)
         code = trunk.code if isinstance(trunk, torch.fx.GraphModule) else repr(trunk)
         digest.update(repr((torch.__version__, code, options)).encode())
         common = vars(torch.nn.Module()).keys()
@@ -343,14 +291,14 @@ class SharedActivations:
             digest.update(repr((name, type(module).__module__, type(module).__qualname__)).encode())
             for key in sorted(vars(module).keys() - common) if name else ():  # such as the stride of a convolution
                 value = vars(module)[key]
-                digest.update(key.encode() + (_bytes(value) if isinstance(value, Tensor) else _text(value)))
+                digest.update(key.encode() + (tensor_bytes(value) if isinstance(value, Tensor) else _text(value)))
         for name, value in [*trunk.named_parameters(), *trunk.named_buffers()]:
-            digest.update(name.encode() + _bytes(value))
+            digest.update(name.encode() + tensor_bytes(value))
         self._trunk = digest.hexdigest()
 
     def __call__(self, images: Tensor, evaluate: Callable[[Tensor], Activations]) -> Activations:
         """Activations of images (B, ...), on any device; those not yet known are evaluated, together, and kept."""
-        digests = [_image_digest(x).hex() for x in images]
+        digests = [image_digest(x).hex() for x in images]
         known = [self._recall.check_call_in_cache(d, self._trunk, None) for d in digests]
         rows = [self._recall(d, self._trunk, None) if k else None for d, k in zip(digests, known, strict=True)]
         missing = [i for i, row in enumerate(rows) if row is None]  # or lost since
@@ -363,34 +311,6 @@ class SharedActivations:
         return tuple(z.contiguous(memory_format=torch.channels_last) if z.ndim == 4 else z for z in stacked)
 
 
-class Fingerprint:
-    """Digest of the images, labels and weights of a training set, whatever the order of its rows.
-
-    Parameters
-    ----------
-    n : int
-        Number of rows.
-    """
-
-    def __init__(self, n: int):
-        self.images = torch.zeros(n, _DIGEST, dtype=torch.uint8)
-
-    def see(self, rows: np.ndarray, images: Tensor) -> None:
-        """Take the images (B, ...) of some rows."""
-        for i, image in zip(rows, images, strict=True):
-            self.images[i] = torch.frombuffer(bytearray(_image_digest(image)), dtype=torch.uint8)
-
-    @staticmethod
-    def of(images: Tensor, targets: np.ndarray, weights: np.ndarray) -> str:
-        """The digest, from those of the images (n, 16), targets (n, C) and weights (n,)."""
-        total = 0
-        known = np.column_stack([targets, weights]).astype(np.float64) + 0.0  # one zero, not two
-        for image, numbers in zip(images.cpu().numpy(), known, strict=True):
-            row = hashlib.blake2b(image.tobytes() + numbers.tobytes(), digest_size=_DIGEST)
-            total += int.from_bytes(row.digest(), "big")
-        return f"{total % 256**_DIGEST:032x}"
-
-
 def _recall(image: str, trunk: str, value: Any) -> Any:
     """The value, which joblib keeps under the two digests."""
     return value
@@ -399,12 +319,3 @@ def _recall(image: str, trunk: str, value: Any) -> Any:
 def _text(value: object) -> bytes:
     """The representation without addresses, which change from process to process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
-
-
-def _image_digest(image: Tensor) -> bytes:
-    return hashlib.blake2b(_bytes(image), digest_size=_DIGEST).digest()
-
-
-def _bytes(value: Tensor) -> bytes:
-    array = value.detach().cpu().contiguous().numpy()
-    return repr((array.dtype.str, array.shape)).encode() + array.tobytes()

@@ -38,6 +38,7 @@ def test_all_forms_are_kept_bit_by_bit(tmp_path):
         "array": (X, {}),
         "floats": (X / 255, {}),
         "raveled": (X.reshape(6, -1), {"image_shape": (12, 12, 3)}),
+        "nullable": (pd.DataFrame(X.reshape(6, -1)).astype("UInt8"), {"image_shape": (12, 12, 3)}),
         "channels first": (X.transpose(0, 3, 1, 2), {"channel_axis": 0}),
         "PIL": ([Image.fromarray(x) for x in X], {}),
         "paths": ([Path(p) for p in paths], {}),
@@ -74,6 +75,13 @@ def test_channels(tmp_path):
     assert np.array_equal(repeated, np.repeat(X[..., :1], 3, -1))
     five = np.concatenate([X, X[..., :2]], -1)
     assert np.array_equal(ImageReader(channels=5).fit_transform(five), five)
+
+
+def test_threads_read_the_same_pixels(tmp_path):
+    paths = as_files(tmp_path, np.repeat(X, 4, axis=0))
+    for size in (None, 5):
+        expected = ImageReader(size).fit_transform(paths)
+        assert np.array_equal(ImageReader(size, n_jobs=2).fit_transform(paths), expected)
 
 
 def test_needs_no_fit():
@@ -177,18 +185,22 @@ ROWS = X.reshape(6, -1)
 BAD_X = {
     "numbers": (ROWS, {}, r"X does not hold images: got numpy.ndarray of shape \(6, 432\).*image_shape"),
     "list of numbers": ([1, 2], {}, "got list of int"),
-    "nothing": ([], {}, "got empty list"),
+    "nothing": ([], {}, "empty list"),
     "none": (None, {}, "got NoneType"),
     "one path": ("x.png", {}, "got str.*list"),
     "one image": (Image.new("L", (4, 4)), {}, "got PIL.Image.Image.*list"),
-    "two columns": (pd.DataFrame({"path": ["x.png"], "age": [3]}), {}, r"shape \(1, 2\).*ColumnTransformer"),
+    "two columns": (
+        pd.DataFrame({"path": ["x.png"], "age": [3]}),
+        {},
+        r"frame of 2 columns.*'path'.*ColumnTransformer",
+    ),
     "no rows": (X[:0], {}, "0 sample"),
     "no rows, raveled": (ROWS[:0], {"image_shape": (12, 12, 3)}, "0 sample"),
     "other columns": (ROWS, {"image_shape": (12, 12)}, "432 features.*144"),
     "text": (np.full((2, 4), "a"), {"image_shape": (2, 2)}, "numeric"),
     "negative rows": (ROWS / -255, {"image_shape": (12, 12, 3)}, "Negative values"),
     "NaN in rows": (np.full((2, 4), np.nan), {"image_shape": (2, 2)}, "NaN"),
-    "five axes": (X[None], {}, "got numpy.ndarray of shape"),
+    "five axes": (X[None], {}, r"got an array with 5 dimension\(s\)"),
     "floats 0..255": (X * 1.0, {}, r"0\.\.1"),
     "int64": (X.astype(int), {}, "uint8"),
     "NaN": (np.full((2, 4, 4), np.nan), {}, "NaN"),
@@ -197,7 +209,7 @@ BAD_X = {
     "channels first": (X.transpose(0, 3, 1, 2), {}, "channel_axis=0"),
     "mixed sizes": ([*X, X[0, :7]], {}, r"X\[6\] is 7x12.*image_size"),
     "a number among images": ([*X, 5], {}, r"X\[6\] is not an image.*got int"),
-    "missing value": (np.array([*map(str, range(2)), None], object)[::-1], {}, "got numpy.ndarray"),
+    "missing value": (np.array([*map(str, range(2)), None], object)[::-1], {}, r"X\[0\] is not an image.*got NoneType"),
     "files of 5 channels": ([Image.new("RGB", (4, 4))], {"channels": 5}, r"X\[0\].*not the 5 that are needed"),
 }
 
@@ -231,6 +243,7 @@ BAD_PARAMETERS = {
     "other shape": ({"image_shape": (5, 5, 3)}, "image_shape"),
     "axis": ({"channel_axis": 1}, "channel_axis"),
     "interpolation": ({"interpolation": "lanczos"}, "interpolation must be"),
+    "jobs": ({"n_jobs": 0}, "n_jobs must be None or an int other than 0"),
 }
 
 

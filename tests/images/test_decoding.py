@@ -1,0 +1,289 @@
+"""Files and PIL images: colors, orientation, and every way in which they can be broken."""
+
+import builtins
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from support.images import Pairs, as_files, as_pil, encoded, whole
+
+from sklearn_lqf.images.reading import ImageInputs
+
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- colors
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_pil_modes_are_converted(color, mode):
+    image = Image.fromarray(color[0]).convert(mode)
+    for target, in_channels in (("RGB", 3), ("L", 1)):
+        expected = np.asarray(image.convert(target))
+        options = {"in_channels": in_channels}
+        assert torch.equal(whole([image], **options), whole(expected[None], **options))
+
+
+def test_palette_with_transparency_is_read_silently(gray, tmp_path):
+    Image.fromarray(gray[0]).convert("P").save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(whole([tmp_path / "a.png"]), whole(gray[:1]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pil_images_of_more_than_8_bits_are_refused(gray, tmp_path, dtype):
+    image = Image.fromarray(gray[0].astype(dtype))
+    image.save(tmp_path / "deep.tiff")
+    for X in ([image], [tmp_path / "deep.tiff"]):
+        with pytest.raises(ValueError, match=r"X\[0\].*more than 8 bits a channel: pass an array of floats"):
+            ImageInputs(X).batch(0, 1)
+
+
+def test_files_for_other_than_1_or_3_channels(color, tmp_path):
+    for X in (as_pil(color), as_files(color, tmp_path), [encoded(color[0])]):
+        with pytest.raises(ValueError, match=r"X\[0\].*not the 4 that are needed: pass arrays"):
+            ImageInputs(X, in_channels=4).batch(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("format", ["png", "webp", "tiff"])
+def test_orientation_of_files_is_applied(color, tmp_path, orientation, format):
+    path = tmp_path / f"turned.{format}"
+    options = {"lossless": True} if format == "webp" else {}
+    Image.fromarray(color[0]).save(path, exif=exif(orientation), **options)
+    expected = whole(TURNS[orientation](color[0])[None])
+    assert ImageInputs([path]).image_shape[:2] == expected.shape[2:]
+    with Image.open(path) as image:  # untouched since it was opened
+        for X in ([path], [path.read_bytes()], [image]):
+            assert torch.equal(whole(X), expected)
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_orientation_is_that_of_pillow(color, orientation):
+    content = encoded(color[0], "jpeg", exif=exif(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    assert torch.equal(whole([content]), whole(expected[None]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.rotate(90, expand=True),
+        lambda image: image.transpose(Image.Transpose.ROTATE_90),
+        lambda image: image.convert("RGB"),
+        lambda image: image.copy(),
+        lambda image: image.crop((0, 0, 5, 5)),
+    ],
+)
+def test_images_that_were_changed_are_taken_as_they_are(color, change):
+    content = encoded(color[0], exif=exif(6))
+    changed = change(Image.open(io.BytesIO(content)))
+    pixels = whole(np.asarray(changed)[None])
+    with pytest.warns(UserWarning, match=r"X\[1\].*changed after it was opened.*exif_transpose.*del image.getexif"):
+        found = whole([*as_pil(pixels[0].permute(1, 2, 0).numpy()[None].astype(np.uint8)), changed])
+    assert torch.equal(found[1:], pixels)
+    del changed.getexif()[0x0112]  # the remedy
+    assert torch.equal(whole([changed]), pixels)
+
+
+def test_images_that_pillow_turned_are_taken_as_they_are(color):
+    content = encoded(color[0], exif=exif(6))
+    expected = whole(np.rot90(color[0], -1)[None])
+    image = Image.open(io.BytesIO(content))
+    assert torch.equal(whole([ImageOps.exif_transpose(image)]), expected)
+    ImageOps.exif_transpose(image, in_place=True)
+    assert torch.equal(whole([image]), expected)
+
+
+def test_one_warning_names_the_images_of_a_batch(color):
+    X = [Image.open(io.BytesIO(encoded(image, exif=exif(6)))).copy() for image in color]
+    inputs = ImageInputs([*as_pil(color[:1]), *X])
+    with pytest.warns(UserWarning) as caught:
+        inputs.batch(0, 4)
+    assert len(caught) == 1
+    assert "X[1]" in str(caught[0].message)
+    assert "So are X[2], X[3]." in str(caught[0].message)
+    inputs.batch(4, 7)  # silently
+
+
+def offset_of_orientation(orientation: int) -> bytes:
+    """EXIF whose other tag is broken, with a sound orientation."""
+    entries = [struct.pack("<HHLL", 0x010F, 2, 1000, 5000), struct.pack("<HHLHH", 0x0112, 3, 1, orientation, 0)]
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + b"".join(entries) + bytes(4)
+
+
+BROKEN = {
+    "nonsense": b"Exif\0\0nonsense, and long enough to be a table of tags",
+    "empty table": b"Exif\0\0II*\0" + struct.pack("<L", 5000),
+    "truncated": b"Exif\0\0II*\0" + struct.pack("<LH", 8, 30),
+    "text for a number": b"Exif\0\0II*\0" + struct.pack("<LHHHLL", 8, 1, 0x0112, 2, 1, 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_broken_metadata_make_no_image_unreadable(color, tmp_path, format, case):
+    content = encoded(color[0], format, exif=BROKEN[case], **({"lossless": True} if format == "webp" else {}))
+    (tmp_path / f"a.{format}").write_bytes(content)
+    expected = whole(np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[None])
+    with pytest.warns(UserWarning, match=r"orientation of X\[0\] \('.*a\..*'\) cannot be read.*EXIF.*save it anew"):
+        assert torch.equal(whole([tmp_path / f"a.{format}"]), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(whole([Image.open(io.BytesIO(content))]), expected)
+
+
+def test_orientation_is_read_beside_tags_that_are_broken(color):
+    content = encoded(color[0], exif=offset_of_orientation(6))
+    assert torch.equal(whole([content]), whole(np.rot90(color[0], -1)[None]))
+
+
+# -------------------------------------------------------------------------------------------------- broken files
+
+
+def test_missing_file(color, tmp_path):
+    X = [*as_files(color, tmp_path), tmp_path / "missing.png"]
+    inputs = ImageInputs(X)
+    inputs.batch(0, len(color))
+    with pytest.raises(FileNotFoundError, match=r"X\[7\] \('.*missing\.png'\) does not exist") as caught:
+        inputs.batch(7, 8)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(FileNotFoundError, match="address of a page: download"):
+        whole(["https://example.org/cat.png"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif"])
+@pytest.mark.parametrize("kept", [0, 0.3, 0.9])
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_truncated_file(rng, tmp_path, suffix, kept, n_jobs):
+    path = tmp_path / f"broken.{suffix}"
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=rf"X\[1\] \('.*broken\.{suffix}'\) cannot be read") as caught:
+        whole([np.zeros((32, 32)), path], n_jobs=n_jobs)
+    assert caught.value.__cause__ is not None
+    with pytest.raises(ValueError, match=r"X\[0\] cannot be read as an image") as caught:
+        whole([path.read_bytes()])
+    assert "0x" not in str(caught.value)
+
+
+def test_corrupt_file(color, tmp_path):
+    path = as_files(color[:1], tmp_path)[0]
+    content = bytearray(path.read_bytes())
+    content[60:90] = b"\x00" * 30  # breaks a checksum, for which PIL raises SyntaxError, not OSError
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"X\[0\] \('.*0\.png'\) cannot be read as an image"):
+        whole([path])
+
+
+def test_files_that_are_no_images(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for path, reason in ((tmp_path / "text.png", "none that Pillow knows"), (tmp_path, "directory")):
+        with pytest.raises(ValueError, match=rf"X\[0\] .* cannot be read as an image: .*{reason}") as caught:
+            whole([path])
+        assert isinstance(caught.value.__cause__, OSError)
+    with pytest.raises(ValueError, match=r"X\[0\] cannot be read as an image: its format is none") as caught:
+        whole([b"secret"])
+    assert "secret" not in str(caught.value)
+
+
+def test_pil_image_whose_file_is_truncated(color, tmp_path):
+    path = as_files(color[:1], tmp_path)[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    with Image.open(path) as image, pytest.raises(ValueError, match=r"X\[0\] is a PIL image that cannot be"):
+        whole([image])
+
+
+def test_decompression_bomb(color, tmp_path, monkeypatch):
+    paths = as_files(color[:2], tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match=r"(?s)X\[0\].*decompression bomb.*raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+        whole(paths)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_broken_files_are_named_together(color, tmp_path, n_jobs):
+    paths = as_files(np.repeat(color, 6, axis=0), tmp_path)
+    bad = [3, 17, 40]
+    for index in bad[:2]:
+        paths[index].write_bytes(b"no image")
+    paths[40].unlink()
+    for X in (paths, Pairs(paths)):
+        with pytest.raises(ValueError, match="^3 elements of X cannot be used:") as caught:
+            ImageInputs(X, image_size=4, n_jobs=n_jobs).batch(0, 8)
+        assert all(f"X[{index}]" in str(caught.value) for index in bad)
+    for index in range(5, 20):
+        paths[index].write_bytes(b"no image")
+    with pytest.raises(ValueError, match="^At least 10 elements of X cannot be used:") as caught:
+        ImageInputs(paths, image_size=4, n_jobs=n_jobs).batch(0, 8)
+    assert str(caught.value).count("X[") == 10
+    with pytest.raises(FileNotFoundError, match="^2 elements"):
+        whole([tmp_path / "gone.png", paths[0], tmp_path / "lost.png"])
+
+
+def test_files_are_closed(color, tmp_path, monkeypatch):
+    paths = as_files(color, tmp_path)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(paths[0].read_bytes()[:-100])
+    handles, original = [], builtins.open
+    monkeypatch.setattr(builtins, "open", lambda *a, **k: (handles.append(original(*a, **k)), handles[-1])[1])
+    whole(paths)
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        whole([broken])
+    monkeypatch.undo()
+    assert len(handles) > len(paths)
+    assert all(handle.closed for handle in handles)
+
+
+# ----------------------------------------------------------------------------------------------------- data sets
+
+
+def test_a_data_set_whose_items_change(color):
+    rng = np.random.default_rng(0)
+    X = Pairs(color, lambda image: image if rng.random() < 0.5 else image[:, ::-1])
+    with pytest.raises(ValueError, match=r"X\[\d\] is another image each time.*Pairs.*random transforms off.*'flip'"):
+        whole(X)
+
+
+def test_an_item_that_a_data_set_cannot_make(color):
+    def fail(image):
+        raise RuntimeError("no such record")
+
+    with pytest.raises(
+        ValueError, match=r"X\[0\] cannot be taken from the data set \(.*Pairs\): RuntimeError: no such"
+    ):
+        whole(Pairs(color[:1], fail))
+
+
+def test_image_folder_of_torchvision(color, tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    for name, images in (("ant", color[:3]), ("bee", color[3:])):
+        (tmp_path / name).mkdir()
+        as_files(images, tmp_path / name)
+    X = datasets.ImageFolder(tmp_path)
+    assert torch.equal(whole(X), whole(color))
