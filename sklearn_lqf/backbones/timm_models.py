@@ -12,7 +12,7 @@ from torch import nn
 
 from .backbone import Backbone, Wanted, downloaded, finished, not_here, own_generator, unknown_name
 from .checkpoints import imported
-from .packages import LITE, download_folder, timm_file
+from .packages import download_folder, timm_file
 from .preprocessing import Preprocessing
 
 __all__ = ["efficientnet_lite", "from_timm", "set_image_size"]

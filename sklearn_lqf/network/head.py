@@ -6,6 +6,7 @@ dict in which a pooled vector is named. timm's models are asked by timm's own in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
@@ -69,16 +70,23 @@ class Output(nn.Module):
         Which of the tokens (B, T, D) are the vector.
     timm : bool
         Whether to evaluate by timm's ``forward_features`` and ``forward_head(pre_logits=True)``.
+    options : mapping or None
+        Optional arguments of the network that are not its defaults.
     """
 
     def __init__(
-        self, network: nn.Module, place: Sequence[str | int] = (), tokens: str | None = None, timm: bool = False
+        self,
+        network: nn.Module,
+        place: Sequence[str | int] = (),
+        tokens: str | None = None,
+        timm: bool = False,
+        options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[kind] = network.__dict__[kind]
         self.__dict__["_whole"] = network  # no module of its own; underscores keep off the names of the network
-        self._place, self._tokens, self._timm = tuple(place), tokens, timm
+        self._place, self._tokens, self._timm, self._options = tuple(place), tokens, timm, dict(options or {})
         self.training = network.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ class Output(nn.Module):
         network = self.__dict__["_whole"]
         if self._timm:
             return network.forward_head(network.forward_features(x), pre_logits=True)
-        out = network.forward(x)
+        out = network.forward(x, **self._options)
         for key in self._place:
             out = getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
         if self._tokens == "first":
@@ -141,6 +149,7 @@ def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
     """
     if all(callable(getattr(module, name, None)) for name in ("forward_features", "forward_head", "reset_classifier")):
         return _of_timm(module, example)
+    module = _interpolating(module, example)
     calls, output = _calls(module, example)
     if isinstance(output, Tensor) and output.ndim == 2:
         head = _one_head(calls, output)
@@ -179,6 +188,17 @@ def _of_timm(module: nn.Module, example: Tensor) -> nn.Module:
         f"The features of the backbone {type(module).__name__} in front of its classifier must be one vector for each "
         f"image; they are {_described(plain if expected is None else expected)}. {_REMEDY}"
     )
+
+
+def _interpolating(module: nn.Module, example: Tensor) -> nn.Module:
+    """The same; a model of transformers is told when the images are not of the size of its embeddings."""
+    size = getattr(getattr(module, "config", None), "image_size", None)
+    height_and_width = (size, size) if isinstance(size, int) else tuple(size or ())
+    if example.ndim != 4 or height_and_width in ((), tuple(example.shape[2:])):
+        return module
+    name = "interpolate_pos_encoding"
+    takes = name in inspect.signature(module.forward).parameters
+    return Output(module, options={name: True}) if takes else module
 
 
 def _of_parts(module: nn.Module, example: Tensor, calls: list[_Call], output: Any) -> nn.Module:
