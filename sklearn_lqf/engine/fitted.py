@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.cache import Fingerprint
+from ..images.digests import Fingerprint
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
 from .features import Group, GroupFeatures, draw_directions
 from .problem import Problem, Recipe, Solution, TrainingRows

@@ -16,6 +16,7 @@ from sklearn.utils.validation import _check_y
 from ..answers.uncertainty import THRESHOLD, fit_temperature
 from ..engine.problem import TrainingRows
 from ..paper.model import TARGET_SCALE
+from .data import refuse_missing
 from .fitting import LQFBase, stores_data
 
 __all__ = ["ClassifierBase"]
@@ -152,6 +153,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
     # ------------------------------------------------------------------------------- what the targets are
 
     def _read_targets(self, y: Any, n: int) -> np.ndarray:
+        refuse_missing(y)
         y = _check_y(y.toarray() if hasattr(y, "toarray") else y, multi_output=True, estimator=self)
         check_consistent_length(np.empty(n), y)
         check_classification_targets(y)

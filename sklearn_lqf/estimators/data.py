@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
 from ..backbones.loading import Backbone, load_backbone
 from ..engine.fitted import FeatureReader
-from ..images.decoding import unwrap
+from ..images.decoding import is_missing, unwrap
 from ..images.digests import Fingerprint
 from ..images.reading import ImageInputs, is_image_input
-from ..images.sources import image_elements
+from ..images.sources import image_elements, labels_of_dataset, plain_frame, rows_named
 from ..network.prepared import PreparedNetwork
 from ..runtime.arithmetic import ordinary_arithmetic
 from ..runtime.memory import with_smaller_batches
 from .parameters import Parameters
 from .progress import Progress
 
-__all__ = ["Inputs", "evaluate_rows", "select_rows"]
+__all__ = ["Inputs", "evaluate_rows", "refuse_missing", "select_rows"]
 
 
 _LEAST_SIZE = 64  # of arrays: smaller ones are enlarged, since the last stage of most networks is 32 times smaller
@@ -38,8 +36,10 @@ class Inputs(Parameters):
 
     def _read_training_rows(self, X: Any, y: Any) -> tuple[Any, Backbone]:
         """Rows of X as vectors or images, and the backbone that fits them."""
-        if y is None:
-            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if y is None and self.__sklearn_tags__().target_tags.required:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None{labels_of_dataset(X)}"
+            )
         if is_image_input(X, self.image_shape):
             backbone = load_backbone(
                 self.backbone,
@@ -62,7 +62,6 @@ class Inputs(Parameters):
             if is_image_input(X) and hasattr(self, "feature_names_in_"):
                 del self.feature_names_in_  # of an earlier fit, on a frame of raveled rows
             return rows, backbone
-        _refuse_one_image(X)
         rows = validate_data(self, X, dtype=[np.float64, np.float32])
         self.image_shape_ = None
         if "flip" in self._view_names():
@@ -97,9 +96,8 @@ class Inputs(Parameters):
 
     def _read_images(self, X: Any, shape: Sequence[int] | None, reset: bool) -> ImageInputs:
         """X as images; rows that are raveled pass scikit-learn's checks of two-dimensional data."""
-        _refuse_one_image(X)
         if shape is not None and not is_image_input(X):
-            X = validate_data(self, X, dtype=None, reset=reset)
+            X = validate_data(self, plain_frame(X), dtype=None, reset=reset)
         return ImageInputs(X, image_shape=shape, n_jobs=self._execution.n_jobs, **self._image_options)
 
     def _size_of_images(self, X: Any, own: tuple[int, int] | None, name: str) -> Any:
@@ -152,7 +150,7 @@ class Inputs(Parameters):
         layers = self.tangent_layers if self._paper or self._reads_directions() else "head"
         alone = isinstance(self.prior, str) and self.prior == "last"
         local = not self._paper and self.tangents in ("local", "both") and not alone
-        slope = float(self.negative_slope)
+        slope = float(getattr(self, "negative_slope", 0.0))
         network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, precision, device)
         if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
             network.check_layers(self.tangent_layers)
@@ -195,10 +193,22 @@ def _are_arrays(X: Any) -> bool:
     return len(elements) > 0 and hasattr(unwrap(elements[0]), "ndim")
 
 
-def _refuse_one_image(X: Any) -> None:
-    """Raise for one image in the place of several, and for arrays of too many axes."""
-    if isinstance(X, str | os.PathLike | Image.Image) or getattr(X, "ndim", 0) > 4:
-        ImageInputs(X)  # says what it expects
+def refuse_missing(y: Any) -> None:
+    """Raise for rows without a label or target value, and name them."""
+    # A list as objects: numpy would make text of NaN among labels.
+    values = np.asarray(y.to_numpy() if hasattr(y, "to_numpy") else y, object if isinstance(y, (list, tuple)) else None)
+    if values.ndim not in (1, 2) or values.dtype.kind not in "fO":
+        return
+    values = values.reshape(len(values), -1)
+    if values.dtype.kind == "f":
+        missing = np.isnan(values).any(axis=1)
+    else:
+        missing = np.array([any(map(is_missing, row)) for row in values], dtype=bool)
+    if missing.any():
+        raise ValueError(
+            f"Input y contains NaN or None: no value in {rows_named(np.flatnonzero(missing))}. Leave these rows "
+            "out, of X too."
+        )
 
 
 def evaluate_rows(

@@ -13,6 +13,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_y
 
 from ..engine.problem import TrainingRows
+from .data import refuse_missing
 from .fitting import LQFBase, stores_data
 from .parameters import with_shared_parameters
 
@@ -174,6 +175,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
     def _read_targets(self, y: Any, n: int) -> np.ndarray:
         if issparse(y):
             raise TypeError(f"y is sparse ({type(y).__name__}), but dense targets are required: pass y.toarray().")
+        refuse_missing(y)
         y = _check_y(y, multi_output=True, y_numeric=True, estimator=self)
         check_consistent_length(np.empty(n), y)
         return y

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.memory import device_budget, disk_budget, memory_budget, with_smaller_batches
-from .digests import DIGEST, Fingerprint, image_digest, tensor_bytes  # noqa: F401
+from .digests import DIGEST, image_digest, tensor_bytes
 
 __all__ = ["SharedActivations", "TrunkCache", "batch_sizes"]
 
@@ -80,6 +80,8 @@ class TrunkCache(Sequence[Activations]):
             self.kind = "memory"
         else:
             self.kind = "disk" if size <= (disk_budget() if disk is None else disk) else "none"
+            if self.kind == "none":
+                _warn_of_no_cache(size, "for which neither memory nor the folder of temporary files has room")
         self._store: _Held | _File | None = None
         if self.kind == "none":
             return
@@ -92,7 +94,7 @@ class TrunkCache(Sequence[Activations]):
         except _UnwritableError as failure:
             error = failure.error
             if kind == "auto":
-                _warn_of_no_cache(size, error)
+                _warn_of_no_cache(size, f"and the file for them could not be written ({error.strerror or error})")
                 self.kind, self._store = "none", None
                 return
             raise OSError(
@@ -146,13 +148,12 @@ class TrunkCache(Sequence[Activations]):
         return tuple(z.to(self.device, non_blocking=True) for z in self._store.rows(start, stop))
 
 
-def _warn_of_no_cache(size: int, error: OSError) -> None:
+def _warn_of_no_cache(size: int, cause: str) -> None:
     warnings.warn(
-        f"The trunk activations take {_amount(size)}, more than memory has room for, and the temporary file for them "
-        f"could not be written ({error.strerror or error}). They are evaluated anew each time, which is slower: make "
-        "room, or point TMPDIR elsewhere.",
+        f"The trunk activations take {_amount(size)}, {cause}. They are evaluated anew each time, which is slower: "
+        "make room, or point TMPDIR elsewhere.",
         UserWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
 
 

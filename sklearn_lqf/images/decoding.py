@@ -22,8 +22,8 @@ from PIL import Image, ImageFile
 from .pixels import as_channels_last, check_channels, check_dtype, check_values
 
 __all__ = [
-    "Remark", "UnreadableError", "as_array", "decode", "describe", "element_name", "is_image", "is_number", "is_path",
-    "load", "unwrap",
+    "Remark", "UnreadableError", "as_array", "decode", "describe", "element_name", "is_image", "is_missing",
+    "is_number", "is_path", "load", "unwrap",
 ]  # fmt: skip
 
 _PIL_MODES = {1: "L", 3: "RGB"}  # that PIL converts to, by number of channels
@@ -108,7 +108,7 @@ def describe(element: Any) -> str:
     """The type of an object, with its shape if it has one, or with the type of what a list begins with."""
     if isinstance(element, str):
         return "str" if is_path(element) else f"str of {len(element)} characters, which is no path"
-    if _is_missing(element):
+    if is_missing(element):
         return f"{type(element).__name__}, a missing value"
     shape = getattr(element, "shape", None)
     kind = f"{type(element).__module__}.{type(element).__qualname__}".removeprefix("builtins.")
@@ -117,7 +117,8 @@ def describe(element: Any) -> str:
     return kind if shape is None else f"{kind} of shape {tuple(shape)}"
 
 
-def _is_missing(element: Any) -> bool:
+def is_missing(element: Any) -> bool:
+    """Whether an element is None, NaN or NA."""
     if isinstance(element, (float, np.floating)):
         return bool(np.isnan(element))
     return element is None or type(element).__name__ in ("NAType", "NaTType")  # of pandas

@@ -234,15 +234,15 @@ def test_broken_files_are_named_together(color, tmp_path, n_jobs):
         paths[index].write_bytes(b"no image")
     paths[40].unlink()
     for X in (paths, Pairs(paths)):
-        with pytest.raises(ValueError, match="^3 elements of X cannot be used:") as caught:
+        with pytest.raises(ValueError, match=r"^3 elements of X cannot be used:") as caught:
             ImageInputs(X, image_size=4, n_jobs=n_jobs).batch(0, 8)
         assert all(f"X[{index}]" in str(caught.value) for index in bad)
     for index in range(5, 20):
         paths[index].write_bytes(b"no image")
-    with pytest.raises(ValueError, match="^At least 10 elements of X cannot be used:") as caught:
+    with pytest.raises(ValueError, match=r"^At least 10 elements of X cannot be used:") as caught:
         ImageInputs(paths, image_size=4, n_jobs=n_jobs).batch(0, 8)
     assert str(caught.value).count("X[") == 10
-    with pytest.raises(FileNotFoundError, match="^2 elements"):
+    with pytest.raises(FileNotFoundError, match=r"^2 elements"):
         whole([tmp_path / "gone.png", paths[0], tmp_path / "lost.png"])
 
 

@@ -158,7 +158,7 @@ def test_what_is_neither_images_nor_a_table(case):
 
 @pytest.mark.parametrize("X", [3, None, sparse.eye(4).tocsr()])
 def test_what_is_left_to_scikit_learn_is_refused_by_itself(X):
-    with pytest.raises(ValueError, match="Expected images as an array or as a sequence .* got "):
+    with pytest.raises(ValueError, match=r"Expected images as an array or as a sequence .* got "):
         ImageInputs(X, image_shape=(2, 2))
 
 
