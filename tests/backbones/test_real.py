@@ -19,7 +19,9 @@ def test_efficientnet_lite0_learns_digits_beyond_its_probe():
     order = np.random.default_rng(0).permutation(len(y))
     train = np.concatenate([order[y[order] == k][:8] for k in range(10)])
     test = np.setdiff1d(order, train)[:300]
-    clf = LQFClassifier("efficientnet_lite0", image_shape=(8, 8), image_size=64, execution={"device": "cpu"}).fit(X[train], y[train])
+    clf = LQFClassifier("efficientnet_lite0", image_shape=(8, 8), image_size=64, execution={"device": "cpu"}).fit(
+        X[train], y[train]
+    )
     assert clf.solver_ == "rows"
     assert clf.prior_["last"] < 0.9  # the statistics of the layers count
     last = clone(clf).set_params(tangents=None).fit(X[train], y[train])
