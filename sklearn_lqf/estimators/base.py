@@ -313,7 +313,8 @@ class FittedMethods(Inputs):
             Where the model is put; becomes the item of ``execution``.
         backbone : nn.Module, callable, str or None, default=None
             Takes the place of the parameter ``backbone``; needed where that was a module or callable. It is never
-            changed: a copy takes the weights of the file, or is compared with those of the fit.
+            changed: a copy takes the weights of the file, or is compared with those of the fit, and becomes the
+            parameter, so that clones and later fits start from these weights, too.
 
         Returns
         -------

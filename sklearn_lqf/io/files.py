@@ -261,20 +261,18 @@ def _without_network(cls: Any, header: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> Backbone:
-    """The backbone with the weights of the fit; what is given becomes the parameter of the estimator."""
+    """The backbone with the weights of the fit; what is given takes the place of the parameter."""
     if given is None and estimator.backbone is None:
         raise ValueError(
             f"The model in {str(path)!r} was fitted with a backbone of type {saved.code}, which is code that the file "
             "does not hold: give load a module of the same architecture, or a callable that returns one, as backbone."
         )
-    weights = estimator.weights
-    if given is not None:
-        named = isinstance(estimator.backbone, str)
-        weights = "auto" if named and not isinstance(given, str) else weights  # those of a name are not a module's
-        estimator.backbone = given
+    named = isinstance(estimator.backbone, str)
+    other = given is not None and not (named and isinstance(given, str) and given == estimator.backbone)
+    of_name = other and named and not isinstance(given, str)
     found = load_backbone(
-        estimator.backbone,
-        weights,
+        given if other else estimator.backbone,
+        "auto" if of_name else estimator.weights,  # those of a name are not a module's
         vector_features=saved.shape[0] if len(saved.shape) == 1 else None,
         random_state=copy.deepcopy(estimator.random_state),  # a RandomState is advanced
         download=estimator._execution.download,
@@ -295,7 +293,22 @@ def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> B
             f"The backbone {found.name!r} is not the one that the model in {str(path)!r} was fitted with; {what}. Give "
             f"load the right one as backbone{remedy}."
         )
+    if other:
+        _become(estimator, found, saved)
     return found
+
+
+def _become(estimator: Any, found: Backbone, saved: _SavedNetwork) -> None:
+    """Set the parameters so that the estimator, its clones and searches are fitted from the weights of the file."""
+    if isinstance(found.module, VectorNetwork):  # whose weights are drawn by random_state
+        estimator.backbone = "vector"
+        return
+    estimator.backbone, estimator.weights = found.module, "auto"
+    own, overrides = _fields(load_backbone(found.module).preprocessing), estimator.preprocessing or {}
+    fitted = {} if saved.preprocessing is None else _fields(saved.preprocessing)
+    further = {k: v for k, v in fitted.items() if k not in overrides and v != own[k]}  # such as those of a name
+    if further:
+        estimator.preprocessing = {**further, **overrides}
 
 
 def _fits(own: Tensor, name: str, saved: _SavedNetwork) -> bool:

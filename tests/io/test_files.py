@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import KFold
+from sklearn.model_selection import GridSearchCV, KFold
 from support.data import TinyNet, make_images, merged, tiny_net
 from torch import nn
 
@@ -28,6 +28,7 @@ NEW = make_images(seed=1)[0]
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(40, 3))
 NET = tiny_net()
+SMALL = {"image_size": 32, "tangents": None}
 
 
 def classifier(kind=LQFClassifier, **parameters):
@@ -76,8 +77,7 @@ def rewrite(path, change) -> None:
 
 def comparable(estimator) -> dict:
     """Fitted attributes, and parameters but for those that load decides."""
-    apart = {"_model", "_stored", "_recipe", "backbone", "device", "memory"}
-    return {k: v for k, v in vars(estimator).items() if k not in apart}
+    return {k: v for k, v in vars(estimator).items() if k not in {"_model", "backbone", "execution"}}
 
 
 def assert_same(one, other) -> None:
@@ -114,13 +114,42 @@ def test_weights_come_from_the_file(fitted, tmp_path):
     for backbone in (net, TinyNet):
         twin = LQFClassifier.load(path, backbone=backbone, device="cpu")
         assert np.array_equal(twin.decision_function(NEW), fitted.decision_function(NEW))
-        assert twin.backbone is backbone
+        assert type(twin.backbone) is TinyNet and twin.backbone is not net
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     header = header_of(path)
     assert header["class"] == "LQFClassifier"
     assert header["version"] == sklearn_lqf.__version__
     assert header["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert header["backbone"] == "support.data.TinyNet"
+
+
+@pytest.mark.parametrize(
+    "backbone", [tiny_net(seed=5), TinyNet, lambda: tiny_net(seed=6)], ids=["module", "class", "call"]
+)
+def test_refits_start_from_the_weights_of_the_file(backbone, fitted, tmp_path):
+    """Of the estimator itself, a clone, a search, an update, a pickle and another file, and at another size."""
+    fit = classifier(store_data=True).fit(X, Y)
+    twin = LQFClassifier.load(saved(fit, tmp_path), backbone=backbone, device="cpu")
+    expected = fit.decision_function(NEW)
+    for other in (clone(twin), pickle.loads(pickle.dumps(twin)), twin):
+        assert np.array_equal(other.fit(X, Y).decision_function(NEW), expected)
+    again = LQFClassifier.load(saved(twin, tmp_path), backbone=tiny_net(seed=7), device="cpu")
+    assert np.array_equal(clone(again).fit(X, Y).decision_function(NEW), expected)
+    grid = {"alpha": [0.1, 1.0]}
+    searches = [GridSearchCV(clone(model), grid, cv=2).fit(X, Y) for model in (again, fit)]
+    assert np.array_equal(*(search.decision_function(NEW) for search in searches))
+    assert np.array_equal(*(clone(m).set_params(image_size=16).fit(X, Y).decision_function(NEW) for m in (twin, fit)))
+
+
+def test_refits_have_the_preprocessing_of_a_name(tmp_path):
+    """A module in the place of a name, and a name in the place of a module."""
+    named = LQFClassifier("squeezenet1_1", weights=None, preprocessing={"mean": 0.3}, **SMALL).fit(X, Y)
+    net = torchvision.models.squeezenet1_1(num_classes=1000, weights=None)
+    twin = LQFClassifier.load(saved(named, tmp_path), backbone=net, device="cpu")
+    assert np.array_equal(clone(twin).fit(X, Y).decision_function(NEW), named.decision_function(NEW))
+    own = LQFClassifier(net, **SMALL).fit(X, Y)
+    twin = LQFClassifier.load(saved(own, tmp_path), backbone="squeezenet1_1", device="cpu")
+    assert np.array_equal(clone(twin).fit(X, Y).decision_function(NEW), own.decision_function(NEW))
 
 
 def test_backbone_may_be_left_out(fitted, tmp_path):
@@ -133,7 +162,7 @@ def test_backbone_may_be_left_out(fitted, tmp_path):
 
 
 def test_backbone_by_name_is_built_without_a_download(tmp_path, monkeypatch):
-    clf = LQFClassifier("squeezenet1_1", weights=None, image_size=32, tangents=None).fit(X, Y)
+    clf = LQFClassifier("squeezenet1_1", weights=None, **SMALL).fit(X, Y)
     clf.weights = "auto"  # as if it had them from torchvision
     path = saved(clf, tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -210,7 +239,7 @@ def test_several_labels_and_parameters_of_many_kinds(tmp_path):
     clf = classifier(
         tangents="both", tangent_layers=["block2"], views=("identity", "flip"), prior=np.arange(1, 7),
         preprocessing={"mean": 0.5, "std": (0.2, 0.3, 0.4)},
-        image_size=np.int64(12), alpha=np.float64(0.3), class_weight=None, memory=None, weights="auto",
+        image_size=np.int64(12), alpha=np.float64(0.3), class_weight=None, weights="auto",
     ).fit(X, several)  # fmt: skip
     clf.class_weight = {0: 1.0, 1: np.float32(2)}
     twin = LQFClassifier.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
@@ -253,7 +282,7 @@ def test_memory_is_not_taken_from_a_file(tmp_path):
     clf = classifier(execution={"memory": Memory(tmp_path / "trusted", verbose=0)}).fit(X, Y)
     path = saved(clf, tmp_path)
     assert "trusted" not in json.dumps(header_of(path))
-    assert LQFClassifier.load(path, backbone=TinyNet).memory is None
+    assert LQFClassifier.load(path, backbone=TinyNet).execution == {"dtype": "float64"}
 
 
 def test_requests_of_metadata_are_kept(fitted, tmp_path):
@@ -371,12 +400,12 @@ def short(header, tensors):
         (put("x", "attributes", "fit"), "no fitted attributes"),
         (put("x", "attributes", "__class__"), "no fitted attributes"),
         (put("x", "attributes", "_model"), "no fitted attributes"),
-        (put("folder", "parameters", "memory"), r"cannot take the parameters \['memory'\]"),
+        (put({"dict": [["memory", "folder"]]}, "parameters", "execution"), r"cannot take the parameters \['memory'\]"),
         (put(1, "parameters", "novelty"), r"cannot take the parameters \['novelty'\]"),
         (put(["absent"], "network", "weights"), "KeyError: 'weights.absent'"),
         (put("0", "network", "digest"), "its weights are others"),
         (short, "weights on .* features, and the network gives"),
-        (put({"dict": []}, "stored"), "its model cannot be built"),
+        (put({"dict": []}, "model"), "its model cannot be built"),
     ],
 )
 def test_altered_with_a_right_digest(change, message, of_vectors, tmp_path):
@@ -420,7 +449,7 @@ def test_pickle_of_another_version_warns(of_vectors, monkeypatch):
 def test_parameters_that_a_pickle_lacks_have_their_defaults(of_vectors):
     twin = pickle.loads(pickle.dumps(of_vectors))
     state = twin.__getstate__()
-    del state["download"]
+    del state["execution"]
     older = LQFClassifier.__new__(LQFClassifier)
     older.__setstate__(state)
     assert older.get_params() == of_vectors.get_params()

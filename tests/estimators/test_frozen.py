@@ -1,0 +1,120 @@
+"""What a fit used is frozen with it: no parameter that is set later changes an answer, unless an error names it."""
+
+import copy
+import inspect
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import KFold
+from support.data import make_images, tiny_net
+
+from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
+
+N = 12
+X, Y = make_images(N, size=8)
+VALUES = X[:, :4, :4, 0].mean((1, 2)) + np.arange(N)
+VECTORS = X[:, ::4, ::4, 0].reshape(N, -1) / 255
+NEW, NEW_Y = make_images(3, size=8, seed=1)
+ROWS = np.arange(1, N)  # the fit; the first row is added later
+OPTIONS: dict[str, Any] = {
+    "backbone": tiny_net(width=4), "tangents": "both", "n_directions": 1, "sketch_size": 2, "store_data": True,
+    "execution": {"dtype": "float64"},
+}  # fmt: skip
+# An estimator, its X and y.
+CASES: dict[str, tuple[Any, np.ndarray, np.ndarray]] = {
+    "classifier": (LQFClassifier(class_weight="balanced", **OPTIONS), X, Y),
+    "iterative": (LQFClassifier(solver="pcg", prior="equal", alpha=1.0, **OPTIONS), X, Y),
+    "cv": (LQFClassifierCV(alphas=[0.03, 0.3], cv=2, scoring="neg_log_loss", **OPTIONS), X, Y),
+    "regressor": (LQFRegressor(**OPTIONS), X, VALUES),
+    "vectors": (LQFClassifier(store_data=True), VECTORS, Y),
+    "paper": (LQFClassifier(OPTIONS["backbone"], model="paper", tol=0.1, execution=OPTIONS["execution"]), X, Y),
+}
+# Of each parameter values with which `fit` would make another model, or none.
+OTHERS: dict[str, list[Any]] = {
+    "backbone": [tiny_net(seed=1, width=4), "resnet18"], "weights": ["of nobody"], "tangents": [None],
+    "tangent_layers": ["all"], "n_directions": [0], "sketch_size": [None], "model": ["paper", "groups"],
+    "prior": ["last", None], "alpha": [100.0], "alphas": [[100.0]], "cv": [None, KFold(3)], "scoring": [None, max],
+    "class_weight": [None, {"ant": 5.0}], "negative_slope": [0.5], "solver": ["closed", "pcg"], "max_iter": [1],
+    "tol": [0.5], "views": [("identity", "flip")], "image_shape": [(4, 4, 3)], "image_size": [5], "channel_axis": [0],
+    "preprocessing": [{"mean": 0.5, "std": 0.1}], "store_data": [False], "random_state": [None], "verbose": [1],
+    "execution": [None, {"dtype": "float32", "batch_size": 1, "n_jobs": 2}], "execution__device": ["cuda:77"],
+    "execution__download": [False], "execution__distributed": [True],
+}  # fmt: skip
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Labels to the letter, numbers but for the rounding of other batches."""
+    one, other = np.asarray(one), np.asarray(other)
+    return np.array_equal(one, other) if one.dtype.kind == "U" else np.allclose(one, other, rtol=0, atol=1e-9)
+
+
+def tensor(model: Any, new: np.ndarray) -> torch.Tensor:
+    """New rows as a module takes them."""
+    rows = new.transpose(0, 3, 1, 2) / 255 if new.ndim == 4 else new
+    return torch.from_numpy(rows).to(model._model.network.dtype)
+
+
+def answers(model: Any, data: np.ndarray, y: np.ndarray, folder: Any) -> dict[str, Any]:
+    """What a fitted estimator says, by the method's name: an array, or the words in which it refuses."""
+    new = NEW if data.ndim > 2 else VECTORS[:3]
+    numeric = isinstance(model, LQFRegressor)
+    deviating = model.predict if numeric else model.decision_function
+
+    def reloaded() -> np.ndarray:
+        path = folder / "model"
+        model.save(path)
+        module = OPTIONS["backbone"] if data.ndim > 2 else None
+        return type(model).load(path, device="cpu", backbone=module).predict(new)
+
+    def updated() -> np.ndarray:
+        twin = copy.copy(model).forget([0, 4])
+        twin.partial_fit(data[:1], y[:1])
+        outputs = twin.predict(new) if numeric else twin.predict_proba(new)
+        return np.concatenate([outputs.ravel(), twin.leave_one_out().ravel()])
+
+    calls = {
+        "predict": lambda: model.predict(new),
+        "score": lambda: model.score(data, y),
+        "deviation": lambda: deviating(new, return_std=True)[1],
+        "features": lambda: model.features(new),
+        "leave_one_out": lambda: model.leave_one_out(data[ROWS], y[ROWS]),
+        "influence": lambda: model.influence(None, None, new, y[:3]),
+        "forget, partial_fit": updated,
+        "to_module": lambda: model.to_module()(tensor(model, new)).detach().numpy(),
+        "save, load": reloaded,
+    }
+    if not numeric:
+        calls["predict_proba"] = lambda: model.predict_proba(new)
+    found: dict[str, Any] = {}
+    for name, call in calls.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The solver stopped")
+                found[name] = call()
+        except (ValueError, TypeError, AttributeError) as error:
+            found[name] = f"{error} {error.__cause__}"
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_that_are_set_later_change_no_answer(case, tmp_path):
+    estimator, data, y = CASES[case]
+    model = clone(estimator).fit(data[ROWS], y[ROWS])
+    expected, faults = answers(model, data, y, tmp_path), []
+    refused = {name for name, value in expected.items() if isinstance(value, str)}
+    assert not refused if case != "paper" else "predict" not in refused
+    for name in {*inspect.signature(type(model)).parameters, *(n for n in OTHERS if n.startswith("execution__"))}:
+        for value in OTHERS[name]:  # a parameter without other values is an error
+            changed = copy.copy(model).set_params(**{name: value})
+            for method, found in answers(changed, data, y, tmp_path).items():
+                if isinstance(found, str):
+                    fault = method not in refused and name.partition("__")[0] not in found
+                else:
+                    fault = method in refused or not equal(found, expected[method])
+                if fault:
+                    faults.append(f"{method} after {name}={value!r}: {found if isinstance(found, str) else 'changed'}")
+    assert not faults, "\n".join(faults)
