@@ -199,7 +199,7 @@ def refuse_missing(y: Any) -> None:
     values = np.asarray(y.to_numpy() if hasattr(y, "to_numpy") else y, object if isinstance(y, (list, tuple)) else None)
     if values.ndim not in (1, 2) or values.dtype.kind not in "fO":
         return
-    values = values.reshape(len(values), -1)
+    values = values[:, np.newaxis] if values.ndim == 1 else values
     if values.dtype.kind == "f":
         missing = np.isnan(values).any(axis=1)
     else:

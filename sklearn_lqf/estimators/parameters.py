@@ -350,7 +350,9 @@ class Parameters(BaseEstimator):
         self._validate_params()
         execution = self._execution
         execution.folder  # noqa: B018 raises for what is no folder
-        if not isinstance(self.prior, str):
+        if isinstance(self.prior, str) and self.prior not in PRIORS:  # a str is a sequence, too
+            raise ValueError(f"prior must be one of {list(PRIORS)}, a dict or numbers; got {self.prior!r}.")
+        if not isinstance(self.prior, str | None):
             values = list(self.prior.values()) if isinstance(self.prior, Mapping) else list(self.prior)
             if not values:
                 raise ValueError(f"prior must be one of {list(PRIORS)} or hold numbers; got {self.prior!r}.")
@@ -364,7 +366,7 @@ class Parameters(BaseEstimator):
 
     def _check_combinations(self, execution: Execution, n_processes: int) -> None:
         """Parameters that exclude each other."""
-        if not self._paper and self.solver == "sgd":
+        if not self._paper and getattr(self, "solver", None) == "sgd":
             raise ValueError("solver='sgd' is the paper's: set model='paper', or use 'auto', 'closed' or 'pcg'.")
         if self._paper:
             if self.solver == "closed":
@@ -375,7 +377,7 @@ class Parameters(BaseEstimator):
             ):  # fmt: skip
                 if wrong:
                     raise ValueError(f"model='paper' does not support {name}={value!r}.")
-        if n_processes > 1 and self.store_data:
+        if n_processes > 1 and getattr(self, "store_data", False):
             raise ValueError("store_data=True does not support distributed=True with several processes.")
         if n_processes > 1 and not isinstance(self.random_state, Integral):
             raise ValueError(

@@ -3,7 +3,7 @@
 import pytest
 from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
 
-from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
+from sklearn_lqf import ImageFeatures, LQFClassifier, LQFClassifierCV, LQFRegressor
 
 # The number of checks that apply to each, which must not fall unseen.
 ESTIMATORS = {
@@ -14,6 +14,7 @@ ESTIMATORS = {
     "cv": (LQFClassifierCV(alphas=[0.1, 1.0], cv=2), 55),
     "leave one out": (LQFClassifierCV(alphas=[0.1, 1.0], store_data=True), 56),
     "regressor": (LQFRegressor(store_data=True), 50),
+    "features": (ImageFeatures(), 45),
 }
 
 

@@ -1,0 +1,52 @@
+"""ImageFeatures: the features of the estimators, for others."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from support.data import make_images, tiny_net
+
+from sklearn_lqf import ImageFeatures, LQFClassifier, LQFRegressor
+
+X, Y = make_images(15)
+NEW_X, _ = make_images(3, seed=1)
+DOUBLE = {"execution": {"dtype": "float64"}}
+
+
+def test_groups_are_those_of_the_classifier():
+    transformer, clf = ImageFeatures(tiny_net(), **DOUBLE).fit(X), LQFClassifier(tiny_net(), **DOUBLE).fit(X, Y)
+    assert_allclose(transformer.transform(NEW_X), clf.features(NEW_X), atol=1e-10)
+    assert transformer.groups_ == clf.groups_
+    assert_allclose(transformer.fit_transform(X), transformer.transform(X), atol=1e-10)
+    assert len(transformer.get_feature_names_out()) == transformer.transform(X).shape[1]
+
+
+def test_a_ridge_regression_on_tuned_features_is_the_regressor():
+    y = np.random.default_rng(0).normal(size=len(X)) + X.mean((1, 2, 3)) / 50
+    reg = LQFRegressor(tiny_net(), **DOUBLE).fit(X, y)
+    tuned = ImageFeatures(tiny_net(), prior="leave-one-out", **DOUBLE)
+    groups = len(reg.prior_)
+    ridge = Ridge(alpha=len(X) * reg.alpha_ * groups / len(X)).fit(tuned.fit_transform(X, y), y)
+    assert_allclose(ridge.predict(tuned.transform(NEW_X)), reg.predict(NEW_X), atol=1e-8)
+    assert_allclose(list(tuned.prior_.values()), list(reg.prior_.values()))
+    with pytest.raises(ValueError, match="learned from y, which is None"):
+        tuned.fit(X)
+
+
+def test_beside_columns_of_a_table(tmp_path):
+    from PIL import Image
+
+    paths = [tmp_path / f"{i}.png" for i in range(len(X))]
+    for path, image in zip(paths, X, strict=True):
+        Image.fromarray(image).save(path)
+    table = pd.DataFrame({"path": [str(p) for p in paths], "size": np.arange(len(X), dtype=float)})
+    both = make_column_transformer(
+        (ImageFeatures(tiny_net(), **DOUBLE), ["path"]), ("passthrough", ["size"]), verbose_feature_names_out=False
+    ).set_output(transform="pandas")
+    found = both.fit_transform(table)
+    assert list(found.columns)[-1] == "size"
+    assert_allclose(found.to_numpy()[:, :-1], ImageFeatures(tiny_net(), **DOUBLE).fit_transform(X), atol=1e-6)
+    assert make_pipeline(both, Ridge()).fit(table, np.arange(len(X))).predict(table).shape == (len(X),)
