@@ -281,31 +281,3 @@ def test_forgetting_and_adding_choose_again(cv):
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
-
-BAD_PARAMETERS = {
-    "no penalty": ({"alphas": []}, "alphas must be some different numbers"),
-    "one number": ({"alphas": 1.0}, "alphas must be"),
-    "twice": ({"alphas": [1.0, 2, 1]}, "different"),
-    "negative": ({"alphas": [1.0, -1.0]}, r"Each of alphas must be a number > 0, got -1\.0"),
-    "nan": ({"alphas": [np.nan]}, "Each of alphas"),
-    "text": ({"alphas": ["auto"]}, "auto"),
-    "one fold": ({"cv": 1}, "at least one train/test split"),
-    "no fold": ({"cv": iter([])}, "yields no folds"),
-    "unknown scorer": ({"scoring": "acuracy"}, "acuracy"),
-    "no score": ({"scoring": lambda *_: np.nan}, "nan for each of alphas"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_PARAMETERS)
-def test_bad_parameters(case):
-    parameters, message = BAD_PARAMETERS[case]
-    model = search(**parameters)
-    with pytest.raises(ValueError, match=message):
-        model.fit(X, Y)
-    assert not hasattr(model, "coef_")
-
-
-def test_several_processes_are_refused():
-    with pytest.raises(ValueError, match="does not support distributed=True"):
-        search(execution={"distributed": True})._check_parameters(2)
-    search(execution={"distributed": True})._check_parameters(1)
