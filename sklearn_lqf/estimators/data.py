@@ -20,7 +20,7 @@ from ..network.prepared import PreparedNetwork
 from ..runtime.arithmetic import ordinary_arithmetic
 from ..runtime.memory import with_smaller_batches
 from .parameters import Parameters
-from .progress import Progress
+from .progress import Bars
 
 __all__ = ["Inputs", "evaluate_rows", "refuse_missing", "select_rows"]
 
@@ -124,9 +124,9 @@ class Inputs(Parameters):
 
     def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
-        network = self._model.network
-        with ordinary_arithmetic():
-            return evaluate_rows(evaluate, rows, np.arange(len(rows)), network.rows_at_once(self._execution.batch_size))
+        size, count = self._model.network.rows_at_once(self._execution.batch_size), len(rows)
+        with ordinary_arithmetic(), Bars(getattr(self, "verbose", 0) if count > size else 0) as bars:
+            return evaluate_rows(evaluate, rows, np.arange(count), size, lambda _, batch: bars.rows(len(batch), count))
 
     def _reads_directions(self) -> bool:
         """Whether tangents along directions may have a variance."""
@@ -157,7 +157,7 @@ class Inputs(Parameters):
         return network.standardized(rows[keep], weights[keep]) if vectors else network
 
     def _evaluate(
-        self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Progress | None = None
+        self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Bars | None = None
     ) -> tuple[Tensor, Tensor]:
         """Raw features (n, D) and digests (n, 16) of some rows."""
         seen = Fingerprint(len(chosen))
