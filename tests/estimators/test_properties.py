@@ -4,22 +4,20 @@ Fits are of a network of some hundred parameters in float64. Draws are the same 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.base import clone
 from support.data import merged, tiny_net
+from support.images import every_form
 from torch import nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
-from sklearn_lqf.images.reading import ImageInputs, is_image_input
 
 settings.register_profile(
     "ci",
@@ -31,7 +29,7 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-CHEAP, FITS = settings(max_examples=100), settings(max_examples=12)
+FITS = settings(max_examples=12)
 
 
 def tiny(channels: int = 3) -> nn.Module:
@@ -77,75 +75,6 @@ def images(draw: Callable, n: st.SearchStrategy, channels: Any = None) -> np.nda
     return pixels.astype(np.uint8)
 
 
-def in_memory_as(draw: Callable, X: np.ndarray) -> np.ndarray:
-    """Equal values in another layout of memory."""
-    layout = draw(st.sampled_from(["C", "F", "reversed", "every other", "read-only", "inner axes swapped"]))
-    note(layout)
-    if layout == "F":
-        return np.asfortranarray(X)
-    if layout == "reversed":
-        return X[::-1].copy()[::-1]
-    if layout == "every other":
-        return np.repeat(X, 2, axis=1)[:, ::2]
-    if layout == "inner axes swapped":
-        return X.swapaxes(1, -1).copy().swapaxes(1, -1)
-    X = X.copy()
-    X.flags.writeable = layout == "C"
-    return X
-
-
-def of_dtype(draw: Callable, X: np.ndarray) -> tuple[np.ndarray, float]:
-    """The images as numbers of another kind, and how far their values are from those of uint8, at most."""
-    # Half a unit in the last place of the coarser type.
-    kinds = {"u1": 0.0, "<f4": 2.0**-24, ">f4": 2.0**-24, "<f8": 2.0**-24, ">f8": 2.0**-24, "<f2": 2.0**-12}
-    kind = draw(st.sampled_from(sorted(kinds)))
-    note(kind)
-    return (X if kind == "u1" else (X / 255).astype(kind)), kinds[kind]
-
-
-@st.composite
-def forms(draw: Callable, X: np.ndarray, folder: Path) -> tuple[Any, dict[str, Any], float]:
-    """Some form of images, the options that go with it, and the tolerance of its values."""
-    shape = X.shape[1:]
-    container = draw(
-        st.sampled_from(["array", "raveled", "frame", "list", "tuple", "objects", "tensor", "pil", "paths", "series"])
-    )
-    note(container)
-    if container in ("pil", "paths", "series"):
-        pictures = [Image.fromarray(x[..., 0] if x.shape[2:] == (1,) else x) for x in X]
-        if container == "pil":
-            return pictures, {}, 0.0
-        paths = [folder / f"{i}.{draw(st.sampled_from(['png', 'bmp', 'tiff']))}" for i in range(len(X))]
-        for path, picture in zip(paths, pictures, strict=True):
-            picture.save(path)
-        if container == "series":
-            return pd.Series(paths, index=draw(st.permutations(range(len(X))))), {}, 0.0
-        return [draw(st.sampled_from([str, Path]))(p) for p in paths], {}, 0.0
-    values, tolerance = of_dtype(draw, X)
-    options: dict[str, Any] = {}
-    if len(shape) == 3 and draw(st.booleans()):
-        note("channels first")
-        values, options = values.transpose(0, 3, 1, 2), {"channel_axis": 0}
-    if container in ("raveled", "frame"):
-        options["image_shape"] = values.shape[1:]
-        values = values.reshape(len(X), -1)
-        if container == "frame":
-            return pd.DataFrame(values.astype(values.dtype.newbyteorder("="))), options, tolerance
-    values = in_memory_as(draw, values)
-    if container == "list":
-        return list(values), options, tolerance
-    if container == "tuple":
-        return tuple(values), options, tolerance
-    if container == "objects":
-        elements = np.empty(len(values), dtype=object)
-        elements[:] = list(values)
-        return elements, options, tolerance
-    if container == "tensor":
-        native = np.array(values, dtype=values.dtype.newbyteorder("="))  # torch knows neither the other nor read-only
-        return torch.from_numpy(native), options, tolerance
-    return values, options, tolerance
-
-
 # The codes of labels: at least two of each of three classes, in any order.
 CODES = st.lists(st.integers(0, 2), max_size=3).flatmap(lambda more: st.permutations([0, 0, 1, 1, 2, 2, *more]))
 
@@ -176,44 +105,17 @@ def assert_close(one: Any, other: Any, rtol: float = 1e-6) -> None:
 # -------------------------------------------------------------------------------------------------------- forms of X
 
 
-@CHEAP
-@given(data=st.data(), X=images(st.integers(1, 5)))
-def test_every_form_holds_the_same_images(data, X, tmp_path):
-    in_channels = data.draw(st.sampled_from([1, 3]) if X.shape[3:] != (3,) else st.just(3))
-    size = data.draw(st.sampled_from([None, 4, (5, 7), 12]))
-    form, options, tolerance = data.draw(forms(X, tmp_path))
-    assert is_image_input(form, options.get("image_shape"))
-    expected = ImageInputs(X, image_size=size, in_channels=in_channels)
-    found = ImageInputs(form, image_size=size, in_channels=in_channels, **options)
-    assert len(found) == len(X)
-    assert found.image_shape[:2] == X.shape[1:3]
-    a = data.draw(st.integers(0, len(X)))
-    one, other = found.batch(a, len(X)), expected.batch(a, len(X))
-    assert one.shape == other.shape
-    assert one.dtype == torch.float32
-    if tolerance == 0:
-        assert torch.equal(one, other)
-    else:
-        torch.testing.assert_close(one, other, rtol=0, atol=4 * tolerance)  # of sums of pixels, where resized
-
-
-@FITS
-@given(data=st.data(), X=images(st.just(6)))
-def test_every_form_gives_the_same_model(data, X, tmp_path):
-    y = np.arange(6) % 2
-    channels = X.shape[3] if X.ndim == 4 else data.draw(st.sampled_from([1, 3]))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_form_gives_the_same_model(channels, tmp_path):
+    X = np.random.default_rng(0).integers(0, 256, (6, 7, 8, 3)).astype(np.uint8)
+    X, y = X if channels == 3 else X[..., 0], np.arange(6) % 2
     expected = classifier(channels).fit(X, y)
-    form, options, tolerance = data.draw(forms(X, tmp_path))
-    before = [np.asarray(x).copy() for x in form] if isinstance(form, np.ndarray | torch.Tensor) else None
-    clf = classifier(channels, **options).fit(form, y)
-    assert clf.image_shape_[:2] == X.shape[1:3]
-    if tolerance == 0:
-        assert np.array_equal(clf.coef_, expected.coef_)
-        assert np.array_equal(clf.predict_proba(form), expected.predict_proba(X))
-    elif tolerance < 1e-6:
-        assert_close(clf.decision_function(form), expected.decision_function(X), 1e-3)
-    if before is not None:
-        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(before, form, strict=True))
+    for name, form, options in every_form(X, tmp_path):
+        clf = classifier(channels, **options).fit(form, y)
+        assert clf.image_shape_[:2] == (7, 8), name
+        assert np.array_equal(clf.predict_proba(form), expected.predict_proba(X)), name
+    floats = X.astype(np.float32) / np.float32(255)
+    assert_close(classifier(channels).fit(floats, y).decision_function(X), expected.decision_function(X), 1e-3)
 
 
 @FITS
@@ -303,66 +205,40 @@ def weights_of(draw: Callable, codes: np.ndarray, values: st.SearchStrategy) -> 
 POSITIVE = st.floats(0.01, 10)
 
 
-@FITS
-@given(data=st.data(), problem=problems(), factor=st.floats(1e-6, 1), alpha=st.sampled_from(["auto", 0.1]))
-def test_the_scale_of_small_weights_does_not_matter(data, problem, factor, alpha):
-    """Above 1 they are numbers of repetitions."""
+@settings(max_examples=40)
+@given(
+    data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]),
+    kind=st.sampled_from(["scaled", "zero", "repeated", "of classes", "permuted"]),
+)  # fmt: skip
+def test_weights(data, problem, alpha, kind):
+    """Below 1 their scale does not matter; above they are numbers of repetitions; zero is a row left out."""
     X, codes = problem
-    weights = weights_of(data.draw, codes, st.floats(0.1, 1))
-    one = classifier(alpha=alpha).fit(X, codes, weights)
-    other = classifier(alpha=alpha).fit(X, codes, factor * weights)
+    rows, options, own = np.arange(len(codes)), {"alpha": alpha}, {}
+    if kind == "scaled":
+        weights = weights_of(data.draw, codes, st.floats(0.1, 1))
+        others = data.draw(st.floats(1e-6, 1)) * weights
+    elif kind == "repeated":
+        weights = weights_of(data.draw, codes, st.integers(0, 3))
+        rows = np.array(data.draw(st.permutations(np.repeat(rows, weights.astype(int)).tolist())))
+        others = np.ones(len(rows))
+    elif kind == "of classes":  # which are no repetitions, whatever their size
+        own = {"class_weight": dict(enumerate(data.draw(st.lists(POSITIVE, min_size=3, max_size=3))))}
+        weights = weights_of(data.draw, codes, st.floats(0.01, 1))
+        others = weights * np.array([own["class_weight"][c] for c in codes])
+        others /= others.max()
+    else:
+        weights = weights_of(data.draw, codes, st.one_of(st.just(0.0), POSITIVE))
+        rows = np.flatnonzero(weights) if kind == "zero" else np.array(data.draw(st.permutations(rows)))
+        others = weights[rows]
+        options["views"] = data.draw(st.sampled_from(["identity", ("identity", "flip"), ("flip", "identity")]))
+    one = classifier(**options, **own).fit(X, codes, weights)
+    other = classifier(**options).fit(X[rows], codes[rows], others)
+    if kind in ("zero", "permuted"):
+        assert one._model.fingerprint == other._model.fingerprint
     assert_same_model(other, one, X)
 
 
-@FITS
-@given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
-def test_a_weight_of_zero_is_a_row_left_out(data, problem, alpha):
-    X, codes = problem
-    weights = weights_of(data.draw, codes, st.one_of(st.just(0.0), POSITIVE))
-    keep = weights > 0
-    one = classifier(alpha=alpha).fit(X, codes, weights)
-    other = classifier(alpha=alpha).fit(X[keep], codes[keep], weights[keep])
-    assert_same_model(one, other, X)
-
-
-@FITS
-@given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
-def test_a_weight_is_a_number_of_repetitions(data, problem, alpha):
-    X, codes = problem
-    weights = weights_of(data.draw, codes, st.integers(0, 3))
-    order = data.draw(st.permutations(np.repeat(np.arange(len(codes)), weights.astype(int)).tolist()))
-    one = classifier(alpha=alpha).fit(X, codes, weights)
-    other = classifier(alpha=alpha).fit(X[order], codes[order])
-    assert_same_model(one, other, X)
-
-
-@FITS
-@given(data=st.data(), problem=problems())
-def test_weights_of_classes_are_weights_of_their_rows(data, problem):
-    X, codes = problem
-    of_classes = dict(enumerate(data.draw(st.lists(POSITIVE, min_size=3, max_size=3))))
-    weights = weights_of(data.draw, codes, st.floats(0.01, 1))
-    one = classifier(class_weight=of_classes).fit(X, codes, weights)
-    # What is given is a number of repetitions above 1; weights of classes are not.
-    of_rows = weights * np.array([of_classes[c] for c in codes])
-    other = classifier().fit(X, codes, of_rows / of_rows.max())
-    assert_same_model(one, other, X)
-
-
 # ---------------------------------------------------------------------------------------- order, batches and targets
-
-
-@FITS
-@given(data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]))
-def test_the_order_of_rows_does_not_matter(data, problem, alpha):
-    X, codes = problem
-    order = np.array(data.draw(st.permutations(range(len(codes)))))
-    weights = weights_of(data.draw, codes, st.one_of(st.just(0.0), POSITIVE))
-    views = data.draw(st.sampled_from(["identity", ("identity", "flip"), ("flip", "identity")]))
-    one = classifier(alpha=alpha, views=views).fit(X, codes, weights)
-    other = classifier(alpha=alpha, views=views).fit(X[order], codes[order], weights[order])
-    assert one._fingerprint == other._fingerprint
-    assert_same_model(one, other, X)
 
 
 @FITS
@@ -389,7 +265,7 @@ def test_views_of_rows_with_a_gap():
     weights = np.isin(np.arange(7), keep).astype(float)
     one = classifier(views=views).fit(X, [0, 0, 1, 1, 2, 2, 2], weights)
     other = classifier(views=views).fit(X[[1, 3, 6, 4]], [0, 1, 2, 2], [1, 1, 1, 0])
-    assert one._fingerprint == other._fingerprint
+    assert one._model.fingerprint == other._model.fingerprint
     assert_same_model(one, other, X)
 
 
@@ -475,14 +351,8 @@ CASES: dict[str, tuple[Callable, Callable | None, Any, list[int], float]] = {
     "targets": (vectors, target, LQFRegressor(), [SOME, MANY], 1e-6),
     "labels": (vectors, labels, LQFClassifier(), [SOME], 1e-6),
     "folds": (vectors, None, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
-    "images": (noise, None, LQFClassifier(tiny_net(), execution={"dtype": "float32"}), [SOME, MANY], 1e-4),
-    "directions": (
-        noise,
-        None,
-        LQFClassifier(tiny_net(), tangents="both", execution={"dtype": "float32"}),
-        [SOME],
-        1e-4,
-    ),
+    "images": (noise, None, LQFClassifier(tiny_net()), [SOME, MANY], 1e-4),
+    "directions": (noise, None, LQFClassifier(tiny_net(), tangents="both"), [SOME], 1e-4),
 }
 
 
