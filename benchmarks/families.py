@@ -9,18 +9,56 @@ does a fit of eight images take, and do its features equal timm's own. What was 
 import argparse
 import fnmatch
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm
+import torch
+
+from sklearn_lqf import LQFClassifier
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.network.head import as_vectors
+from sklearn_lqf.network.prepared import PreparedNetwork
+
 RESULTS = Path(__file__).parent / "results" / "families.json"
 SIZES = (64, 96, 128, 160, 192, 224, 256)  # the first that the network takes is used
 IMAGES = 8
 # The smallest model of each file of timm that is none of its own tests, by parameters, and models that are asked for.
-SMALLEST: dict[str, str] = {}
+SMALLEST = {
+    "beit": "beit_base_patch16_224", "byoanet": "halonet_h1", "byobnet": "mobileone_s1", "cait": "cait_xxs24_224",
+    "coat": "coat_tiny", "convit": "convit_tiny", "convmixer": "convmixer_768_32", "convnext": "convnext_zepto_rms",
+    "cpubone": "cpubone_nano", "crossvit": "crossvit_tiny_240", "csatv2": "csatv2", "cspnet": "cs3darknet_focus_s",
+    "cspnext": "cspnext_tiny", "davit": "davit_tiny", "deepseek_vit": "deepseek_vit_412m", "deit":
+    "deit_tiny_patch16_224", "densenet": "densenet121", "dla": "dla46x_c", "dpn": "dpn48b", "edgenext":
+    "edgenext_xx_small", "efficientformer": "efficientformer_l1", "efficientformer_v2": "efficientformerv2_s0",
+    "efficientnet": "mobilenetv2_035", "efficientvim": "efficientvim_m1", "efficientvit_mit": "efficientvit_b0",
+    "efficientvit_msra": "efficientvit_m0", "eva": "vit_tiny_patch16_dinov3_qkvb", "fasternet": "fasternet_t0",
+    "fastvit": "fastvit_t8", "focalnet": "focalnet_tiny_srf", "gcvit": "gcvit_xxtiny", "gemma4_vit":
+    "gemma4_vit_167m", "ghostnet": "ghostnet_050", "hardcorenas": "hardcorenas_b", "hgnet": "hgnetv2_b0", "hiera":
+    "hiera_tiny_224", "hieradet_sam2": "sam2_hiera_tiny", "hrnet": "hrnet_w18_small", "iformer": "iformer_t",
+    "inception_next": "inception_next_atto", "inception_resnet_v2": "inception_resnet_v2", "inception_v3":
+    "inception_v3", "inception_v4": "inception_v4", "lcnetv2": "lcnetv2_small", "levit": "levit_128s", "lowformer":
+    "lowformer_b0", "mambaout": "mambaout_femto", "maxxvit": "maxvit_pico_rw_256", "metaformer": "poolformerv2_s12",
+    "mlp_mixer": "gmlp_ti16_224", "mobilenetv3": "mobilenetv3_small_050", "mobilenetv5": "mobilenetv5_base",
+    "mobilevit": "mobilevit_xxs", "mvitv2": "mvitv2_tiny", "naflexvit": "naflexvit_base_patch16_parfac_gap",
+    "nasnet": "nasnetalarge", "nest": "nest_tiny", "nextvit": "nextvit_small", "nfnet": "nf_regnet_b0", "pit":
+    "pit_ti_224", "pnasnet": "pnasnet5large", "pvt_v2": "pvt_v2_b0", "qwen3_vit": "qwen3_vit_88m", "rdnet":
+    "rdnet_tiny", "regnet": "regnetx_002", "repghost": "repghostnet_050", "repvit": "repvit_m1", "res2net":
+    "res2next50", "resnest": "resnest14d", "resnet": "resnet10t", "resnetv2": "resnetv2_18", "rexnet": "rexnet_100",
+    "selecsls": "selecsls42", "senet": "legacy_seresnet18", "sequencer": "sequencer2d_s", "shvit": "shvit_s1",
+    "sknet": "skresnet18", "starnet": "starnet_s050", "swiftformer": "swiftformer_xs", "swin_transformer":
+    "swin_tiny_patch4_window7_224", "swin_transformer_v2": "swinv2_tiny_window16_256", "swin_transformer_v2_cr":
+    "swinv2_cr_tiny_224", "tiny_vit": "tiny_vit_5m_224", "tnt": "tnt_s_legacy_patch16_224", "tresnet": "tresnet_m",
+    "twins": "twins_svt_small", "vgg": "vgg11", "visformer": "visformer_tiny", "vision_transformer":
+    "vit_tiny_patch16_224", "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224", "vision_transformer_relpos":
+    "vit_srelpos_small_patch16_224", "vision_transformer_sam": "samvit_base_patch16_224", "vitamin":
+    "vitamin_small_224", "volo": "volo_d1_224", "vovnet": "ese_vovnet19b_slim_dw", "xception": "legacy_xception",
+    "xception_aligned": "xception41p", "xcit": "xcit_nano_12_p8_224",
+}  # fmt: skip
 ALSO = {
     "vision_transformer": [
         "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch32_clip_224", "vit_tiny_patch16_224",
@@ -48,15 +86,6 @@ def wanted() -> list[tuple[str, str]]:
 
 def try_one(name: str) -> dict[str, Any]:
     """What happens when a model is taken as backbone."""
-    import numpy as np
-    import timm
-    import torch
-
-    from sklearn_lqf import LQFClassifier
-    from sklearn_lqf.backbones.loading import load_backbone
-    from sklearn_lqf.network.head import as_vectors
-    from sklearn_lqf.network.prepared import PreparedNetwork
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     native = timm.models.get_pretrained_cfg(name).input_size[-1]
@@ -103,17 +132,30 @@ def try_one(name: str) -> dict[str, Any]:
 
 
 def run(name: str, limit: float) -> dict[str, Any]:
-    """`try_one` in another process."""
-    command = [sys.executable, __file__, "--one", name]
+    """`try_one` in another process, a copy of this one that has imported the libraries already."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(name, there))
+    process.start()
+    there.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"taken": False, "error": f"more than {limit:.0f} s", "kind": "timeout"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return {"taken": False, "error": f"the process ended with {done.returncode}: {last[:300]}", "kind": "process"}
-    return json.loads(lines[-1])
+        found = here.recv() if here.poll(limit) else None
+    except EOFError:
+        process.join()
+        return {"taken": False, "error": f"the process ended with {process.exitcode}", "kind": "process"}
+    if found is None:
+        process.kill()
+    process.join()
+    return found or {"taken": False, "error": f"more than {limit:.0f} s", "kind": "timeout"}
+
+
+def answer(name: str, there: Any) -> None:
+    """Send the result of `try_one`, or its error."""
+    try:
+        row = try_one(name)
+    except Exception as error:  # each is a result
+        row = {"taken": False, "error": str(error), "kind": type(error).__name__}
+    there.send(row)
 
 
 def main() -> None:
@@ -124,11 +166,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120, help="seconds for each")
     options = parser.parse_args()
     if options.one:
-        try:
-            row = try_one(options.one)
-        except Exception as error:  # each is a result
-            row = {"taken": False, "error": str(error), "kind": type(error).__name__}
-        print(json.dumps(row))
+        print(json.dumps(try_one(options.one)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for file, name in wanted():

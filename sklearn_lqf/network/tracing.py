@@ -430,6 +430,8 @@ def _trace(
         values, longer = node_values(graph, example), node_values(graph, torch.cat([example, example[:1]]))
     inputs = [i for i in _layer_inputs(graph, stages) if _follows_batch(values[i.node], longer[i.node])]
     parts = add_readout(graph, inputs, values, example)
+    for kept in (tracer.values, values, longer):  # many, and a tracer may outlive its use
+        kept.clear()
     make_functional(graph)
     simplify(graph)
     graph.graph.eliminate_dead_code()

@@ -1,4 +1,7 @@
-"""Networks of torchvision really run: randomly initialized, fitted to a few images."""
+"""Networks that stand for the families of torchvision and timm, with random weights.
+
+benchmarks/families.py tries all of timm's.
+."""
 
 import warnings
 
@@ -10,13 +13,51 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from sklearn_lqf import LQFClassifier
-
-pytestmark = pytest.mark.slow
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.network.head import as_vectors
+from sklearn_lqf.network.tracing import split_network
 
 CONVOLUTIONAL = [
     "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121",
     "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11_bn", "convnext_tiny",
 ]  # fmt: skip
+
+# name: size of the images, and stages
+TIMM = {
+    "vit_small_patch14_dinov2": (28, 13),  # no classifier; made for 518 pixels
+    "vit_small_patch16_dinov3": (32, 13),  # rotary embeddings
+    "vit_base_patch16_siglip_224": (32, 13),  # pooled by attention
+    "vit_base_patch32_clip_224": (32, 13),
+    "eva02_tiny_patch14_224": (28, 13),
+    "deit_tiny_distilled_patch16_224": (32, 13),  # two heads on two tokens
+    "levit_128s": (64, 11),  # two heads on one vector, BatchNorm on tokens
+    "repvit_m0_9": (32, 3),
+    "resnet50_clip": (64, 6),
+    "swin_tiny_patch4_window7_224": (64, 4),  # a constant of five axes
+    "hiera_tiny_224": (64, 13),  # optional arguments
+    "efficientnet_b0": (32, 6),
+    "samvit_base_patch16": (32, 15),  # tokens in a map
+    "dm_nfnet_f0": (64, 9),  # standardized weights
+}
+SLOW = ("samvit_base_patch16", "dm_nfnet_f0")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TIMM])
+def test_families_of_timm(name):
+    """Features are timm's own, the network is traced, and something is read of its stages."""
+    pytest.importorskip("timm", minversion="1.0.20")
+    size, n_stages = TIMM[name]
+    module = load_backbone(f"timm:{name}", None, image_size=size, random_state=0).module
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module.forward_head(module.forward_features(x), pre_logits=True)
+        network = as_vectors(module, x)
+        torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+    split = split_network(network, x, "head", read_stages=True)
+    assert split.traced
+    assert len(split.stages) == n_stages
+    read = {part.name.removesuffix(" tangents") for part in split.parts if part.name.endswith(" tangents")}
+    assert len(read) >= n_stages - 1  # but for the first layer, whose input are the pixels
 
 
 def vision_transformer() -> nn.Module:
@@ -32,7 +73,8 @@ def fit(backbone, size, **parameters):
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     weights = None if isinstance(backbone, str) else "auto"
-    clf = LQFClassifier(backbone, weights=weights, execution={"device": "cpu"}, **parameters)
+    execution = {"device": "cpu"}
+    clf = LQFClassifier(backbone, weights=weights, image_size=size, execution=execution, **parameters)
     clf.fit(X, [0, 1, 0, 1])
     assert np.isfinite(clf.coef_).all()
     assert np.any(clf.coef_ != 0)
@@ -40,7 +82,8 @@ def fit(backbone, size, **parameters):
     return clf
 
 
-@pytest.mark.parametrize("backbone", [*CONVOLUTIONAL, "swin_t", vision_transformer])
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [*CONVOLUTIONAL, "swin_t", "vit_b_16", vision_transformer])
 def test_groups(backbone):
     """Every family has groups of features beside the last ones; layers without backward passes, and with."""
     clf = fit(backbone, 64, tangents="both", tangent_layers=1, n_directions=2)
@@ -53,6 +96,7 @@ def test_groups(backbone):
 
 
 # The Linear layers of VGG have 120 million weights: a minute for one iteration.
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [name for name in CONVOLUTIONAL if name != "vgg11_bn"])
 def test_all_layers_of_the_papers_model(backbone):
     with warnings.catch_warnings():
@@ -60,9 +104,3 @@ def test_all_layers_of_the_papers_model(backbone):
         clf = fit(backbone, 64, model="paper", tangent_layers="all", max_iter=1, tol=0)
     assert clf.n_iter_ == 1
     assert clf.coef_.size > 2 * (clf._model.network.split.n_features + 1)  # more than the head
-
-
-def test_two_heads_are_refused():
-    pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="head_dist"):
-        fit("timm:deit_tiny_distilled_patch16_224", 224)

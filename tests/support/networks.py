@@ -1,6 +1,7 @@
 """Small networks for tests of what loads them."""
 
 import torch
+import torchvision
 from torch import nn
 
 from sklearn_lqf.backbones.preprocessing import Preprocessing
@@ -43,3 +44,31 @@ def assert_same_state(module, other):
 def saved(state, path):
     torch.save(state, path)
     return path
+
+
+class Other(nn.Module):
+    """A network of these modules, by a function of it and the input."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        for name, m in modules.items():
+            self.add_module(name, m)
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def uninitialized(name, **options):
+    """A network of torchvision with small uniform weights: its own initial values take long to draw."""
+    with torch.device("meta"):
+        net = torchvision.models.get_model(name, **options)
+    net = net.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*net.parameters(), *net.buffers()]:
+        tensor.data.fill_(1)
+    for p in net.parameters():
+        if p.ndim > 1:
+            scale = (3 / p[0].numel()) ** 0.5
+            p.data.uniform_(-scale, scale, generator=generator)
+    return net
