@@ -10,20 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils.validation import check_is_fitted
 from support.callbacks import Silent
 from support.data import TinyNet, make_images, merged, tiny_net
 from torch import nn
 
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.engine.fitted import FeatureReader
-from sklearn_lqf.engine.problem import Problem
-from sklearn_lqf.network import prepared
 from sklearn_lqf.network.linearize import Point
 from sklearn_lqf.network.prepared import PreparedNetwork
 
@@ -64,105 +59,52 @@ def test_learns(fitted):
     np.testing.assert_allclose(np.exp(fitted.predict_log_proba(test)), fitted.predict_proba(test))
 
 
-def test_all_forms_of_images_are_equal(fitted, tmp_path):
-    files = []
-    for i, image in enumerate(X):
-        files.append(tmp_path / f"{i}.png")
-        Image.fromarray(image).save(files[-1])
-    forms = {
-        "raveled": (RAVELED, {"image_shape": (12, 12, 3)}),
-        "frame": (pd.DataFrame(RAVELED), {"image_shape": (12, 12, 3)}),
-        "pil": ([Image.fromarray(i) for i in X], {}),
-        "paths": ([str(f) for f in files], {}),
-        "series": (pd.Series(files), {}),
-        "channels first": (X.transpose(0, 3, 1, 2), {"channel_axis": 0}),
-    }
-    for name, (form, parameters) in forms.items():
-        clf = classifier(**parameters).fit(form, Y)
-        assert np.array_equal(clf.decision_function(form), fitted.decision_function(X)), name
-        assert clf.image_shape_ == (12, 12, 3), name
-    clf = classifier().fit(X / np.float32(255), Y)
-    assert_equal_models(clf, fitted, rtol=1e-5)
-
-
-def test_a_model_of_arrays_predicts_raveled_rows_and_paths(fitted, tmp_path):
+def test_forms_of_images_and_feature_names(fitted, tmp_path):
+    """Of one image; what holds for whole data sets is in `test_properties`."""
     Image.fromarray(X[0]).save(tmp_path / "x.png")
+    np.save(tmp_path / "X.npy", X)
     expected = fitted.decision_function(X[:1])
-    assert np.array_equal(fitted.decision_function(RAVELED[:1]), expected)
-    assert np.array_equal(fitted.decision_function([tmp_path / "x.png"]), expected)
-
-
-def test_grayscale_and_image_size():
-    gray = X[..., 0]
-    clf = classifier(image_size=16).fit(gray, Y)
-    assert clf.image_shape_ == (12, 12, 1)
-    assert clf.n_features_in_ == 144
-    clf.predict(np.zeros((2, 20, 30), np.uint8))  # any size
-
-
-def test_feature_names():
+    for form in (RAVELED[:1], [tmp_path / "x.png"], np.load(tmp_path / "X.npy", mmap_mode="r")[:1]):
+        assert np.array_equal(fitted.decision_function(form), expected)
     frame = pd.DataFrame(RAVELED, columns=[f"p{i}" for i in range(RAVELED.shape[1])])
     clf = classifier(image_shape=(12, 12, 3)).fit(frame, Y)
     assert clf.feature_names_in_[0] == "p0"
     with pytest.raises(ValueError, match="feature names"):
         clf.predict(frame.rename(columns={"p0": "q0"}))
     assert not hasattr(clf.fit(X, Y), "feature_names_in_")  # names of an earlier fit are gone
-    assert np.array_equal(clf.predict(RAVELED), clf.predict(X))
-
-
-def test_read_only_memmap(fitted, tmp_path):
-    path = tmp_path / "X.npy"
-    np.save(path, X)
-    mapped = np.load(path, mmap_mode="r")
-    assert np.array_equal(classifier().fit(mapped, Y).decision_function(mapped), fitted.decision_function(X))
+    clf = classifier(image_size=16).fit(X[..., 0], Y)
+    assert (clf.image_shape_, clf.n_features_in_) == ((12, 12, 1), 144)
+    clf.predict(np.zeros((2, 20, 30), np.uint8))  # any size
 
 
 # ----------------------------------------------------------------------------------------- scikit-learn contract
 
 
-def test_fit_is_idempotent(fitted):
-    clf = classifier().fit(X, Y)
-    first = clf.decision_function(X)
-    assert np.array_equal(clf.fit(X, Y).decision_function(X), first)
-    assert np.array_equal(first, fitted.decision_function(X))
-
-
-def test_clone_shares_the_module():
+def test_fits_are_idempotent_and_clones_share_the_module(fitted):
     net = tiny_net()
     clf = classifier(backbone=net)
     twin = clone(clf)
-    assert twin.backbone is net
-    assert clf.backbone is net
+    assert twin.backbone is clf.backbone is net
     assert twin.get_params() == clf.get_params()
+    for _ in range(2):
+        assert np.array_equal(clf.fit(X, Y).decision_function(X), fitted.decision_function(X))
 
 
-def test_pipeline_grid_search_and_cross_validation():
-    pipeline = make_pipeline(FunctionTransformer(np.ascontiguousarray), classifier())
-    assert pipeline.fit(X, Y).score(X, Y) == 1.0
-    search = GridSearchCV(classifier(), {"alpha": [1e-3, 1e-1]}, cv=2).fit(X, Y)
+def test_items_of_execution_are_parameters():
+    clf = LQFClassifier(execution={"dtype": "float64"}).set_params(execution__batch_size=3, alpha=1.0)
+    assert clf.execution == {"dtype": "float64", "batch_size": 3}
+    assert clf.get_params()["execution__batch_size"] == 3
+    assert clf.get_params()["execution__device"] == "auto"
+    assert clone(clf).execution == clf.execution
+    search = GridSearchCV(classifier(), {"execution__batch_size": [5, 24], "alpha": [1e-3, 0.1]}, cv=2).fit(X, Y)
+    assert np.ptp(search.cv_results_["mean_test_score"].reshape(2, 2), axis=1).max() == 0
     assert search.best_score_ > 0.8
-    scores = cross_val_score(classifier(image_shape=(12, 12, 3)), RAVELED, Y, cv=2)
-    assert scores.shape == (2,)
 
 
-def test_one_class_missing_in_a_fold():
+def test_cross_validation_with_a_class_missing_in_a_fold():
     order = np.argsort(Y, kind="stable")  # folds without shuffling leave a class out
-    scores = cross_val_score(classifier(), X[order], Y[order], cv=KFold(3))
+    scores = cross_val_score(classifier(image_shape=(12, 12, 3)), RAVELED[order], Y[order], cv=KFold(3))
     assert np.isfinite(scores).all()
-
-
-def test_subset_and_order_invariance(fitted):
-    every = fitted.decision_function(X)
-    order = np.random.default_rng(0).permutation(len(X))
-    np.testing.assert_allclose(fitted.decision_function(X[order]), every[order], rtol=1e-7)
-    np.testing.assert_allclose(fitted.decision_function(X[:5]), every[:5], rtol=1e-7)
-
-
-def test_class_weight_is_a_sample_weight():
-    balanced = classifier(class_weight="balanced").fit(X[:-4], Y[:-4])
-    counts = {c: (Y[:-4] == c).sum() for c in np.unique(Y)}
-    by_hand = classifier(class_weight={c: len(X[:-4]) / (3 * k) for c, k in counts.items()}).fit(X[:-4], Y[:-4])
-    assert_equal_models(balanced, by_hand)
 
 
 OPTIONS = [
@@ -170,8 +112,9 @@ OPTIONS = [
     {"tangents": "both", "tangent_layers": "all", "n_directions": 3, "sketch_size": 4},
     {"tangents": "network", "tangent_layers": ["block2"], "sketch_size": None}, {"prior": "evidence"},
     {"prior": "equal"}, {"prior": "last"}, {"prior": {"last": 1, "block1.1 tangents": 2.5}},
-    {"random_state": None}, {"solver": "closed"}, {"solver": "pcg", "prior": "equal"}, {"execution": {"dtype": "float32"}},
-    {"model": "paper"}, {"model": "paper", "tangent_layers": "all"}, {"model": "paper", "tangent_layers": "head"},
+    {"random_state": None}, {"solver": "closed"}, {"solver": "pcg", "prior": "equal"}, {"class_weight": "balanced"},
+    {"execution": {"dtype": "float32", "n_jobs": 2}}, {"model": "paper"}, {"model": "paper", "tangent_layers": "all"},
+    {"model": "paper", "tangent_layers": "head"},
 ]  # fmt: skip
 
 
@@ -189,9 +132,8 @@ def test_solvers_reach_one_optimum():
     assert (closed.solver_, iterative.solver_) == ("rows", "estimate")
     assert_equal_models(iterative, closed, 1e-7)
     pcg = classifier(model="paper", tol=1e-8, alpha=0.1).fit(X, Y)
-    sgd = classifier(model="paper", solver="sgd", tol=1e-8, alpha=0.1, max_iter=2000, execution={"batch_size": 8}).fit(
-        X, Y
-    )
+    options = {"model": "paper", "tol": 1e-8, "alpha": 0.1, "execution": {"batch_size": 8}}
+    sgd = classifier(solver="sgd", max_iter=2000, **options).fit(X, Y)
     np.testing.assert_allclose(sgd.coef_, pcg.coef_, atol=1e-6 * np.abs(pcg.coef_).max())
 
 
@@ -252,9 +194,8 @@ def test_same_data_give_the_same_model_and_a_seed_other_directions(fitted):
     assert not np.allclose(one.coef_, other.coef_)
 
 
-def small_device(monkeypatch, limit: int) -> list[int]:
-    """A device with memory for the features of so many rows; the sizes that were tried."""
-    tried, evaluate = [], FeatureReader._evaluate
+def test_memory_of_the_device(fitted, monkeypatch):
+    tried, evaluate, limit = [], FeatureReader._evaluate, 7
 
     def guarded(self, activations):
         tried.append(len(activations[0]))
@@ -263,31 +204,14 @@ def small_device(monkeypatch, limit: int) -> list[int]:
         return evaluate(self, activations)
 
     monkeypatch.setattr(FeatureReader, "_evaluate", guarded)
-    return tried
-
-
-def test_less_memory_gives_the_same_result(fitted, monkeypatch):
-    tried = small_device(monkeypatch, 7)
-    clf = classifier(execution={"batch_size": 24}).fit(X, Y)
+    assert_equal_models(classifier(execution={"batch_size": 24}).fit(X, Y), fitted)
     assert max(tried) == 24
-    assert_equal_models(clf, fitted)
-
-
-def test_batches_of_a_cpu_are_bounded_by_their_activations(fitted, monkeypatch):
-    row = fitted._model.network._bytes_of_a_row()
-    for room, most in ((0, 1), (5 * row, 5), (100 * row, 24)):
-        monkeypatch.setattr(prepared, "_BATCH_BYTES", room)
-        tried = small_device(monkeypatch, 24)
-        clf = classifier(execution={"batch_size": 24}).fit(X, Y)
-        assert max(tried) == most
-        assert_equal_models(clf, fitted)
-    assert pickle.loads(pickle.dumps(clf))._model.network.rows_at_once(64) == 64
-
-
-def test_not_enough_memory_says_what_to_do(monkeypatch):
-    small_device(monkeypatch, 0)
+    limit = 0
     with pytest.raises(MemoryError, match="tangent_layers"):
         classifier().fit(X, Y)
+    row = fitted._model.network._bytes_of_a_row()
+    for room, most in ((0, 1), (5 * row, 5), (100 * row, 24)):
+        assert fitted._model.network.rows_at_once(24, budget=room) == most
 
 
 def trunk_rows(monkeypatch) -> list[int]:
@@ -321,9 +245,8 @@ def test_memory_shares_the_trunk_between_fits_and_predictions(monkeypatch, tmp_p
     assert sum(rows) == 0
     assert_equal_models(clf, classifier(**options).fit(X, Y))
     rows.clear()
-    classifier(execution={"memory": tmp_path}, tangents="network", tangent_layers="all").fit(
-        X, Y
-    )  # no trunk: nothing to share
+    no_trunk = classifier(execution={"memory": tmp_path}, tangents="network", tangent_layers="all").fit(X, Y)
+    assert no_trunk.converged_
     classifier(execution={"memory": tmp_path}, preprocessing={"mean": (0.4, 0.4, 0.4)}, **options).fit(X, Y)
     assert sum(rows) == 2 * len(X)
 
@@ -354,10 +277,13 @@ def test_callbacks():
 
 def test_verbose_shows_a_bar(capsys):
     pytest.importorskip("tqdm")
-    classifier(verbose=1).fit(X, Y)
-    assert "trunk" in capsys.readouterr().err
+    clf = classifier(verbose=1, execution={"batch_size": 5}).fit(X, Y)
+    shown = capsys.readouterr().err
+    assert shown.index("reading") < shown.index("prior") < shown.index("solving")
+    clf.predict(X)
+    assert "reading" in capsys.readouterr().err
     classifier(verbose=1, model="paper").fit(X, Y)
-    assert "solve" in capsys.readouterr().err
+    assert "solving" in capsys.readouterr().err
     classifier().fit(X, Y)
     shown = capsys.readouterr()
     assert shown.out == shown.err == ""
@@ -422,95 +348,6 @@ def test_cuda_agrees_with_the_cpu():
     np.testing.assert_allclose(twin.predict_proba(X), clf.predict_proba(X), rtol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ nothing is lost
-
-
-def _state(net: nn.Module) -> dict:
-    return {
-        "weights": {k: v.clone() for k, v in net.state_dict().items()},
-        "training": [m.training for m in net.modules()],
-        "grad": [p.requires_grad for p in net.parameters()],
-        "hooks": [len(m._forward_hooks) for m in net.modules()],
-    }
-
-
-@pytest.mark.parametrize("labels", [Y, np.repeat("ant", len(Y))], ids=["fits", "raises"])
-def test_module_data_and_generators_are_untouched(labels):
-    net = tiny_net().train()
-    net.fc.weight.requires_grad_(False)
-    before, data = _state(net), X.copy()
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the global generator is the subject
-    try:
-        LQFClassifier(net).fit(X, labels)
-    except ValueError:
-        assert labels is not Y
-    after = _state(net)
-    assert all(torch.equal(v, after["weights"][k]) for k, v in before["weights"].items())
-    assert {k: v for k, v in before.items() if k != "weights"} == {k: v for k, v in after.items() if k != "weights"}
-    assert np.array_equal(X, data)
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
-
-
-BAD_FITS = {
-    "data": (X[:, :, :, :1][..., [0] * 4], Y, ValueError),
-    "labels": (X, np.repeat("ant", len(Y)), ValueError),
-    "interrupt": (X, Y, KeyboardInterrupt),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FITS)
-@pytest.mark.parametrize("before", ["new", "fitted"])
-def test_a_fit_that_raises_leaves_nothing_fitted(case, before, monkeypatch):
-    bad, labels, error = BAD_FITS[case]
-    net, parameters = tiny_net(), {"store_data": True}
-    clf = classifier(backbone=net, **parameters)
-    if before == "fitted":
-        clf.fit(X, Y)
-    state, generator = _state(net), torch.get_rng_state()
-    with monkeypatch.context() as patched, pytest.raises(error):
-        if case == "interrupt":
-            patched.setattr(Problem, "solve", interrupted)
-        clf.fit(bad, labels)
-    with pytest.raises(NotFittedError):
-        check_is_fitted(clf)
-    for method in (clf.predict, clf.leave_one_out, clf.forget):
-        with pytest.raises(NotFittedError):
-            method(X)
-    assert not [name for name in vars(clf) if name.endswith("_") and not name.startswith("_")]
-    assert all(torch.equal(v, state["weights"][k]) for k, v in net.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert np.array_equal(clf.fit(X, Y).coef_, classifier(**parameters).fit(X, Y).coef_)
-
-
-def test_an_untraceable_module_warns_and_works():
-    class Branches(nn.Sequential):
-        def forward(self, x):
-            if x.mean() > -1e9:  # depends on the data: no graph
-                return super().forward(x)
-            return x
-
-    def layers():
-        return (
-            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), nn.Linear(8, 4),
-        )  # fmt: skip
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        plain = nn.Sequential(*layers())
-    branches = Branches(*layers())
-    branches.load_state_dict(plain.state_dict())
-    options = {"tangents": "both", "tangent_layers": "all", "negative_slope": 0.1}
-    with pytest.warns(UserWarning, match="cannot be traced"):
-        clf = classifier(backbone=branches, **options).fit(X, Y)
-    assert_equal_models(clf, classifier(backbone=plain, **options).fit(X, Y), 1e-6)
-
-
 # ------------------------------------------------------------------------------------------------- what is said
 
 
@@ -571,51 +408,30 @@ def test_a_network_that_needs_two_rows_can_be_fitted():
     assert classifier(backbone=Squeezed().eval(), tangents=None).fit(X, Y).converged_
 
 
-def test_images_of_a_fixed_size_network():
-    class Fixed(TinyNet):
-        def forward(self, x):
-            torch._assert(x.shape[-1] == 32, "needs 32 pixels")
-            return super().forward(x)
-
-    with torch.random.fork_rng(devices=[]):
-        net = Fixed().eval()
-    classifier(backbone=net, image_size=32).fit(X, Y)
-
-
-# ---------------------------------------------------------------------------------------------------- group_norm
-
-
 class GroupNormed(nn.Module):
-    """Norms of groups as a module or a function, in a network that traces or not, which owns parameters in vain."""
+    """Norms of groups by a function, in a network that traces or not."""
 
-    def __init__(self, as_module: bool, traced: bool):
+    def __init__(self, traced: bool):
         super().__init__()
         self.traced = traced
         self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
-        self.norm = nn.GroupNorm(2, 8) if as_module else None
-        self.w, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))  # in vain beside the module
+        self.w, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x):
         x = self.conv(self.stem(x).relu())
         if not self.traced and float(x.detach().sum()) > 1e30:
             x = x + 1
-        x = nn.functional.group_norm(x, 2, self.w, self.b) if self.norm is None else self.norm(x)
-        return self.fc(x.relu().mean((2, 3)))
+        return self.fc(nn.functional.group_norm(x, 2, self.w, self.b).relu().mean((2, 3)))
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be traced")
 @pytest.mark.parametrize("traced", [True, False], ids=["traced", "untraced"])
-@pytest.mark.parametrize("as_module", [True, False], ids=["module", "function"])
-def test_group_norm_neither_crashes_nor_keeps_graphs(as_module, traced, monkeypatch):
+def test_group_norm_neither_crashes_nor_keeps_graphs(traced, monkeypatch):
     # Gradients of its parameters alone, for channels-last input, end the process in torch before 2.14.
     products, jvp = [], Point.jvp
     monkeypatch.setattr(Point, "jvp", lambda self, d: products.append(jvp(self, d)) or products[-1])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = GroupNormed(as_module, traced).eval()
-    clf = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-4).fit(X, Y)
-    assert clf.converged_
+        net = GroupNormed(traced).eval()
+    assert LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-4).fit(X, Y).converged_
     assert products and not any(p.requires_grad for p in products)
-    exact = LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-8, execution={"dtype": "float64"}).fit(X, Y)
-    np.testing.assert_allclose(clf.decision_function(X), exact.decision_function(X), atol=1e-2)
