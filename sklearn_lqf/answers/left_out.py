@@ -13,8 +13,8 @@ import torch
 
 from ..engine.fitted import FittedModel
 from ..engine.problem import TrainingRows
-from ..engine.ridge import changes
-from .uncertainty import pieces
+from ..engine.ridge import removals
+from ..runtime.memory import PIECE_BYTES, pieces
 
 __all__ = ["influence", "leave_one_out"]
 
@@ -44,6 +44,7 @@ def influence(
     weights: np.ndarray,
     features: np.ndarray,
     effect: Callable[[np.ndarray, slice], np.ndarray],
+    budget: int = PIECE_BYTES,
 ) -> np.ndarray:
     """The effect of leaving out each training row on new rows.
 
@@ -58,6 +59,8 @@ def influence(
         Raw features of the new rows.
     effect : callable
         (changes of the outputs in the units of y (k, n, C), which of the m rows these are) -> (k, n) or (k, n, C).
+    budget : int
+        Bytes of the changes of k rows.
 
     Returns
     -------
@@ -68,7 +71,8 @@ def influence(
     form = problem.factorization(variances)
     targets, multiplicity = torch.from_numpy(problem.targets), torch.from_numpy(problem.multiplicity)
     found = []
-    for piece in pieces(len(features), targets.numel()):
-        changed = changes(form, targets, multiplicity, problem.scaled(features[piece], variances)).numpy()
+    removed = removals(form, form.solve(targets), multiplicity)
+    for piece in pieces(len(features), 8 * targets.numel(), budget):
+        changed = -(form.hat(problem.scaled(features[piece], variances))[:, :, None] * removed).numpy()
         found.append(effect(changed * model.unit, piece))
     return np.concatenate(found)

@@ -8,15 +8,17 @@ from scipy.special import log_expit, log_softmax
 
 from ..engine.fitted import FittedModel
 from ..engine.problem import TrainingRows
+from ..runtime.memory import PIECE_BYTES, pieces
 
-__all__ = ["THRESHOLD", "fit_temperature", "output_variance", "pieces"]
+__all__ = ["THRESHOLD", "fit_temperature", "output_variance"]
 
 THRESHOLD = 0.5  # of an estimated indicator
 _TEMPERATURES = (0.05, 10.0)  # the lower one when all held-out images are right: no probability is 0
-_PIECE = 1 << 24  # elements of an intermediate result
 
 
-def output_variance(model: FittedModel, rows: TrainingRows, weights: np.ndarray, features: np.ndarray) -> np.ndarray:
+def output_variance(
+    model: FittedModel, rows: TrainingRows, weights: np.ndarray, features: np.ndarray, budget: int = PIECE_BYTES
+) -> np.ndarray:
     """Posterior variance of an output for new rows, over the square of its unit.
 
     Parameters
@@ -28,6 +30,8 @@ def output_variance(model: FittedModel, rows: TrainingRows, weights: np.ndarray,
         Those of their classes included.
     features : ndarray of shape (m, D)
         Raw features of the new rows.
+    budget : int
+        Bytes of an intermediate result.
 
     Returns
     -------
@@ -36,15 +40,9 @@ def output_variance(model: FittedModel, rows: TrainingRows, weights: np.ndarray,
     """
     problem, variances = model.problem(rows, weights), model.solution.variances
     form = problem.factorization(variances)
-    parts = pieces(len(features), max(features.shape[1], len(rows)))
+    parts = pieces(len(features), 8 * max(features.shape[1], len(rows)), budget)
     found = [form.variance(problem.scaled(features[p], variances)).numpy() for p in parts]
     return model.solution.noise * np.concatenate(found)
-
-
-def pieces(count: int, elements: int, most: int = _PIECE) -> list[slice]:
-    """Rows in pieces, each with intermediate results of so many elements for a row and ``most`` in all."""
-    step = max(1, most // max(elements, 1))
-    return [slice(a, a + step) for a in range(0, count, step)]
 
 
 def fit_temperature(

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .estimate import EstimatedForm
 from .features import Group, Standardization, fit_standardization
+from .preconditioner import Block
 from .prior import CRITERIA, Rows, learn_prior, scale_prior
-from .ridge import Block, EstimatedForm, Factorization, closed_form_fits, factorize, leave_one_out, noise_variance
+from .ridge import Factorization, Optimum, closed_form_fits, factorize, leave_one_out, noise_variance
 
 __all__ = ["PRIORS", "Problem", "Recipe", "Solution", "TrainingRows"]
 
@@ -301,26 +303,26 @@ class Problem:
 
     def held_out(self, alpha: float | str) -> np.ndarray:
         """Leave-one-out outputs (n, C) at a penalty, scale and prior held fixed."""
-        return self._held_out(self.factorization(self.variances_at(alpha)))
+        form = self.factorization(self.variances_at(alpha))
+        return self._held_out(form, form.solve(torch.from_numpy(self.targets)))
 
-    def _held_out(self, form: Factorization) -> np.ndarray:
-        return leave_one_out(form, torch.from_numpy(self.targets), torch.from_numpy(self.multiplicity)).numpy()
+    def _held_out(self, form: Factorization, optimum: Optimum) -> np.ndarray:
+        return leave_one_out(form, optimum, torch.from_numpy(self.multiplicity)).numpy()
 
     def solve(self, alpha: float | str) -> tuple[Solution, np.ndarray]:
         """The solution at a penalty, and its leave-one-out outputs (n, C), scale and prior held fixed."""
         variances = self.variances_at(alpha)
-        form, t = self.factorization(variances), torch.from_numpy(self.targets)
-        coef, intercept = form.solve(t)
+        form = self.factorization(variances)
+        found = form.solve(torch.from_numpy(self.targets))
         scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
-        weight = np.zeros((len(scale), t.shape[1]))
-        weight[scale > 0] = coef.numpy() * scale[scale > 0][:, None]
+        weight = np.zeros((len(scale), self.targets.shape[1]))
+        weight[scale > 0] = found.coef.numpy() * scale[scale > 0][:, None]
         course: dict[str, Any] = {}
-        if form.course is not None:
-            found = form.course
-            advice = None if found.converged else str(found.status.value)
-            course = {"n_iter": found.n_iter, "residual_norms": found.residual_norms, "advice": advice}
-        noise = noise_variance(form, t, torch.from_numpy(self.multiplicity), self._recipe.free)
+        if found.course is not None:
+            advice = None if found.course.converged else str(found.course.status.value)
+            course = {"n_iter": found.course.n_iter, "residual_norms": found.course.errors, "advice": advice}
+        noise = noise_variance(found, torch.from_numpy(self.multiplicity), self._recipe.free)
         solution = Solution(
-            self.standardization, variances, weight, intercept.numpy(), noise, form.method, **course
+            self.standardization, variances, weight, found.intercept.numpy(), noise, form.method, **course
         )  # fmt: skip
-        return solution, self._held_out(form)
+        return solution, self._held_out(form, found)

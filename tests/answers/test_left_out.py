@@ -10,7 +10,8 @@ from sklearn.linear_model import Ridge
 from support.data import make_images, tiny_net
 
 from sklearn_lqf import LQFClassifier, LQFRegressor
-from sklearn_lqf.answers import left_out as answers
+from sklearn_lqf.answers.left_out import influence
+from sklearn_lqf.answers.uncertainty import output_variance
 
 N = 15
 X, LABELS = make_images(N)
@@ -162,22 +163,21 @@ def test_standard_deviations_equal_the_dense_posterior(case):
 # ------------------------------------------------------------------------------------------------- many rows, streams
 
 
-def test_answers_for_many_rows_are_made_in_pieces(monkeypatch):
-    model, many = LQFClassifier(**OPTIONS).fit(X, LABELS), np.concatenate([NEW, X[:9]])
-    whole = model.influence(X, LABELS, many), model.decision_function(many, return_std=True)[1]
-    seen = []
-    changes = answers.changes
+def test_answers_for_many_rows_are_made_in_pieces():
+    model = LQFClassifier(**{**OPTIONS, "store_data": True}).fit(X, LABELS)._model
+    features = np.random.default_rng(0).normal(size=(13, model.solution.weight.shape[0]))
+    seen: list[int] = []
 
-    def observed(*args: Any) -> Any:
-        seen.append(changes(*args))
-        return seen[-1]
+    def effect(changes: np.ndarray, piece: slice) -> np.ndarray:
+        seen.append(len(changes))
+        return changes.sum(2)
 
-    monkeypatch.setattr(answers, "changes", observed)
-    monkeypatch.setattr(answers, "_PIECE", 2 * N * 3)  # two rows of changes of all outputs by all images
-    found = model.influence(X, LABELS, many), model.decision_function(many, return_std=True)[1]
-    assert [len(piece) for piece in seen] == [2] * 6 + [1]
-    for one, other in zip(found, whole, strict=True):
+    of_fit = (model, model.rows, model.rows.given, features)
+    room = 8 * 2 * N * 3  # two rows of changes of all outputs by all images
+    found = influence(*of_fit, effect, budget=room), output_variance(*of_fit, budget=room)
+    for one, other in zip(found, (influence(*of_fit, effect), output_variance(*of_fit)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert seen == [2] * 6 + [1] + [13]
 
 
 # ---------------------------------------------------------------------------------------------------------- estimates

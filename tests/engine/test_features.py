@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from sklearn_lqf.engine.features import Group, GroupFeatures, draw_directions, fit_standardization
 from sklearn_lqf.images.synthetic import reference_images
-from sklearn_lqf.runtime.arithmetic import ordinary_arithmetic
 from sklearn_lqf.network.tracing import Split, remove_head, split_network
+from sklearn_lqf.runtime.arithmetic import ordinary_arithmetic
 
 F64 = torch.float64
 

@@ -206,7 +206,7 @@ def test_conjugate_gradients_say_how_they_went():
     found, estimate = pose(solver="pcg").solve("auto")
     assert found.advice is None
     assert 0 < found.n_iter == len(found.residual_norms) - 1
-    assert found.residual_norms[-1] <= 1e-12 < found.residual_norms[0] == pytest.approx(1)
+    assert found.residual_norms[-1] <= 1e-12 < found.residual_norms[0]
     np.testing.assert_allclose(found.weight, closed.weight, rtol=0, atol=1e-9 * np.abs(closed.weight).max())
     # What stands for the inverse, its preconditioner, is near: most of what the outputs have lost is found.
     in_sample = closed.standardization(FEATURES) @ closed.weight + closed.intercept
@@ -223,7 +223,7 @@ def test_with_one_exact_block_estimates_are_exact():
 
 def test_what_does_not_fit_is_estimated():
     assert pose(budget=1000).solve("auto")[0].method == "estimate"
-    assert pose(budget=3 * 8 * N**2).solve("auto")[0].method == "rows"
+    assert pose(budget=8 * N**2).solve("auto")[0].method == "rows"
     with pytest.raises(ValueError, match=r"16 rows and 22 features.*solver='pcg'"):
         pose(budget=1000, solver="closed").solve("auto")
 

@@ -15,7 +15,10 @@ PACKAGE = ROOT / "sklearn_lqf"
 # From the bottom to the top. The modules of a room import from their own room and from those before it.
 ROOMS = ["runtime", "images", "backbones", "network", "engine", "paper", "answers", "io", "estimators", "displays"]
 # Linear algebra: these import no other module of the package and no library of images, networks or estimators.
-PURE = {"network.depthwise", "paper.kfac", "engine.prior", "engine.ridge", "engine.sketch", "paper.solvers"}
+PURE = {
+    "engine.centered", "engine.conjugate_gradients", "engine.estimate", "engine.preconditioner", "engine.prior",
+    "engine.ridge", "engine.sketch", "network.depthwise", "paper.kfac", "paper.solvers", "runtime.memory",
+}  # fmt: skip
 PURE_LIBRARIES = {"numpy", "scipy", "torch"}
 LARGEST_ROOM = 12
 

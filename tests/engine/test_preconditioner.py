@@ -1,0 +1,112 @@
+"""The block-diagonal preconditioner against dense inverses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.linear import Data, close
+
+from sklearn_lqf.engine.centered import CenteredRows
+from sklearn_lqf.engine.preconditioner import Block, KroneckerPreconditioner
+
+
+def preconditioner(x, s, blocks, **options) -> KroneckerPreconditioner:
+    """Of arrays or tensors."""
+    return KroneckerPreconditioner(CenteredRows(torch.as_tensor(x), torch.as_tensor(s)), blocks, **options)
+
+
+def curvature(x: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Phi' S Phi + I of features less their weighted mean."""
+    x = x - np.average(x, axis=0, weights=s)
+    return x.T @ (s[:, None] * x) + np.eye(x.shape[1])
+
+
+def inverse_of(p: KroneckerPreconditioner, d: int) -> np.ndarray:
+    """Its matrix (D, D)."""
+    return p(torch.eye(d, dtype=torch.float64)).numpy()
+
+
+def kronecker_rows(seed: int = 0) -> np.ndarray:
+    """Features of matrices a_i b_j' for all pairs, of both signs: their curvature is a Kronecker product."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((5, 3)), rng.standard_normal((6, 4))
+    rows = np.einsum("ip,jq->ijpq", a, b).reshape(30, 12)
+    return np.vstack([rows, -rows])
+
+
+def test_exact_blocks_are_exact() -> None:
+    data = Data(12, 5)
+    x, s, *_ = data.tensors()
+    h = curvature(data.x, data.s)
+    close(inverse_of(preconditioner(x, s, [Block(slice(0, 5))]), 5), np.linalg.inv(h))
+    found = inverse_of(preconditioner(x, s, [Block(slice(0, 2)), Block(slice(2, 5))]), 5)
+    close(found[:2, :2], np.linalg.inv(h[:2, :2]))
+    close(found[2:, 2:], np.linalg.inv(h[2:, 2:]))
+    assert not found[:2, 2:].any()
+
+
+@pytest.mark.parametrize("weights", ["even", "of the pairs"])
+def test_kronecker_data_are_exact(weights: str) -> None:
+    rows, rng = kronecker_rows(), np.random.default_rng(1)
+    # Weights u_i v_j leave the curvature a Kronecker product.
+    pairs = np.outer(rng.uniform(0.5, 2, 5), rng.uniform(0.5, 2, 6)).ravel()
+    s = np.ones(60) if weights == "even" else np.tile(pairs, 2)
+    found = preconditioner(rows, s, [Block(slice(0, 12), (3, 4))])
+    close(inverse_of(found, 12), np.linalg.inv(curvature(rows, s)))
+    assert found.trace == pytest.approx(np.trace(np.linalg.inv(curvature(rows, s))))
+
+
+def test_one_kronecker_direction_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    direction = np.outer(rng.standard_normal(3), rng.standard_normal(4)).ravel()
+    rows, s = rng.standard_normal((7, 1)) * direction, rng.uniform(0.5, 2, 7)
+    found = preconditioner(rows, s, [Block(slice(0, 12), (3, 4))])
+    close(inverse_of(found, 12), np.linalg.inv(curvature(rows, s)))
+
+
+def test_a_kronecker_block_by_its_definition() -> None:
+    data = Data(9, 12)
+    x, s, *_ = data.tensors()
+    f = (data.x - np.average(data.x, axis=0, weights=data.s)).reshape(9, 3, 4)
+    left = sum(w * m @ m.T for w, m in zip(data.s, f, strict=True))
+    right = sum(w * m.T @ m for w, m in zip(data.s, f, strict=True))
+    found = inverse_of(preconditioner(x, s, [Block(slice(0, 12), (3, 4))]), 12)
+    close(found, np.linalg.inv(np.kron(left, right) / np.trace(left) + np.eye(12)))
+    close(found, found.T)
+
+
+def test_rows_that_are_all_equal_have_no_curvature() -> None:
+    x, s = torch.ones(4, 6, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for sides in (None, (2, 3)):
+        close(inverse_of(preconditioner(x, s, [Block(slice(0, 6), sides)]), 6), np.eye(6))
+
+
+def test_wide_blocks_are_split() -> None:
+    data = Data(9, 26)
+    x, s, *_ = data.tensors()
+    wide = [Block(slice(0, 7)), Block(slice(7, 17), (5, 2)), Block(slice(17, 26), (1, 9))]
+    narrow = [
+        *(Block(slice(*ends)) for ends in ((0, 3), (3, 6), (6, 7))),
+        Block(slice(7, 13), (3, 2)),
+        Block(slice(13, 17), (2, 2)),
+        *(Block(slice(*ends)) for ends in ((17, 20), (20, 23), (23, 26))),
+    ]
+    found = inverse_of(preconditioner(x, s, wide, widest=3), 26)
+    close(found, inverse_of(preconditioner(x, s, narrow), 26))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([Block(slice(0, 3))], "must cover all 6 columns; they end at column 3"),
+        ([Block(slice(0, 3)), Block(slice(4, 6))], "follows column 3"),
+        ([Block(slice(0, 4)), Block(slice(3, 6))], "follows column 4"),
+        ([Block(slice(0, 6), (2, 2))], "sides of 4 features for 6 columns"),
+        ([], "must cover all 6 columns"),
+    ],
+)
+def test_blocks_that_do_not_fit(blocks: list[Block], message: str) -> None:
+    x, s, *_ = Data(5, 6).tensors()
+    with pytest.raises(ValueError, match=message):
+        preconditioner(x, s, blocks)
