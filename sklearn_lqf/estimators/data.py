@@ -10,7 +10,7 @@ import torch
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
-from ..backbones.loading import Backbone, load_backbone
+from ..backbones.loading import Backbone, fit_to_size, load_backbone
 from ..engine.fitted import FeatureReader
 from ..images.decoding import is_missing, unwrap
 from ..images.digests import Fingerprint
@@ -58,6 +58,7 @@ class Inputs(Parameters):
             rows = self._read_images(X, self.image_shape, reset=True)
             self.image_shape_: tuple[int, int, int] | None = rows.image_shape
             self._size = rows.size
+            fit_to_size(backbone, rows.size)
             self.n_features_in_ = rows.n_features
             if is_image_input(X) and hasattr(self, "feature_names_in_"):
                 del self.feature_names_in_  # of an earlier fit, on a frame of raveled rows

@@ -25,7 +25,7 @@ from ..runtime.memory import memory_budget
 from ..runtime.processes import ALONE, Group, default_group
 from .base import FittedMethods
 from .data import select_rows
-from .progress import CallbackSupportMixin, Progress, with_callbacks
+from .progress import Bars, CallbackSupportMixin, Progress, with_callbacks
 
 __all__ = ["LQFBase", "stores_data"]
 
@@ -140,7 +140,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
             rows_of_fit = TrainingRows(features, targets[keep], given[keep], digests, vectors)
             # Pose and solve.
-            self._solve(reader, recipe, rows_of_fit, bool(self.store_data), group, keep, len(inputs))
+            self._solve(reader, recipe, rows_of_fit, bool(self.store_data), progress, group, keep, len(inputs))
 
     def _frozen_value(self, name: str) -> Any:
         """The value of a parameter that a later change of it does not reach."""
@@ -165,6 +165,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         recipe: Recipe,
         rows: TrainingRows,
         keep_rows: bool,
+        bars: Bars,
         group: Group = ALONE,
         keep: np.ndarray | None = None,
         n: int = 0,
@@ -175,10 +176,12 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         """
         weights = self._weigh_classes(rows.targets, rows.given)
         unit = self._target_unit(rows.targets, weights)
-        problem = Problem(rows, reader.groups, weights, unit, recipe)
+        with bars.step("prior"):
+            problem = Problem(rows, reader.groups, weights, unit, recipe)
         place = np.arange(len(rows)) if keep is None else keep
-        alpha = self._choose_alpha(problem, recipe, rows, reader, place, n or len(rows))
-        solution, held_out = group.of_the_first(problem.solve(alpha))
+        with bars.step("solving"):
+            alpha = self._choose_alpha(problem, recipe, rows, reader, place, n or len(rows))
+            solution, held_out = group.of_the_first(problem.solve(alpha))
         if not np.isfinite(solution.weight).all():
             raise ValueError(
                 f"The solution is not finite ({solution.advice}): use execution={{'dtype': 'float64'}}, check the "
@@ -317,7 +320,8 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
                 )
                 features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)))
                 rows = replace(rows, features=features.numpy())
-            twin._solve(reader, model.recipe, rows, True)
+            with Bars(self.verbose) as bars:
+                twin._solve(reader, model.recipe, rows, True, bars)
         self.__dict__.update(vars(twin))
         self._warn_unless_converged()
         return self

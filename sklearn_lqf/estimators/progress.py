@@ -1,8 +1,9 @@
-"""What a user sees of a long fit: a progress bar when verbose, scikit-learn's callbacks when it has them."""
+"""What a user sees of long work: a bar for each phase when verbose, scikit-learn's callbacks when it has them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -17,27 +18,21 @@ except ImportError:  # older: fit runs without callbacks
         return method
 
 
-__all__ = ["CallbackSupportMixin", "Progress", "with_callbacks"]
+__all__ = ["Bars", "CallbackSupportMixin", "Progress", "with_callbacks"]
 
 
-class Progress:
-    """Progress of one fit; a context, at whose end the bars are closed.
+class Bars:
+    """A progress bar for each phase; a context, at whose end nothing is left of them.
 
     Parameters
     ----------
-    estimator : estimator
-        Its callbacks are called once for the fit and once for each iteration.
     verbose : int
         0 is silent; above, bars by tqdm.
-    max_iter : int
-    X, y : array-like
-        The training data, handed to callbacks.
     """
 
-    def __init__(self, estimator: Any, verbose: int, max_iter: int, X: Any, y: Any):
-        self._estimator = estimator
-        self._data = {"X": X, "y": y}
+    def __init__(self, verbose: int):
         self._tqdm: Any = None
+        self._shown: Any
         if verbose:
             try:
                 from tqdm.auto import tqdm
@@ -46,7 +41,60 @@ class Progress:
                     'verbose needs tqdm: pip install "sklearn-lqf[progress]", or set verbose=0.'
                 ) from error
             self._tqdm = tqdm
-        self._bars: dict[str, Any] = {}
+        self._phase, self._shown = "", None
+
+    def _bar(self, what: str, total: int) -> Any:
+        if what != self._phase:
+            self.close()
+            self._phase, self._shown = what, self._tqdm(total=total, desc=what, leave=False)
+        return self._shown
+
+    def close(self) -> None:
+        """Remove the bar of the present phase."""
+        if self._shown is not None:
+            self._shown.close()
+        self._phase, self._shown = "", None
+
+    def rows(self, count: int, total: int) -> None:
+        """Report images that have been read, and evaluated by the network."""
+        if self._tqdm is not None:
+            self._bar("reading", total).update(count)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """A phase whose steps are not known beforehand."""
+        if self._tqdm is None:
+            yield
+            return
+        bar = self._bar(what, 1)
+        yield
+        bar.update(1)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+class Progress(Bars):
+    """Progress of one fit: bars, and the callbacks of the estimator.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Its callbacks are called once for the fit and once for each iteration.
+    verbose : int
+        As in `Bars`.
+    max_iter : int
+    X, y : array-like
+        The training data, handed to callbacks.
+    """
+
+    def __init__(self, estimator: Any, verbose: int, max_iter: int, X: Any, y: Any):
+        super().__init__(verbose)
+        self._estimator = estimator
+        self._data = {"X": X, "y": y}
         self._max_iter = max_iter
         self._context = (
             estimator._init_callback_context(max_subtasks=max_iter)
@@ -56,23 +104,13 @@ class Progress:
         if self._context is not None:
             self._context.call_on_fit_task_begin(estimator=estimator, **self._data)
 
-    def _bar(self, what: str, total: int) -> Any:
-        if what not in self._bars:
-            self._bars[what] = self._tqdm(total=total, desc=what, leave=False)
-        return self._bars[what]
-
-    def rows(self, count: int, total: int) -> None:
-        """Report rows of which the trunk has been evaluated."""
-        if self._tqdm is not None:
-            self._bar("trunk", total).update(count)
-
     def iteration(self, number: int, residual: float, reconstruct: Callable[[], dict[str, Any]]) -> bool:
         """Report one iteration; true when a callback asks to stop.
 
         ``reconstruct`` gives the attributes of the estimator as if fit had stopped here.
         """
         if self._tqdm is not None:
-            bar = self._bar("solve", self._max_iter)
+            bar = self._bar("solving", self._max_iter)
             bar.set_postfix_str(f"relative gradient {residual:.1e}")
             bar.update(number - bar.n)
         if self._context is None or not getattr(self._estimator, "_skl_callbacks", None):
@@ -83,11 +121,7 @@ class Progress:
             task.call_on_fit_task_end(estimator=self._estimator, reconstruction_attributes=reconstruct, **self._data)
         )
 
-    def __enter__(self) -> Progress:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        super().__exit__(kind, error, _)
         if self._context is not None and error is None:
             self._context.call_on_fit_task_end(estimator=self._estimator, reconstruction_attributes={}, **self._data)
