@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..images.digests import Fingerprint
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
+from ..runtime.arithmetic import in_ordinary_arithmetic
 from .features import Group, GroupFeatures, draw_directions
 from .problem import Problem, Recipe, Solution, TrainingRows
 
@@ -131,6 +132,7 @@ class FeatureReader:
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_built"}
 
+    @in_ordinary_arithmetic
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)

@@ -15,7 +15,7 @@ from ..engine.problem import TrainingRows
 from ..io.export import to_module
 from ..io.files import load_estimator, pickled_state, save_estimator, unpickled_state
 from ..paper.model import PaperModel
-from ..runtime.arithmetic import choose_device, ordinary_arithmetic
+from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic
 from .data import Inputs
 
 __all__ = ["FittedMethods"]
@@ -78,6 +78,7 @@ class FittedMethods(Inputs):
 
     # --------------------------------------------------------------------------------------------- predict
 
+    @in_ordinary_arithmetic
     def features(self, X: Any) -> np.ndarray:
         """Compute the standardized features of images, in groups.
 
@@ -117,6 +118,7 @@ class FittedMethods(Inputs):
             raise ValueError(f"{method} is there for model='groups' only; this model was fitted with model='paper'.")
         return self._model
 
+    @in_ordinary_arithmetic
     def to_module(self) -> nn.Module:
         """Make a module of torch that computes the outputs of the fitted model.
 
@@ -135,11 +137,11 @@ class FittedMethods(Inputs):
         for other runtimes.
         """
         check_is_fitted(self)
-        with ordinary_arithmetic():
-            return to_module(self._model)
+        return to_module(self._model)
 
     # --------------------------------------------------------------------------------------------- answers
 
+    @in_ordinary_arithmetic
     def leave_one_out(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> np.ndarray:
         """Compute the outputs for each training image of the model that did not see it.
 
@@ -177,6 +179,7 @@ class FittedMethods(Inputs):
         outputs[keep] = left_out
         return self._decision(outputs)
 
+    @in_ordinary_arithmetic
     def influence(self, X: Any, y: Any, X_test: Any, y_test: Any = None, sample_weight: Any = None) -> np.ndarray:
         """Compute the effect of leaving out each training image on predictions.
 
@@ -253,8 +256,7 @@ class FittedMethods(Inputs):
         model = self._grouped("rows")
         targets, given = self._known_targets(y, len(inputs), "y"), self._given_weights(sample_weight, len(inputs))
         keep = np.flatnonzero(self._weigh_classes(targets, given))
-        with ordinary_arithmetic():
-            features, digests = self._evaluate(model.reader, inputs, keep)
+        features, digests = self._evaluate(model.reader, inputs, keep)
         vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
         return TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy(), vectors), keep
 
@@ -270,6 +272,7 @@ class FittedMethods(Inputs):
 
     # -------------------------------------------------------------------------------------------------- files
 
+    @in_ordinary_arithmetic
     def save(self, path: Any, *, include_backbone: bool = True) -> None:
         """Write the fitted estimator to a file that can be loaded without trusting it.
 
@@ -302,6 +305,7 @@ class FittedMethods(Inputs):
         save_estimator(self, path, include_backbone)
 
     @classmethod
+    @in_ordinary_arithmetic
     def load(cls: type[Estimator], path: Any, *, device: Any = "auto", backbone: Any = None) -> Estimator:
         """Load an estimator that `save` has written; nothing that the file holds is run.
 

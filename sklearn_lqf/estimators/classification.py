@@ -16,6 +16,7 @@ from sklearn.utils.validation import _check_y
 from ..answers.uncertainty import THRESHOLD, fit_temperature
 from ..engine.problem import TrainingRows
 from ..paper.model import TARGET_SCALE
+from ..runtime.arithmetic import in_ordinary_arithmetic
 from .data import refuse_missing
 from .fitting import LQFBase, stores_data
 
@@ -31,6 +32,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
     class_weight: Any
 
     @available_if(stores_data)
+    @in_ordinary_arithmetic
     def partial_fit(self: Estimator, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Estimator:
         """Add training images to the model, as if all had been given to `fit`.
 
@@ -63,6 +65,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
             raise ValueError(f"classes={classes!r} is not the same as in the calls before: {self.classes_.tolist()}.")
         return self._add(X, y, sample_weight)
 
+    @in_ordinary_arithmetic
     def decision_function(self, X: Any, *, return_std: bool = False) -> Any:
         """Compute the outputs of the linearized network.
 
@@ -96,6 +99,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
         std = np.sqrt(np.maximum(variance, 0))
         return decision, std if decision.ndim == 1 else np.repeat(std[:, None], c, 1)
 
+    @in_ordinary_arithmetic
     def predict(self, X: Any) -> np.ndarray:
         """Predict class labels.
 
@@ -114,6 +118,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
             return (outputs > THRESHOLD).astype(np.int64)
         return self.classes_[outputs.argmax(1)]
 
+    @in_ordinary_arithmetic
     def predict_proba(self, X: Any) -> np.ndarray:
         """Predict probabilities of the classes.
 
@@ -132,6 +137,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
             return expit((values - THRESHOLD) / self.temperature_)
         return softmax(values / self.temperature_, axis=1)
 
+    @in_ordinary_arithmetic
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Predict logarithms of the probabilities of the classes.
 

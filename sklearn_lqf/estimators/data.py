@@ -17,7 +17,6 @@ from ..images.digests import Fingerprint
 from ..images.reading import ImageInputs, is_image_input
 from ..images.sources import image_elements, labels_of_dataset, plain_frame, rows_named
 from ..network.prepared import PreparedNetwork
-from ..runtime.arithmetic import ordinary_arithmetic
 from ..runtime.memory import with_smaller_batches
 from .parameters import Parameters
 from .progress import Bars
@@ -126,7 +125,7 @@ class Inputs(Parameters):
     def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
         size, count = self._model.network.rows_at_once(self._execution.batch_size), len(rows)
-        with ordinary_arithmetic(), Bars(getattr(self, "verbose", 0) if count > size else 0) as bars:
+        with Bars(getattr(self, "verbose", 0) if count > size else 0) as bars:
             return evaluate_rows(evaluate, rows, np.arange(count), size, lambda _, batch: bars.rows(len(batch), count))
 
     def _reads_directions(self) -> bool:

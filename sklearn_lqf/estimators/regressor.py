@@ -13,6 +13,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_y
 
 from ..engine.problem import TrainingRows
+from ..runtime.arithmetic import in_ordinary_arithmetic
 from .data import refuse_missing
 from .fitting import LQFBase, stores_data
 from .parameters import with_shared_parameters
@@ -116,6 +117,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         self.execution = execution
 
     @available_if(stores_data)
+    @in_ordinary_arithmetic
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> LQFRegressor:
         """Add training images to the model, as if all had been given to `fit`.
 
@@ -140,6 +142,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         """
         return self._add(X, y, sample_weight) if hasattr(self, "coef_") else self._fit(X, y, sample_weight)
 
+    @in_ordinary_arithmetic
     def predict(self, X: Any, *, return_std: bool = False) -> Any:
         """Predict targets.
 

@@ -20,7 +20,7 @@ from ..backbones.loading import Backbone, VectorNetwork
 from ..backbones.preprocessing import Preprocessing
 from ..images.cache import SharedActivations
 from ..images.synthetic import reference_images
-from ..runtime.arithmetic import choose_device, full_precision
+from ..runtime.arithmetic import choose_device, full_precision, in_ordinary_arithmetic
 from ..runtime.memory import BATCH_BYTES, with_smaller_batches
 from .cut import NoTrunk
 from .head import as_vectors
@@ -189,6 +189,7 @@ class PreparedNetwork:
         state["device"] = str(self.device)
         return state
 
+    @in_ordinary_arithmetic
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         try:
