@@ -78,15 +78,9 @@ def test_solvers_are_compared_on_one_axes(clf):
     assert none.tol_line_ is None
     assert len({d.line_.get_color() for d in (one, two, three)}) == 3
     assert texts(ax.get_legend()) == ["one", "tol = 1e-06", "two", "three", "tol = 0.01"]
-
-
-def test_convergence_without_names_has_no_legend():
     assert ConvergenceDisplay(residual_norms=[1, 0.1]).plot().ax_.get_legend() is None
-
-
-def test_a_closed_form_has_no_convergence():
-    with pytest.raises(ValueError, match="solver='pcg'"):
-        ConvergenceDisplay.from_estimator(classifier(solver="auto").fit(X, Y))
+    with pytest.raises(ValueError, match="closed form"):
+        ConvergenceDisplay.from_estimator(LQFClassifier(tiny_net()).fit(X, Y))
 
 
 # ------------------------------------------------------------------------------------------------------------- prior
@@ -162,6 +156,10 @@ def test_influence_on_the_loss(clf):
 
 
 def test_influence_on_the_output(clf):
+    weights = np.r_[np.zeros(3), np.ones(12)]  # rows without one have no effect and are not drawn
+    weighted = classifier().fit(X, Y, weights)
+    display = InfluenceDisplay.from_estimator(weighted, X, Y, NEW_X[0], sample_weight=weights, n_images=15)
+    assert sorted(display.indices) == list(range(3, 15)) and len(display.images_) == 13
     display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[:1], n_images=2, colors=("g", "k"))
     effect = clf.influence(X, Y, NEW_X[:1])[0]
     order = np.argsort(effect)
@@ -169,14 +167,6 @@ def test_influence_on_the_output(clf):
     assert display.label is None
     assert display.ax_.get_title() == f"predicted {display.predicted}"
     assert [ax.get_ylabel().split(":")[0] for ax in display.axes_[:, 0]] == ["raises it", "lowers it"]
-
-
-def test_rows_without_a_weight_have_no_effect_and_are_not_drawn():
-    weights = np.r_[np.zeros(3), np.ones(12)]
-    clf = classifier().fit(X, Y, weights)
-    display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], sample_weight=weights, n_images=15)
-    assert sorted(display.indices) == list(range(3, 15))
-    assert len(display.images_) == 13
 
 
 def test_fewer_images_on_one_side():
@@ -205,36 +195,32 @@ def test_axes_are_divided(clf):
 GRAY = X[..., 0]
 
 
-@pytest.mark.parametrize("form", ["floats", "gray", "raveled", "table", "channels first", "list", "PIL", "paths"])
+@pytest.mark.parametrize("form", ["floats", "raveled", "table", "channels first", "PIL", "paths"])
 def test_images_in_every_form(form, tmp_path):
     names = [str(tmp_path / f"{i}.png") for i in range(len(X))]
     parameters = {"raveled": {"image_shape": (12, 12)}, "table": {"image_shape": (12, 12)}}
     parameters["channels first"] = {"channel_axis": 0}
     rows = {
         "floats": X.astype(np.float32) / np.float32(255),
-        "gray": GRAY,
         "raveled": GRAY.reshape(len(X), -1),
         "table": pd.DataFrame(GRAY.reshape(len(X), -1)).rename(columns=str),
         "channels first": X.transpose(0, 3, 1, 2),
-        "list": list(X),
         "PIL": [Image.fromarray(image) for image in X],
         "paths": pd.Series(names, index=range(100, 115)),
     }[form]
-    if form == "paths":
-        for name, image in zip(names, X, strict=True):
-            Image.fromarray(image).save(name)
+    for name, image in zip(names, X, strict=True):
+        Image.fromarray(image).save(name)
     clf = classifier(**parameters.get(form, {})).fit(rows, Y)
-    one = rows.iloc[2] if hasattr(rows, "iloc") else rows[2]
-    row = rows.iloc[2:3] if hasattr(rows, "iloc") else rows[2:3]
-    expected = GRAY if form in ("gray", "raveled", "table") else X
-    for x_test in (one, row):
+    taken = rows.iloc if hasattr(rows, "iloc") else rows
+    expected = GRAY if form in ("raveled", "table") else X
+    for x_test in (taken[2], taken[2:3]):
         display = InfluenceDisplay.from_estimator(clf, rows, Y, x_test, Y[2], n_images=1)
         for found, image in zip(shown(display), expected[[2, *display.indices]], strict=True):
             assert_allclose(found, image / 255, atol=1e-6)
 
 
 def test_mixed_and_large_images_are_made_smaller(monkeypatch):
-    monkeypatch.setattr(plotting, "_SHOWN_MAX", 10)
+    monkeypatch.setattr(influential_images, "_SHOWN_MAX", 10)
     rows = [Image.fromarray(X[0]).resize((40, 20)), *X[1:]]
     clf = classifier(image_size=12).fit(rows, Y)
     display = InfluenceDisplay.from_estimator(clf, rows, Y, rows[0], n_images=2)
@@ -258,24 +244,17 @@ def test_regressor_with_several_targets():
         InfluenceDisplay.from_estimator(reg, X, targets, X[0])
 
 
-@pytest.mark.parametrize("x_test", [NEW_X, list(NEW_X), GRAY.reshape(len(X), -1), np.zeros(5)])
-def test_one_image_is_explained(x_test):
-    clf = classifier(image_shape=(12, 12)).fit(GRAY, Y)
-    with pytest.raises(ValueError, match=r"must be one image.*of (shape|length)"):
-        InfluenceDisplay.from_estimator(clf, GRAY, Y, x_test)
-
-
-@pytest.mark.parametrize("n_images", [0, 1.5, True])
-def test_number_of_images_is_checked(clf, n_images):
-    with pytest.raises(ValueError, match="n_images"):
-        InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], n_images=n_images)
-
-
-def test_vectors_are_refused():
+def test_what_is_no_single_image(clf):
+    gray = classifier(image_shape=(12, 12)).fit(GRAY, Y)
+    for x_test in (NEW_X, list(NEW_X), GRAY.reshape(len(X), -1), np.zeros(5)):
+        with pytest.raises(ValueError, match=r"must be one image.*of (shape|length)"):
+            InfluenceDisplay.from_estimator(gray, GRAY, Y, x_test)
+    for n_images in (0, 1.5, True):
+        with pytest.raises(ValueError, match="n_images"):
+            InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[0], n_images=n_images)
     table = X.reshape(len(X), -1)[:, :6] / 255
-    clf = LQFClassifier().fit(table, Y)
     with pytest.raises(ValueError, match="fitted on vectors"):
-        InfluenceDisplay.from_estimator(clf, table, Y, table[0])
+        InfluenceDisplay.from_estimator(LQFClassifier().fit(table, Y), table, Y, table[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- penalty
@@ -294,6 +273,7 @@ class Searched(DummyClassifier):
 
 def test_path():
     estimator = Searched().fit(X, Y)
+    estimator.cv_results_ = dict(Searched.cv_results_)
     display = RegularizationPathDisplay.from_estimator(estimator, name="LQF", linestyle=":")
     assert_array_equal(display.line_.get_xdata(), [0.1, 1, 10])
     assert_array_equal(display.line_.get_ydata(), [0.7, 0.9, 0.5])
@@ -309,12 +289,8 @@ def test_path():
     twin = RegularizationPathDisplay(alphas=[1, 2], scores=[0, 1]).plot(display.ax_)
     assert twin.ax_ is display.ax_
     assert twin.fill_between_ is None and twin.best_ is None
-
-
-def test_path_of_leave_one_out_has_no_band(monkeypatch):
-    results = {name: value for name, value in Searched.cv_results_.items() if name != "std_test_score"}
-    monkeypatch.setattr(Searched, "cv_results_", results)
-    display = RegularizationPathDisplay.from_estimator(Searched().fit(X, Y))
+    del estimator.cv_results_["std_test_score"]  # as of leave-one-out
+    display = RegularizationPathDisplay.from_estimator(estimator)
     assert display.fill_between_ is None
     assert display.ax_.get_ylabel() == "Negative squared error"
 
@@ -339,31 +315,23 @@ def test_path_of_a_grid_search():
 def test_other_parameters_are_held_at_the_best():
     search = ridge_search({"ridge__alpha": [1, 10], "ridge__fit_intercept": [True, False]}, pipeline=True)
     display = RegularizationPathDisplay.from_estimator(search)
-    kept = [
-        p["ridge__fit_intercept"] == search.best_params_["ridge__fit_intercept"] for p in search.cv_results_["params"]
-    ]
+    best = search.best_params_
+    kept = [p["ridge__fit_intercept"] == best["ridge__fit_intercept"] for p in search.cv_results_["params"]]
     assert_array_equal(display.alphas, [1, 10])
     assert_array_equal(display.scores, search.cv_results_["mean_test_score"][kept])
-    assert display.best_alpha == search.best_params_["ridge__alpha"]
-
-
-def test_path_of_the_score_that_decides():
-    search = ridge_search({"alpha": [1, 10]}, scoring=["r2", "neg_mean_squared_error"], refit="r2")
+    assert display.best_alpha == best["ridge__alpha"]
+    several = {"scoring": ["r2", "neg_mean_squared_error"]}
+    search = ridge_search({"alpha": [1, 10]}, refit="r2", **several)
     display = RegularizationPathDisplay.from_estimator(search)
     assert_array_equal(display.scores, search.cv_results_["mean_test_r2"])
     assert display.ax_.get_ylabel() == "R2"
-    search = ridge_search({"alpha": [1, 10]}, scoring=["r2", "neg_mean_squared_error"], refit=False)
-    with pytest.raises(ValueError, match="set refit"):
-        RegularizationPathDisplay.from_estimator(search)
-
-
-@pytest.mark.parametrize(
-    ("grid", "message"),
-    [({"fit_intercept": [True]}, r"one parameter alpha, found \[\]"), ({"alpha": [np.ones(1)]}, "number")],
-)
-def test_search_without_alphas(grid, message):
-    with pytest.raises(ValueError, match=message):
-        RegularizationPathDisplay.from_estimator(ridge_search(grid))
+    for grid, options, message in (
+        ({"alpha": [1, 10]}, {"refit": False, **several}, "set refit"),
+        ({"fit_intercept": [True]}, {}, r"one parameter alpha, found \[\]"),
+        ({"alpha": [np.ones(1)]}, {}, "number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RegularizationPathDisplay.from_estimator(ridge_search(grid, **options))
 
 
 # -------------------------------------------------------------------------------------------------------- all of them

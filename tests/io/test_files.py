@@ -11,6 +11,7 @@ import torchvision
 from joblib import Memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, KFold
@@ -28,6 +29,7 @@ NEW = make_images(seed=1)[0]
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(40, 3))
 NET = tiny_net()
+APART = {"_model", "_metadata_request", "backbone", "execution"}
 SMALL = {"image_size": 32, "tangents": None}
 
 
@@ -77,7 +79,7 @@ def rewrite(path, change) -> None:
 
 def comparable(estimator) -> dict:
     """Fitted attributes, and parameters but for those that load decides."""
-    return {k: v for k, v in vars(estimator).items() if k not in {"_model", "backbone", "execution"}}
+    return {k: v for k, v in vars(estimator).items() if k not in APART}
 
 
 def assert_same(one, other) -> None:
@@ -190,48 +192,41 @@ def test_regressor_with_frames(tmp_path):
     assert twin.random_state.randint(99) == reg.random_state.randint(99)
 
 
-def test_searched_penalty(tmp_path):
-    clf = classifier(LQFClassifierCV, alphas=np.array([0.1, 1.0]), cv=3, store_data=True).fit(X, Y)
-    twin = LQFClassifierCV.load(saved(clf, tmp_path), backbone=TinyNet, device="cpu")
-    assert_same(twin, clf)
-    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
-
-
-class Subclass(LQFClassifier):
+class Subclass(LQFClassifierCV):
     """Somebody's own."""
 
 
-def test_subclasses_load_themselves(tmp_path):
-    path = saved(classifier(Subclass).fit(X, Y), tmp_path)
-    assert type(Subclass.load(path, backbone=TinyNet)) is Subclass
+def test_a_search_of_a_subclass_with_requests_of_metadata(tmp_path):
+    memory = Memory(tmp_path / "trusted", verbose=0)
+    clf = classifier(Subclass, alphas=np.array([0.1, 1.0]), cv=3, store_data=True, execution={"memory": memory})
+    with config_context(enable_metadata_routing=True):
+        clf.set_fit_request(sample_weight=True).fit(X, Y)
+    path = saved(clf, tmp_path)
+    assert "trusted" not in json.dumps(header_of(path))
+    twin = Subclass.load(path, backbone=TinyNet, device="cpu")
+    assert_same(twin, clf)
+    assert twin.execution == {"dtype": "float64", "device": "cpu"}
+    assert np.array_equal(twin.predict_proba(NEW), clf.predict_proba(NEW))
+    requests = [m.get_metadata_routing().fit.requests for m in (twin, clf)]
+    assert requests[0] == requests[1] != {"sample_weight": None}
     with pytest.raises(ValueError, match=r"holds an estimator of class Subclass: use Subclass.load"):
-        LQFClassifier.load(path, backbone=TinyNet)
+        LQFClassifierCV.load(path, backbone=TinyNet)
 
 
-LABELS = {
-    "int": [3, -1, 7], "float": [5.0, -1.0, 2.0], "str": ["ä", "b", "a b"], "bytes": [b"a", b"b", b"c"],
-    "int8": np.array([1, 2, 3], dtype=np.int8),
-}  # fmt: skip
+LABELS = [
+    [3, -1], [5.0, -1.0], ["ä", "a b"], [b"a", b"b"], np.array([1, 2], dtype=np.int8), [False, True],
+    np.array([1, "b"], dtype=object), np.array(["a", "b"], dtype=object),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", LABELS)
-def test_labels_of_every_kind(kind, of_vectors, tmp_path):
-    twin = clone(of_vectors).set_params(tangents=None)
-    twin.fit(VECTORS, np.asarray(LABELS[kind])[np.arange(40) % 3] if kind != "bytes" else np.arange(40) % 3)
-    if kind == "bytes":  # scikit-learn refuses them, but other versions may not
-        twin.classes_ = np.asarray(LABELS[kind])
-    found = LQFClassifier.load(saved(twin, tmp_path), device="cpu")
-    assert found.classes_.dtype == twin.classes_.dtype
-    assert found.predict(VECTORS).tolist() == twin.predict(VECTORS).tolist()
-
-
-@pytest.mark.parametrize("labels", [[False, True], ["a", "b"], [1, "b"]])
-def test_two_labels_also_of_mixed_kinds(labels, of_vectors, tmp_path):
-    clf = clone(of_vectors).set_params(tangents=None).fit(VECTORS, np.arange(40) % 2)
-    clf.classes_ = np.array(labels, dtype=object if "b" in labels else None)  # as a fit on such labels has them
-    found = LQFClassifier.load(saved(clf, tmp_path), device="cpu")
-    assert [type(c) for c in found.classes_.tolist()] == [type(c) for c in clf.classes_.tolist()]
-    assert np.array_equal(found.predict(VECTORS), clf.predict(VECTORS))
+def test_labels_of_every_kind(tmp_path):
+    clf = LQFClassifier(tangents=None).fit(VECTORS, np.arange(40) % 2)
+    for labels in LABELS:
+        clf.classes_ = np.asarray(labels)  # as a fit on such labels has them
+        found = LQFClassifier.load(saved(clf, tmp_path), device="cpu")
+        assert found.classes_.dtype == clf.classes_.dtype
+        assert [type(c) for c in found.classes_.tolist()] == [type(c) for c in clf.classes_.tolist()]
+        assert found.predict(VECTORS).tolist() == clf.predict(VECTORS).tolist()
 
 
 def test_several_labels_and_parameters_of_many_kinds(tmp_path):
@@ -278,28 +273,6 @@ def test_stored_data_go_on(vectors, tmp_path):
     assert np.array_equal(again.predict_proba(x), clf.predict_proba(x))
 
 
-def test_memory_is_not_taken_from_a_file(tmp_path):
-    clf = classifier(execution={"memory": Memory(tmp_path / "trusted", verbose=0)}).fit(X, Y)
-    path = saved(clf, tmp_path)
-    assert "trusted" not in json.dumps(header_of(path))
-    assert LQFClassifier.load(path, backbone=TinyNet).execution == {"dtype": "float64"}
-
-
-def test_requests_of_metadata_are_kept(fitted, tmp_path):
-    with sklearn_config():
-        clf = classifier().set_fit_request(sample_weight=True).fit(X, Y)
-    twin = LQFClassifier.load(saved(clf, tmp_path), backbone=TinyNet)
-    assert (
-        twin.get_metadata_routing().fit.requests == clf.get_metadata_routing().fit.requests != {"sample_weight": None}
-    )
-
-
-def sklearn_config():
-    from sklearn import config_context
-
-    return config_context(enable_metadata_routing=True)
-
-
 @pytest.mark.gpu
 def test_between_devices(of_vectors, tmp_path):
     moved = LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda")
@@ -330,11 +303,6 @@ def test_what_cannot_be_saved(fitted, of_vectors, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_code_must_be_given(fitted, tmp_path):
-    with pytest.raises(ValueError, match=r"backbone of type support.data.TinyNet.*give load a module"):
-        LQFClassifier.load(saved(fitted, tmp_path))
-
-
 class Deeper(TinyNet):
     def __init__(self):
         super().__init__()
@@ -345,22 +313,18 @@ class Deeper(TinyNet):
         return self.fc(self.added(self.block2(x + self.block1(x))).mean((2, 3)))
 
 
-@pytest.mark.parametrize(
-    ("backbone", "message"),
-    [
+def test_another_architecture(fitted, of_vectors, tmp_path):
+    path = saved(fitted, tmp_path)
+    for backbone, message in (
+        (None, r"backbone of type support.data.TinyNet.*give load a module"),
         (lambda: TinyNet(width=4), r"\d+ of \d+ weights are absent or of another shape or dtype: \['stem.0.weight'"),
         (lambda: tiny_net().half(), r"absent or of another shape or dtype"),
         (lambda: nn.Linear(3, 2), r"weights are absent"),
         (Deeper, r"has weights that the one of the fit had not: \['added.bias'"),
         ("vector", "takes vectors, but X holds images"),
-    ],
-)
-def test_another_architecture(backbone, message, fitted, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        LQFClassifier.load(saved(fitted, tmp_path), backbone=backbone)
-
-
-def test_absent_device(of_vectors, tmp_path):
+    ):
+        with pytest.raises(ValueError, match=message):
+            LQFClassifier.load(path, backbone=backbone)
     with pytest.raises(ValueError, match="is not present"):
         LQFClassifier.load(saved(of_vectors, tmp_path), device="cuda:77")
 
@@ -437,41 +401,28 @@ def test_damage_is_refused_or_does_nothing(of_vectors, tmp_path):
 # ------------------------------------------------------------------------------------------------- pickles
 
 
-def test_pickle_of_another_version_warns(of_vectors, monkeypatch):
+def test_pickle_of_another_version(of_vectors, monkeypatch):
     content = pickle.dumps(of_vectors)
     monkeypatch.setattr(persistence, "__version__", "9.0")
     with pytest.warns(UserWarning, match=r"pickled by sklearn_lqf 0.*and is read by 9.0"):
         twin = pickle.loads(content)
     assert np.array_equal(twin.predict_proba(VECTORS), of_vectors.predict_proba(VECTORS))
     assert not [name for name in vars(twin) if "version" in name]
-
-
-def test_parameters_that_a_pickle_lacks_have_their_defaults(of_vectors):
-    twin = pickle.loads(pickle.dumps(of_vectors))
     state = twin.__getstate__()
-    del state["execution"]
+    del state["execution"]  # parameters that it lacks have their defaults
     older = LQFClassifier.__new__(LQFClassifier)
     older.__setstate__(state)
     assert older.get_params() == of_vectors.get_params()
 
 
-@pytest.mark.parametrize("options", [{"tangents": "local"}, {"tangents": "network", "sketch_size": 2}])
-def test_pickle_is_refused_where_the_network_is_prepared_otherwise(options, monkeypatch):
+OTHERWISE = {"read_stages": ({}, False), "tangent_layers": ({"model": "paper", "tol": 0.1}, "all")}
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_pickle_is_refused_where_the_network_is_prepared_otherwise(option, monkeypatch):
+    options, value = OTHERWISE[option]
     content = pickle.dumps(classifier(**options).fit(X, Y))
-    split = prepared.split_network
-
-    def otherwise(*args, **kwargs):  # as another version of torch might
-        kwargs["read_stages"] = not kwargs["read_stages"]
-        return split(*args, **kwargs)
-
-    monkeypatch.setattr(prepared, "split_network", otherwise)
-    with pytest.raises(ValueError, match=r"The model .*, and the network .*prepared otherwise"):
-        pickle.loads(content)
-
-
-def test_paper_pickle_is_refused_where_the_network_is_prepared_otherwise(monkeypatch):
-    content = pickle.dumps(classifier(model="paper", tol=0.1).fit(X, Y))
-    split = prepared.split_network
-    monkeypatch.setattr(prepared, "split_network", lambda *a, **k: split(*a, **{**k, "tangent_layers": "all"}))
-    with pytest.raises(ValueError, match=r"change of shape \(\d+,\).*prepared otherwise"):
+    split = prepared.split_network  # as another version of torch might
+    monkeypatch.setattr(prepared, "split_network", lambda *a, **k: split(*a, **{**k, option: value}))
+    with pytest.raises(ValueError, match="prepared otherwise"):
         pickle.loads(content).predict(X)
