@@ -89,22 +89,18 @@ def test_folds_score_as_a_grid_search(case):
     assert found.temperature_ == pytest.approx(last.temperature_, rel=1e-9)
 
 
-def test_folds_may_be_given():
-    folds = list(StratifiedKFold(3).split(X, Y))
+def test_folds_may_be_given_and_features_are_evaluated_once(monkeypatch):
+    folds, rows, evaluate = list(StratifiedKFold(3).split(X, Y)), [], FeatureReader._evaluate
     masks = [tuple(np.isin(np.arange(N), part) for part in fold) for fold in folds]
     expected = search(cv=3).fit(X, Y).cv_results_
+    monkeypatch.setattr(FeatureReader, "_evaluate", lambda r, x: rows.append(len(x[0])) or evaluate(r, x))
     for cv in (folds, masks, (fold for fold in folds), StratifiedKFold(3)):
+        rows.clear()
         model = search(cv=cv).fit(X, Y)
+        assert sum(rows) == N
         assert model.n_splits_ == 3
         for key, value in expected.items():
             np.testing.assert_array_equal(model.cv_results_[key], value)
-
-
-def test_features_are_evaluated_once(monkeypatch):
-    rows, evaluate = [], FeatureReader._evaluate
-    monkeypatch.setattr(FeatureReader, "_evaluate", lambda r, x: rows.append(len(x[0])) or evaluate(r, x))
-    search(cv=3).fit(X, Y)
-    assert sum(rows) == N
 
 
 @pytest.mark.parametrize("scoring", [None, "neg_log_loss", hits])
@@ -140,19 +136,16 @@ def test_rows_without_a_weight_are_in_no_fold(kind):
     expected = search(cv=folds(place[kept]), scoring=hits).fit(X[kept], Y[kept], weights[kept])
     for key, value in expected.cv_results_.items():
         np.testing.assert_allclose(found.cv_results_[key], value, rtol=1e-9)
-    with pytest.raises(IndexError):
-        search(cv=[(np.arange(N), [N])]).fit(X, Y, weights)
     with pytest.raises(ValueError, match="Fold 0 of cv has"):
         search(cv=[(np.flatnonzero(kept), np.flatnonzero(~kept))]).fit(X, Y, weights)
 
 
 def test_given_folds_do_not_outlive_their_rows():
-    model = search(cv=list(StratifiedKFold(2).split(X, Y)), store_data=True).fit(X, Y)
+    model = search(cv=list(StratifiedKFold(2).split(X, Y)), store_data=True).fit(X, Y).set_params(cv=2)
     for change in (lambda: model.forget([0]), lambda: model.partial_fit(X[:1], Y[:1])):
-        with pytest.raises(ValueError, match="cv holds folds of the rows of fit"):
+        with pytest.raises(ValueError, match="cv was given as folds of the rows of fit"):
             change()
-    model.set_params(cv=2).forget([0])
-    assert model.n_splits_ == 2
+    assert model.fit(X, Y).forget([0]).n_splits_ == 2
 
 
 # ------------------------------------------------------------------------------------------------ leave-one-out
@@ -203,15 +196,6 @@ def test_scorers_of_what_is_left_out():
         assert model.set_params(scoring=scoring).fit(X, Y).best_score_ == pytest.approx(expected, rel=1e-8)
 
 
-def test_labels_and_two_classes_left_out():
-    for y, shape in ((LABELS, (N, 3)), (np.where(Y == "cow", "ant", Y), (N,))):
-        model = search(scoring="accuracy").fit(X, y)
-        outputs = classifier(alpha=model.best_alpha_).fit(X, y).leave_one_out(X, y)
-        assert outputs.shape == shape
-        right = (outputs > 0) == (y if y.ndim == 2 else y == "bee")
-        assert model.best_score_ == pytest.approx(np.mean(right if y.ndim == 1 else right.all(1)))
-
-
 def test_of_the_last_features_alone_the_choice_is_that_of_ridge():
     alphas = np.logspace(-3, 2, 6)
     model = search(prior="last", alphas=alphas).fit(X, Y)
@@ -227,22 +211,6 @@ def test_of_the_last_features_alone_the_choice_is_that_of_ridge():
 # ------------------------------------------------------------------------------------- attributes and parameters
 
 
-@pytest.mark.parametrize("cv", [None, 3])
-def test_attributes(cv):
-    model = search(cv=cv).fit(X, Y)
-    results = model.cv_results_
-    assert all(isinstance(v, np.ndarray) and v.shape == (3,) for v in results.values())
-    np.testing.assert_array_equal(results["alpha"], ALPHAS)
-    assert model.best_index_ == results["mean_test_score"].argmax()
-    assert (model.best_alpha_, model.best_score_) == (ALPHAS[model.best_index_], results["mean_test_score"].max())
-    assert results["rank_test_score"].min() == results["rank_test_score"][model.best_index_] == 1
-    if cv:
-        splits = np.array([results[f"split{k}_test_score"] for k in range(3)])
-        np.testing.assert_allclose(results["mean_test_score"], splits.mean(0))
-        np.testing.assert_allclose(results["std_test_score"], splits.std(0))
-    assert model.score(X, Y) > 0.5
-
-
 def test_among_equal_scores_the_first_wins_and_nan_is_last():
     model = search(cv=2, scoring=lambda *_: 0.5).fit(X, Y)
     assert (model.best_index_, model.best_alpha_) == (0, ALPHAS[0])
@@ -253,17 +221,20 @@ def test_among_equal_scores_the_first_wins_and_nan_is_last():
     assert model.cv_results_["rank_test_score"].tolist() == [2, 3, 1]
 
 
-def test_parameters_copies_and_pickles():
-    model = search(cv=2, store_data=True)
+def test_parameters_attributes_and_pickles():
+    model = search(cv=3, store_data=True)
     assert "alpha" not in model.get_params() and not hasattr(model, "alpha")
-    assert {"alphas", "cv", "scoring"} < set(model.get_params())
-    twin = clone(model)
-    assert twin.get_params() == model.get_params()
-    expected = model.fit(X, Y).decision_function(X)
-    assert np.array_equal(pickle.loads(pickle.dumps(model)).decision_function(X), expected)
-    np.testing.assert_array_equal(twin.fit(X, Y).decision_function(X), expected)
     with pytest.raises(ValueError, match="alpha"):
         model.set_params(alpha=1.0)
+    expected, results = model.fit(X, Y).decision_function(X), model.cv_results_
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).decision_function(X), expected)
+    np.testing.assert_array_equal(clone(model).fit(X, Y).decision_function(X), expected)
+    np.testing.assert_array_equal(results["alpha"], ALPHAS)
+    assert model.best_index_ == results["mean_test_score"].argmax()
+    assert (model.best_alpha_, model.best_score_) == (ALPHAS[model.best_index_], results["mean_test_score"].max())
+    splits = np.array([results[f"split{k}_test_score"] for k in range(3)])
+    np.testing.assert_allclose(results["mean_test_score"], splits.mean(0))
+    np.testing.assert_allclose(results["std_test_score"], splits.std(0))
 
 
 @pytest.mark.parametrize("cv", [None, 2])
@@ -278,6 +249,3 @@ def test_forgetting_and_adding_choose_again(cv):
     model = search(cv=cv, scoring=hits, store_data=True).partial_fit(X[:10], Y[:10], classes=np.unique(Y))
     assert_equal(model.partial_fit(X[10:], Y[10:]), expected)
     assert_equal(model.forget([0, 17]), search(cv=cv, scoring=hits).fit(X[1:-1], Y[1:-1]))
-
-
-# ----------------------------------------------------------------------------------------------------- bad input

@@ -103,28 +103,27 @@ def exported(module: nn.Module, images: Tensor):
     return torch.export.load(store).module()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"n_directions": 0},
-        {"size": None},
-        {"size": 100},
-        {"views": ("identity", "flip")},
-        {"n_directions": 0, "views": ("identity", "flip")},
-    ],
-)
+OPTIONS = [{}, {"n_directions": 0}, {"size": None}, {"size": 100}, {"views": ("identity", "flip")}]
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layers", [1, "all"])
 def test_outputs_are_those_of_the_model(options, layers):
+    """Also under modes of torch, and exported for any number of images."""
     model = grouped(prepared(tiny_net(), layers=layers, slope=0.01), **options)
-    module = to_module(model)
-    wanted, found = expected(model, IMAGES), module(IMAGES)
+    module, images = to_module(model), IMAGES.clone()
+    wanted, found = expected(model, IMAGES), module(images)
     assert not found.requires_grad
     assert_outputs(found, wanted)
-    with torch.no_grad():
-        assert_outputs(module(IMAGES), wanted)
-    with torch.inference_mode():
-        assert_outputs(module(IMAGES + 0), wanted)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
+        with mode:
+            assert torch.equal(module(images + 0), found)
+    assert torch.equal(images, IMAGES)
+    if "size" not in options:
+        program = exported(module, IMAGES)
+        for n in (1, len(IMAGES)):
+            assert_outputs(program(IMAGES[:n]), wanted[:n])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -160,24 +159,6 @@ def test_module_is_independent_and_moves(make):
     other.load_state_dict(module.state_dict())  # all that it knows is there
     assert_outputs(other(images), wanted, F32)
     np.testing.assert_array_equal(model.evaluator(None)(images), wanted)
-
-
-def test_images_and_modes_stay_as_they_are():
-    module, images = to_module(grouped(prepared(tiny_net()))), IMAGES.clone()
-    with torch.autocast("cpu"):
-        found = module(images)
-    assert torch.equal(images, IMAGES)
-    assert torch.equal(found, module(images))
-
-
-@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
-@pytest.mark.parametrize("options", [{}, {"n_directions": 0}, {"views": ("identity", "flip")}])
-@pytest.mark.parametrize("layers", [1, "all"])
-def test_exported_for_any_number_of_images(options, layers):
-    model = grouped(prepared(tiny_net(), layers=layers, slope=0.01), **options)
-    program = exported(to_module(model), IMAGES)
-    for n in (1, 2, len(IMAGES)):
-        assert_outputs(program(IMAGES[:n]), expected(model, IMAGES[:n]))
 
 
 @pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
@@ -223,14 +204,6 @@ def test_backward_operations(layer):
     assert not [n.name for n in program.graph.nodes if "backward" in str(n.target)]
     tolerance = 1e-7 if isinstance(layer, nn.Hardsigmoid) else 1e-12
     torch.testing.assert_close(program(x), gradient(x), rtol=0, atol=tolerance)
-
-
-def test_efficientnet_lite():
-    timm = pytest.importorskip("timm")
-    net = built(lambda: timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=4)).eval()
-    model = grouped(prepared(net, (3, 64, 64), layers=2, dtype=F32), size=8)
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert_outputs(to_module(model)(images), expected(model, images), F32)
 
 
 @pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
