@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils import column_or_1d
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
 from ..backbones.loading import Backbone, fit_to_size, load_backbone
 from ..engine.fitted import FeatureReader
-from ..images.decoding import is_missing, unwrap
+from ..images.decoding import is_missing
 from ..images.digests import Fingerprint
 from ..images.reading import ImageInputs, is_image_input
-from ..images.sources import image_elements, labels_of_dataset, plain_frame, rows_named
+from ..images.sources import first_image, image_elements, labels_of_dataset, plain_frame, rows_named
 from ..network.prepared import PreparedNetwork
 from ..runtime.memory import with_smaller_batches
 from .parameters import Parameters
@@ -184,13 +185,19 @@ class Inputs(Parameters):
             )
         return given
 
+    def _given_groups(self, groups: Any, n: int) -> np.ndarray:
+        """Labels of groups of n rows."""
+        labels = column_or_1d(groups)
+        if len(labels) != n:
+            raise ValueError(f"groups has {len(labels)} labels for {n} images: give one for each.")
+        return labels
+
 
 def _are_arrays(X: Any) -> bool:
     """Whether images are given as arrays of pixels, not as files or PIL images."""
     if not is_image_input(X) or getattr(X, "ndim", 0) >= 3:
         return True
-    elements = image_elements(X)
-    return len(elements) > 0 and hasattr(unwrap(elements[0]), "ndim")
+    return hasattr(first_image(image_elements(X)), "ndim")
 
 
 def refuse_missing(y: Any) -> None:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .decoding import describe, is_image, is_number, is_path, unwrap
 
 __all__ = [
-    "image_elements", "is_dataset", "is_image_input", "labels_of_dataset", "plain_frame", "rows_named", "what_to_give",
+    "first_image", "image_elements", "is_dataset", "is_image_input", "labels_of_dataset", "plain_frame", "rows_named",
+    "what_to_give",
 ]  # fmt: skip
 
 _EXPECTED = "Expected images as an array or as a sequence of paths, PIL images or arrays, got"
@@ -70,6 +71,15 @@ def image_elements(X: Any) -> Any:
     return elements
 
 
+def first_image(elements: Any) -> Any:
+    """The first image of a sequence or a data set, as it is given; None where it cannot be taken."""
+    try:
+        first = elements[0]
+    except Exception:  # of the user's data set; whoever reads it says so
+        return None
+    return unwrap(first[0] if is_dataset(elements) and isinstance(first, (list, tuple)) and first else first)
+
+
 def is_dataset(X: Any) -> bool:
     """Whether X is a map-style data set: something with a length that is indexed, and is no array and no list."""
     return (
@@ -85,6 +95,8 @@ def labels_of_dataset(X: Any) -> str:
     if not is_dataset(X):
         return ""
     known = "y=X.targets" if hasattr(X, "targets") else "y=[label for _, label in X]"
+    if hasattr(X, "column_names"):  # of Hugging Face
+        known = "y=X['label'], or the column that holds them"
     return f". Labels are given apart from images, also those of a data set: {known}"
 
 
@@ -172,7 +184,9 @@ def _refuse_other_kinds(X: Any) -> None:
             "own batches, without shuffling."
         )
     if isinstance(X, (Mapping, Set)):
-        raise ValueError(f"{_EXPECTED} {describe(X)}. Give the images as a list; of a dict, the values.")
+        raise ValueError(
+            f"{_EXPECTED} {describe(X)}. Give the images as a list; of a dict, the values or the entry of images."
+        )
     if isinstance(X, IterableDataset) or (hasattr(X, "__next__") and not hasattr(X, "__getitem__")):
         raise ValueError(f"{_EXPECTED} {describe(X)}, of which no image can be read again: pass list(X).")
     if is_dataset(X) or isinstance(X, Dataset):

@@ -13,7 +13,7 @@ from scipy import sparse
 from support.images import Column, Pairs, as_files, as_objects, encoded, whole
 
 from sklearn_lqf.images.reading import ImageInputs
-from sklearn_lqf.images.sources import is_image_input, labels_of_dataset, plain_frame
+from sklearn_lqf.images.sources import first_image, is_image_input, labels_of_dataset, plain_frame
 
 PICTURE = Image.new("RGB", (4, 4))
 SECRET = "secret content"
@@ -118,6 +118,12 @@ def test_array_like(color):
     assert torch.equal(whole(NotAnArray(color)), whole(color))
 
 
+def test_first_image():
+    for X in ([PICTURE, 1], Pairs([PICTURE]), Column([{"image": PICTURE}])):
+        assert first_image(X) is PICTURE
+    assert first_image(Pairs([PICTURE], lambda image: 1 / 0)) is None
+
+
 # ------------------------------------------------------------------------------------------ what is not taken
 
 ONE = r"Expected images as an array or as a sequence .*got {}\. Put a single image into a list"
@@ -213,6 +219,9 @@ def test_ten_elements_that_are_no_images_are_named():
 def test_labels_of_a_data_set_are_pointed_at():
     X = Pairs([PICTURE])
     assert "y=[label for _, label in X]" in labels_of_dataset(X)
+    X.column_names = ["image", "label"]
+    assert "y=X['label']" in labels_of_dataset(X)
+    del X.column_names
     X.targets = [0]
     assert "y=X.targets" in labels_of_dataset(X)
     assert labels_of_dataset([PICTURE]) == labels_of_dataset(None) == ""
