@@ -1,7 +1,7 @@
 """Every family of timm as a backbone: at least one small model of each of its files, with random weights.
 
 Each is tried in a process of its own, with a time limit: is it taken, is it traced, how many stages are read, how long
-does a fit of eight images take, and do its features equal timm's own. What was tried is kept; the rest is tried.
+does a fit of eight images take (of the processor, which may be shared), and do its features equal timm's own. What was tried is kept; the rest is tried.
 
     python benchmarks/families.py [--again PATTERN] [--only PATTERN] [--limit 120]
 """
@@ -102,16 +102,16 @@ def try_one(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"size": size, "parameters": sum(p.numel() for p in backbone.module.parameters())}
     with torch.no_grad():
         expected = backbone.module.forward_head(backbone.module.forward_features(x[:2]), pre_logits=True)
-        start = time.perf_counter()
+        start = time.process_time()
         backbone.module(x)
-        row["forward_seconds"] = time.perf_counter() - start
-        start = time.perf_counter()
+        row["forward_seconds"] = time.process_time() - start
+        start = time.process_time()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         network = PreparedNetwork(
             backbone, (3, size, size), "head", 0.0, True, backbone.preprocessing, torch.float32, torch.device("cpu")
         )
-    row["prepare_seconds"] = time.perf_counter() - start
+    row["prepare_seconds"] = time.process_time() - start
     row["warnings"] = [str(w.message) for w in said if issubclass(w.category, UserWarning)]
     with torch.no_grad():
         features = as_vectors(backbone.module, x[:2])(x[:2])  # the copy is changed
@@ -122,12 +122,12 @@ def try_one(name: str) -> dict[str, Any]:
     row |= {"traced": network.split.traced, "stages": len(network.split.stages), "read": len(names)}
     row["features"] = network.split.n_features
     X = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
-    start = time.perf_counter()
+    start = time.process_time()
     clf = LQFClassifier(f"timm:{name}", weights=None, image_size=size, random_state=0).fit(X, [0, 1] * (IMAGES // 2))
-    row["fit_seconds"] = time.perf_counter() - start
-    start = time.perf_counter()
+    row["fit_seconds"] = time.process_time() - start
+    start = time.process_time()
     finite = bool(np.isfinite(clf.decision_function(X)).all())
-    row["predict_seconds"] = time.perf_counter() - start
+    row["predict_seconds"] = time.process_time() - start
     return row | {"taken": finite, "error": None if finite else "predictions are not finite"}
 
 

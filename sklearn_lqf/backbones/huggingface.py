@@ -65,7 +65,7 @@ def _read(name: str, wanted: Wanted, build: Any) -> Any:
         ) from error
 
 
-def _refuse_missing(name: str, module: nn.Module, missing: Any) -> None:
+def _refuse_missing(name: str, module: Any, missing: Any) -> None:
     """Raise for weights that are not in the file; a pooling layer that was never trained is taken away."""
     rest = [key for key in missing if key.partition(".")[0] != "classifier"]
     pooling = [key for key in rest if key.startswith("pooler.")]

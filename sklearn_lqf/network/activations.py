@@ -1,4 +1,4 @@
-"""Leaky forms of piecewise activations.
+"""Leaky forms of piecewise activations, and derivatives of all.
 
 Hides in how many ways an activation can be written (module, function, method) and what its leaky form is:
 ReLU becomes Leaky-ReLU, and saturating activations keep their values between the bounds and leak outside.
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-__all__ = ["LeakyClamp", "leaky", "modularize_activations", "swap_activations"]
+__all__ = [
+    "ELEMENTWISE", "SATURATING", "LeakyClamp", "leaky", "leaky_clamp_tangent", "modularize_activations",
+    "swap_activations",
+]  # fmt: skip
 
 
 class LeakyClamp(nn.Module):
@@ -126,3 +129,32 @@ def swap_activations(graph: fx.GraphModule, slope: float) -> int:
             graph.set_submodule(name, new.eval())
             swapped += targets.count(name)
     return swapped
+
+
+# -------------------------------------------------------------------------------------------- derivatives
+
+_aten = torch.ops.aten
+
+# f(module, x, y, x_dot): derivative of an elementwise activation y(x) times the tangent.
+Elementwise = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+# By torch's own backward kernels, so that tangents and gradients agree to the last bit of the derivative.
+ELEMENTWISE: dict[type, Elementwise] = {
+    nn.ReLU: lambda m, x, y, t: _aten.threshold_backward(t, y, 0),
+    nn.LeakyReLU: lambda m, x, y, t: _aten.leaky_relu_backward(t, x, m.negative_slope, False),
+    nn.ReLU6: lambda m, x, y, t: _aten.hardtanh_backward(t, x, 0.0, 6.0),
+    nn.Hardtanh: lambda m, x, y, t: _aten.hardtanh_backward(t, x, m.min_val, m.max_val),
+    nn.Hardswish: lambda m, x, y, t: _aten.hardswish_backward(t, x),
+    nn.Hardsigmoid: lambda m, x, y, t: _aten.hardsigmoid_backward(t, x),
+    nn.SiLU: lambda m, x, y, t: _aten.silu_backward(t, x),
+    nn.GELU: lambda m, x, y, t: _aten.gelu_backward(t, x, approximate=m.approximate),
+    nn.Sigmoid: lambda m, x, y, t: _aten.sigmoid_backward(t, y),
+    nn.Tanh: lambda m, x, y, t: _aten.tanh_backward(t, y),
+}
+SATURATING = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
+
+
+def leaky_clamp_tangent(m: LeakyClamp, x: Tensor, y: Tensor, x_dot: Tensor) -> Tensor:
+    """Tangent of a saturating activation with a leak; the kernels of its base look at x alone."""
+    inside = ELEMENTWISE[type(m.base)](m.base, x, y, x_dot)
+    return inside.add_(x_dot * ((x < m.low) | (x > m.high)), alpha=m.leak)

@@ -7,16 +7,16 @@ dict in which a pooled vector is named. timm's models are asked by timm's own in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .rewrite import DROPOUTS, evaluate, replace_module
+from .rewrite import DROPOUTS, Output, evaluate, replace_module, watch
 
-__all__ = ["Head", "Output", "as_vectors", "find_head", "remove_head", "watch"]
+__all__ = ["Head", "as_vectors", "find_head", "remove_head"]
 
 # What may stand between the last layer and the output.
 _PASS = (nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, *DROPOUTS)
@@ -52,77 +52,6 @@ class Head:
 
     name: str
     activation: str | None = None
-
-
-class Output(nn.Module):
-    """One tensor of what a network returns for a batch of images.
-
-    It has the network's own parameters and modules under their names, so that nothing is renamed, and calls it with
-    one argument: optional ones have their defaults where it is traced.
-
-    Parameters
-    ----------
-    network : nn.Module
-        Shared, not copied.
-    place : sequence of str or int
-        Keys, attributes and indices that lead to the tensor; none: the output is the tensor.
-    tokens : {None, "first", "mean"}
-        Which of the tokens (B, T, D) are the vector.
-    timm : bool
-        Whether to evaluate by timm's ``forward_features`` and ``forward_head(pre_logits=True)``.
-    options : mapping or None
-        Optional arguments of the network that are not its defaults.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        place: Sequence[str | int] = (),
-        tokens: str | None = None,
-        timm: bool = False,
-        options: Mapping[str, Any] | None = None,
-    ):
-        super().__init__()
-        for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[kind] = network.__dict__[kind]
-        self.__dict__["_whole"] = network  # no module of its own; underscores keep off the names of the network
-        self._place, self._tokens, self._timm, self._options = tuple(place), tokens, timm, dict(options or {})
-        self.training = network.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, C, H, W) to vectors (B, D)."""
-        network = self.__dict__["_whole"]
-        if self._timm:
-            return network.forward_head(network.forward_features(x), pre_logits=True)
-        out = network.forward(x, **self._options)
-        for key in self._place:
-            out = getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
-        if self._tokens == "first":
-            return out[:, 0]
-        if self._tokens == "mean":
-            return out.mean(1)
-        return out.flatten(1) if self._place else out
-
-    def train(self, mode: bool = True) -> Output:
-        """Set the mode of the network, too."""
-        super().train(mode)
-        self.__dict__["_whole"].training = mode
-        return self
-
-
-def watch(
-    module: nn.Module, example: Tensor, names: Iterable[str], see: Callable[[str, nn.Module, tuple, Any], None]
-) -> Any:
-    """Evaluate the network; each call of a named module is reported as (name, module, inputs, output)."""
-    modules = dict(module.named_modules(remove_duplicate=False))
-    hooks = [
-        modules[name].register_forward_hook(lambda m, args, out, name=name: see(name, m, args, out)) for name in names
-    ]
-    try:
-        return evaluate(module, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------- one vector

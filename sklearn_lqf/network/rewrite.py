@@ -7,7 +7,7 @@ module, padding that depends on the size of the input. Each rewrite leaves the f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..runtime.arithmetic import shared_by_threads
 
 __all__ = [
-    "BATCH_NORMS", "CONVS", "DROPOUTS", "Attention", "StaticPad", "attention", "evaluate", "is_plain",
-    "make_explicit", "plain_attention", "replace_module",
+    "BATCH_NORMS", "CONVS", "DROPOUTS", "Attention", "Output", "StaticPad", "attention", "evaluate", "is_plain",
+    "make_explicit", "plain_attention", "replace_module", "watch",
 ]  # fmt: skip
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -75,9 +75,80 @@ def evaluate(module: nn.Module, example: Tensor) -> Any:
         raise ValueError(message) from error
 
 
+def watch(
+    module: nn.Module, example: Tensor, names: Iterable[str], see: Callable[[str, nn.Module, tuple, Any], None]
+) -> Any:
+    """Evaluate the network; each call of a named module is reported as (name, module, inputs, output)."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    hooks = [
+        modules[name].register_forward_hook(lambda m, args, out, name=name: see(name, m, args, out)) for name in names
+    ]
+    try:
+        return evaluate(module, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module, in evaluation mode, in the place of the one of this name."""
     root.set_submodule(name, new.eval())
+
+
+class Output(nn.Module):
+    """One tensor of what a network returns for a batch of images.
+
+    It has the network's own parameters and modules under their names, so that nothing is renamed, and calls it with
+    one argument: optional ones have their defaults where it is traced.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Shared, not copied.
+    place : sequence of str or int
+        Keys, attributes and indices that lead to the tensor; none: the output is the tensor.
+    tokens : {None, "first", "mean"}
+        Which of the tokens (B, T, D) are the vector.
+    timm : bool
+        Whether to evaluate by timm's ``forward_features`` and ``forward_head(pre_logits=True)``.
+    options : mapping or None
+        Optional arguments of the network that are not its defaults.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        place: Sequence[str | int] = (),
+        tokens: str | None = None,
+        timm: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[kind] = network.__dict__[kind]
+        self.__dict__["_whole"] = network  # no module of its own; underscores keep off the names of the network
+        self._place, self._tokens, self._timm, self._options = tuple(place), tokens, timm, dict(options or {})
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to vectors (B, D)."""
+        network = self.__dict__["_whole"]
+        if self._timm:
+            return network.forward_head(network.forward_features(x), pre_logits=True)
+        out = network.forward(x, **self._options)
+        for key in self._place:
+            out = getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
+        if self._tokens == "first":
+            return out[:, 0]
+        if self._tokens == "mean":
+            return out.mean(1)
+        return out.flatten(1) if self._place else out
+
+    def train(self, mode: bool = True) -> Output:
+        """Set the mode of the network, too."""
+        super().train(mode)
+        self.__dict__["_whole"].training = mode
+        return self
 
 
 # ----------------------------------------------------------------------------------------------- attention

@@ -1,4 +1,4 @@
-"""The stages of a network: runs of blocks that work at one resolution.
+"""The stages of a network, runs of blocks that work at one resolution, and the parameters that are linearized.
 
 Hides how they are found without tracing: forward hooks see the shape of what each block returns.
 """
@@ -6,16 +6,16 @@ Hides how they are found without tracing: forward hooks see the shape of what ea
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .head import watch
+from .rewrite import watch
 
-__all__ = ["channels_last", "find_stages", "is_chosen", "tangent_prefixes"]
+__all__ = ["channels_last", "find_stages", "is_chosen", "refuse_tied", "tangent_names", "tangent_prefixes"]
 
 
 def _units(module: nn.Module, prefix: str = "", total: int | None = None) -> list[str]:
@@ -175,3 +175,27 @@ def _first_names(module: nn.Module, chosen: Sequence[str]) -> list[str]:
 def is_chosen(name: str, prefixes: Sequence[str] | None) -> bool:
     """Whether a name with a dot at its end, or one of a parameter, belongs to one of these modules; None means all."""
     return prefixes is None or any(name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the first name of their module; tied parameters come several times."""
+    for prefix, m in module.named_modules():
+        for name, p in m.named_parameters(recurse=False, remove_duplicate=False):
+            yield (f"{prefix}.{name}" if prefix else name), p
+
+
+def tangent_names(module: nn.Module, prefixes: list[str] | None) -> list[str]:
+    """Names of the parameters that are linearized."""
+    return [name for name, _ in _owned_parameters(module) if is_chosen(name, prefixes)]
+
+
+def refuse_tied(module: nn.Module, prefixes: list[str] | None) -> None:
+    """Raise when a parameter to linearize is used under two names, chosen or not."""
+    owners: dict[int, str] = {}
+    for name, p in _owned_parameters(module):
+        other = owners.setdefault(id(p), name)
+        if other != name and (is_chosen(name, prefixes) or is_chosen(other, prefixes)):
+            raise ValueError(
+                f"Parameters {other!r} and {name!r} are tied (one tensor). Tied weights cannot be linearized "
+                "apart: untie them, or choose tangent_layers that leave them in the frozen trunk."
+            )

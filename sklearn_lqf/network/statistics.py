@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-__all__ = ["LayerInput", "Part", "Statistics", "add_readout"]
+from .stages import is_chosen
 
+__all__ = ["LayerInput", "Part", "Statistics", "add_readout", "follows_batch", "layer_inputs"]
+
+_LAYERS = {F.linear: True, F.conv2d: False}  # functions of layers, and whether their channels come last
 _VARIANCE_FLOOR = 1e-5  # as in BatchNorm: the standard deviation of a constant channel has no derivative
 
 
@@ -76,6 +80,31 @@ class LayerInput:
     stage: str
     node: fx.Node
     last: bool
+
+
+def follows_batch(value: Any, longer: Any) -> bool:
+    """Whether a value has one row more when the batch has; not so a table of constants, or rows of windows."""
+    return isinstance(value, Tensor) and value.ndim > 0 and longer.shape == (len(value) + 1, *value.shape[1:])
+
+
+def layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[LayerInput]:
+    """The inputs of the layers of the stages, each once; layers may be called as functions of their weights."""
+    found, seen = [], set()
+    for node in graph.graph.nodes:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, fx.Node) or source in seen or source.op == "placeholder":
+            continue
+        if node.op == "call_module":
+            name, layer = str(node.target), graph.get_submodule(node.target)
+            last = isinstance(layer, nn.Linear) if isinstance(layer, nn.Linear | nn.Conv2d) else None
+        else:
+            last = _LAYERS.get(node.target) if node.op == "call_function" else None
+            name = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
+        stage = next((s for s, blocks in stages.items() if is_chosen(f"{name}.", blocks)), None)
+        if last is not None and stage is not None:
+            found.append(LayerInput(stage, source, last))
+            seen.add(source)
+    return found
 
 
 def add_readout(

@@ -19,32 +19,13 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..runtime.arithmetic import DUAL_NUMBERS
-from .activations import LeakyClamp
+from .activations import ELEMENTWISE, SATURATING, LeakyClamp, leaky_clamp_tangent
 from .depthwise import is_wide_depthwise, weight_gradient
 from .rewrite import CONVS, StaticPad, is_plain, plain_attention
 from .statistics import Statistics
 
 __all__ = ["GeneralTail", "TracedTail"]
 
-_aten = torch.ops.aten
-
-# f(module, x, y, x_dot): derivative of an elementwise activation y(x) times the tangent.
-_Elementwise = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-
-# By torch's own backward kernels, so that tangents and gradients agree to the last bit of the derivative.
-_ELEMENTWISE: dict[type, _Elementwise] = {
-    nn.ReLU: lambda m, x, y, t: _aten.threshold_backward(t, y, 0),
-    nn.LeakyReLU: lambda m, x, y, t: _aten.leaky_relu_backward(t, x, m.negative_slope, False),
-    nn.ReLU6: lambda m, x, y, t: _aten.hardtanh_backward(t, x, 0.0, 6.0),
-    nn.Hardtanh: lambda m, x, y, t: _aten.hardtanh_backward(t, x, m.min_val, m.max_val),
-    nn.Hardswish: lambda m, x, y, t: _aten.hardswish_backward(t, x),
-    nn.Hardsigmoid: lambda m, x, y, t: _aten.hardsigmoid_backward(t, x),
-    nn.SiLU: lambda m, x, y, t: _aten.silu_backward(t, x),
-    nn.GELU: lambda m, x, y, t: _aten.gelu_backward(t, x, approximate=m.approximate),
-    nn.Sigmoid: lambda m, x, y, t: _aten.sigmoid_backward(t, y),
-    nn.Tanh: lambda m, x, y, t: _aten.tanh_backward(t, y),
-}
-_SATURATING = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 # Operations without parameters that are linear in their one tensor: the tangent goes the same way.
 _LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, StaticPad)
 _LINEAR_FUNCTIONS = {
@@ -321,11 +302,11 @@ def _rule(module: nn.Module) -> _Rule | None:
         return None
     if is_plain(module, (nn.Linear, *CONVS)):
         return _affine_tangent
-    if type(module) in _ELEMENTWISE:
-        derivative = _ELEMENTWISE[type(module)]
+    if type(module) in ELEMENTWISE:
+        derivative = ELEMENTWISE[type(module)]
         return lambda m, x, y, x_dot, *_: derivative(m, x, y, x_dot)
-    if type(module) is LeakyClamp and type(module.base) in _SATURATING:
-        return _leaky_clamp_tangent
+    if type(module) is LeakyClamp and type(module.base) in SATURATING:
+        return lambda m, x, y, x_dot, *_: leaky_clamp_tangent(m, x, y, x_dot)
     if is_plain(module, _LINEAR_MODULES):
         return lambda m, x, y, x_dot, *_: m(x_dot)
     return None
@@ -347,12 +328,6 @@ def _affine_tangent(
     if weight is not None:
         terms.append(apply(x, weight, bias))
     return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
-
-
-def _leaky_clamp_tangent(m: LeakyClamp, x: Tensor, y: Tensor, x_dot: Tensor, *_: Any) -> Tensor:
-    """Tangent of a saturating activation with a leak; the kernels of its base look at x alone."""
-    inside = _ELEMENTWISE[type(m.base)](m.base, x, y, x_dot)
-    return inside.add_(x_dot * ((x < m.low) | (x > m.high)), alpha=m.leak)
 
 
 class GeneralTail:
@@ -384,7 +359,7 @@ class GeneralTail:
                 if is_plain(m, (nn.Linear, *CONVS))
             ]
             try:
-                features = self.module(*_copies(inputs))
+                features = self.module(*(x.clone() for x in inputs))  # it may change its input in place
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -400,7 +375,7 @@ class GeneralTail:
         with plain_attention():
             return _dual_call(
                 lambda p, x: functional_call(self.module, p, x),
-                ({n: parameters[n] for n in self.tangent}, _copies(inputs)),
+                ({n: parameters[n] for n in self.tangent}, tuple(x.clone() for x in inputs)),
                 [*(direction[n] for n in self.tangent), *(None for _ in inputs)],
             )
 
@@ -421,8 +396,3 @@ class GeneralTail:
     def calls(self, values: dict[str, Any], name: str) -> list[tuple[Tensor, Tensor]]:
         """(input, output) of each evaluation of a layer."""
         return values["calls"].get(name, [])
-
-
-def _copies(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """For networks that change their input in place."""
-    return tuple(x.clone() for x in inputs)

@@ -14,22 +14,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..runtime.arithmetic import TRACING
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
 from .fold import NotTracedError, fold_batch_norms, make_functional, simplify
-from .head import Output, find_head, remove_head
-from .rewrite import BATCH_NORMS, StaticPad, evaluate, make_explicit, plain_attention, replace_module
-from .stages import find_stages, is_chosen, tangent_prefixes
-from .statistics import LayerInput, Part, Statistics, add_readout
+from .head import find_head, remove_head
+from .rewrite import BATCH_NORMS, Output, StaticPad, evaluate, make_explicit, plain_attention, replace_module
+from .stages import find_stages, refuse_tied, tangent_names, tangent_prefixes
+from .statistics import Part, Statistics, add_readout, follows_batch, layer_inputs
 from .tails import GeneralTail
 
 __all__ = ["Split", "find_head", "remove_head", "split_network"]
-
-_LAYERS = {F.linear: True, F.conv2d: False}  # functions of layers, and whether their channels come last
 
 
 @dataclass
@@ -118,7 +115,7 @@ def split_network(
     explicit = _private_copy(module, example.dtype)
     reference = evaluate(explicit, example)
     prefixes = tangent_prefixes(explicit, example, tangent_layers)
-    _refuse_tied(explicit, prefixes)
+    refuse_tied(explicit, prefixes)
     with plain_attention():  # torch's fused encoder layer looks for its own attention module
         stages = {stage[-1]: stage for stage in find_stages(explicit, example, by_width=True)}
     make_explicit(explicit, example)
@@ -128,10 +125,8 @@ def split_network(
         _warn_untraced(reason)
         whole = _private_copy(module, example.dtype)
         swapped = _prepare_untraced(whole, example, reference, negative_slope)
-        split = Split(
-            NoTrunk().eval(), whole, _tangent_names(whole, prefixes), [Part("last", reference.shape[1])], stages, False,
-            0, swapped,
-        )  # fmt: skip
+        last = [Part("last", reference.shape[1])]
+        split = Split(NoTrunk().eval(), whole, tangent_names(whole, prefixes), last, stages, False, 0, swapped)
         return _checked(_with_inputs(split, example), read_stages) if read_stages else split
     modularize_activations(graph)
     folded = fold_batch_norms(graph, example, prefixes)
@@ -139,8 +134,8 @@ def split_network(
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()
-    trunk, tail = cut(graph, _tangent_names(graph, prefixes), example)
-    split = Split(trunk, tail, _tangent_names(tail, prefixes), parts, stages, True, folded, swapped)
+    trunk, tail = cut(graph, tangent_names(graph, prefixes), example)
+    split = Split(trunk, tail, tangent_names(tail, prefixes), parts, stages, True, folded, swapped)
     return _checked(split, read_stages)
 
 
@@ -210,10 +205,12 @@ def _warn_untraced(reason: NotTracedError) -> None:
 
 def _prepare_untraced(module: nn.Module, example: Tensor, reference: Tensor, slope: float) -> int:
     """Make the activation modules of a private copy leaky, in place; how many were changed."""
-    in_place = [m for m in module.modules() if getattr(m, "inplace", False)]
-    _set_in_place(in_place, False)
-    if not _agree(evaluate(module, example), reference):
-        _set_in_place(in_place, True)  # the network uses the input that was changed
+    in_place: list[Any] = [m for m in module.modules() if getattr(m, "inplace", False)]
+    for m in in_place:
+        m.inplace = False
+    agrees = _agree(evaluate(module, example), reference)
+    for m in in_place:
+        m.inplace = not agrees  # the network uses the input that was changed
     swapped = 0
     for name, m in list(module.named_modules()):
         new = leaky(m, slope) if slope and name else None
@@ -227,38 +224,6 @@ def _prepare_untraced(module: nn.Module, example: Tensor, reference: Tensor, slo
         replace_module(module, name, new)
         swapped += 1
     return swapped
-
-
-def _set_in_place(modules: list[Any], value: bool) -> None:
-    for m in modules:
-        m.inplace = value
-
-
-# ------------------------------------------------------------------------------------------------- parameters
-
-
-def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by the first name of their module; tied parameters come several times."""
-    for prefix, m in module.named_modules():
-        for name, p in m.named_parameters(recurse=False, remove_duplicate=False):
-            yield (f"{prefix}.{name}" if prefix else name), p
-
-
-def _tangent_names(module: nn.Module, prefixes: list[str] | None) -> list[str]:
-    """Names of the parameters that are linearized."""
-    return [name for name, _ in _owned_parameters(module) if is_chosen(name, prefixes)]
-
-
-def _refuse_tied(module: nn.Module, prefixes: list[str] | None) -> None:
-    """Raise when a parameter to linearize is used under two names, chosen or not."""
-    owners: dict[int, str] = {}
-    for name, p in _owned_parameters(module):
-        other = owners.setdefault(id(p), name)
-        if other != name and (is_chosen(name, prefixes) or is_chosen(other, prefixes)):
-            raise ValueError(
-                f"Parameters {other!r} and {name!r} are tied (one tensor). Tied weights cannot be linearized "
-                "apart: untie them, or choose tangent_layers that leave them in the frozen trunk."
-            )
 
 
 # ------------------------------------------------------------------------------------------------------ trace
@@ -350,7 +315,7 @@ class _Tracer(fx.Tracer):
         if isinstance(one, bool | int | float | str | torch.dtype | None) and type(one) is type(other) and one == other:
             return one
         if isinstance(one, torch.Size) and len(one) == len(other):
-            return tuple(a if a == b else made[i] for i, (a, b) in enumerate(zip(one, other, strict=True)))
+            return tuple(a if a == b else cast(Any, made)[i] for i, (a, b) in enumerate(zip(one, other, strict=True)))
         return made
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -362,7 +327,7 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator:
         one, other = self.values.get(obj.node, (None, None))
         if isinstance(one, Tensor | tuple | list) and len(one) == len(other):
-            return (obj[i] for i in range(len(one)))
+            return (cast(Any, obj)[i] for i in range(len(one)))
         return super().iter(obj)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -428,7 +393,7 @@ def _trace(
     values, longer = ({node: pair[k] for node, pair in tracer.values.items()} for k in (0, 1))
     if any(node not in values for node in graph.graph.nodes if node.op != "output"):
         values, longer = node_values(graph, example), node_values(graph, torch.cat([example, example[:1]]))
-    inputs = [i for i in _layer_inputs(graph, stages) if _follows_batch(values[i.node], longer[i.node])]
+    inputs = [i for i in layer_inputs(graph, stages) if follows_batch(values[i.node], longer[i.node])]
     parts = add_readout(graph, inputs, values, example)
     for kept in (tracer.values, values, longer):  # many, and a tracer may outlive its use
         kept.clear()
@@ -437,28 +402,3 @@ def _trace(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, parts
-
-
-def _follows_batch(value: Any, longer: Any) -> bool:
-    """Whether a value has one row more when the batch has; not so a table of constants, or rows of windows."""
-    return isinstance(value, Tensor) and value.ndim > 0 and longer.shape == (len(value) + 1, *value.shape[1:])
-
-
-def _layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[LayerInput]:
-    """The inputs of the layers of the stages, each once; layers may be called as functions of their weights."""
-    found, seen = [], set()
-    for node in graph.graph.nodes:
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(source, fx.Node) or source in seen or source.op == "placeholder":
-            continue
-        if node.op == "call_module":
-            name, layer = str(node.target), graph.get_submodule(node.target)
-            last = isinstance(layer, nn.Linear) if isinstance(layer, nn.Linear | nn.Conv2d) else None
-        else:
-            last = _LAYERS.get(node.target) if node.op == "call_function" else None
-            name = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
-        stage = next((s for s, blocks in stages.items() if is_chosen(f"{name}.", blocks)), None)
-        if last is not None and stage is not None:
-            found.append(LayerInput(stage, source, last))
-            seen.add(source)
-    return found

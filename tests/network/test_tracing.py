@@ -838,3 +838,79 @@ def test_networks_of_libraries(name, tangent_layers):
     assert split.traced
     assert len(split.trunk(x)) == 1
     assert not of_type(split, nn.BatchNorm2d)
+
+
+# ------------------------------------------------------------------------------------------ tracing at one size
+
+
+class ByShape(nn.Module):
+    """Control flow, loops and constants by the shape of the input, and optional arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.scale = nn.Parameter(torch.ones(1, 4, 1, 1))
+
+    def forward(self, x, mask=None, returns_all=False, *, scale=True):
+        if mask is not None or x.dim() != 4:
+            raise ValueError("not of this kind")
+        batch, channels, height, width = x.shape
+        x = self.a(x)
+        if scale and x.size(-1) == width and x.dtype.is_floating_point and len(x.shape) == 4:
+            x = x * self.scale
+        for row in range(x.shape[2] // 2):
+            x = x + row / height
+        x = x.reshape(batch, self.a.out_channels, -1).transpose(1, 2)
+        assert x.shape == (batch, height * width, channels + 1)
+        x = torch.cat([part.mean(1, keepdim=True) for part in x.chunk(2, 1)], 1)
+        return (x, None) if returns_all else self.b(x).mean(1)
+
+
+@pytest.mark.parametrize("tangent_layers", ["all", ["b"]])
+def test_what_depends_on_the_shape_alone_is_traced(tangent_layers):
+    net, x = randomized(ByShape()), EXAMPLE
+    split = split_checked(net, tangent_layers, x=x)
+    assert split.traced
+    for rows in (1, 5):  # the number of images is no constant
+        more = x[:1].repeat(rows, 1, 1, 1) + torch.arange(rows, dtype=x.dtype).view(-1, 1, 1, 1)
+        torch.testing.assert_close(split.tail(*split.trunk(more)), net(more))
+
+
+def test_control_flow_by_the_number_of_images_is_not_traced():
+    class ByNumber(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.a(x) if x.shape[0] > 2 else self.a(x) + 0
+
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        assert not split_checked(randomized(ByNumber()), "all", x=VECTORS).traced
+
+
+def test_faults_of_the_package_are_no_reason_not_to_trace(monkeypatch):
+    def fail(*args):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr("sklearn_lqf.network.tracing.add_readout", fail)
+    with pytest.raises(TypeError, match="a fault"):
+        split_network(chain(), IMAGES)
+
+
+@pytest.mark.parametrize("wrappers", [1, 3])
+def test_stages_in_wrappers(wrappers):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)))
+    for _ in range(wrappers):
+        net = Wrapper(net)
+    split = split_checked(randomized(net), 1, x=VECTORS)
+    assert len(split.stages) == 3
+    assert split.tangent == [f"{'inner.' * wrappers}2.0.{p}" for p in ("weight", "bias")]
