@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _report_families
 import _report_speed
 import _report_trust
 import matplotlib.pyplot as plt
@@ -390,6 +391,7 @@ def main() -> None:
         "ablation": ablation_table(),
         "leak": leak_table(),
         "robustness": robustness_table(),
+        **_report_families.tables(),
         **_report_speed.tables(),
         **_report_trust.tables(),
     }
