@@ -69,6 +69,13 @@ class CenteredRows:
             self._features = None
         return self._kept
 
+    def at(self, rows: Tensor) -> Tensor:
+        """Phi of some rows (k,): (k, D)."""
+        if self._features is None:
+            return next(iter(self))[1][rows]
+        chosen = rows.cpu().numpy() if isinstance(self._features, np.ndarray) else rows
+        return self.center(self._features[chosen])
+
     def center(self, features: Features) -> Tensor:
         """New rows (k, D) less the mean of these."""
         return _double(features) - self.mean

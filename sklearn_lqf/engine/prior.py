@@ -51,6 +51,9 @@ class Rows:
         m >= 1, how many identical images a row stands for.
     free : int
         Outputs that are free: C - 1 for one-hot targets, else C.
+    together : ndarray of shape (n,) or None
+        Numbers of the sets of rows that leave-one-out leaves out as wholes, whatever their multiplicity; None: each row
+        is left out alone.
     """
 
     kernels: np.ndarray
@@ -58,6 +61,7 @@ class Rows:
     weights: np.ndarray
     multiplicity: np.ndarray
     free: int
+    together: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ def criterion(rows: Rows, theta: np.ndarray, kind: str = "leave-one-out") -> tup
         leave-one-out:  W = M diag(w) M - (M Q alpha' + alpha Q' M) / 2,   p_i = q_i M_ii + (1 - q_i) s_i,
                         Q_i = N free s_i r_i / (p_i sum_j s_j |r_j|^2),   w_i = q_i <Q_i, r_i>
         evidence:       W = (free M - alpha alpha' / v) / 2
+
+    Of sets of rows that are left out together, r_g = M_gg^-1 alpha_g. With V_g = M_gg^-1 Q_g and the block-diagonal
+    matrix B of r_g V_g', W = M (B + B') M / 2 - (M V alpha' + alpha V' M) / 2.
 
     References
     ----------
@@ -261,6 +268,8 @@ def scale_prior(rows: Rows, shares: np.ndarray, *, kind: str = "leave-one-out") 
 
 def _leave_one_out(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:
     """Value of the leave-one-out criterion, and W (n, n) of its gradient."""
+    if rows.together is not None:
+        return _leave_sets_out(rows, solution, rows.together)
     m, alpha = solution.m, solution.alpha
     left_out = 1 / rows.multiplicity
     p = left_out * np.diagonal(m) + (1 - left_out) * rows.weights
@@ -271,6 +280,25 @@ def _leave_one_out(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:
     w = left_out * (q * residual).sum(1)
     outer = (m @ q) @ alpha.T
     return float(0.5 * size * np.log(squares)), m @ (w[:, None] * m) - 0.5 * (outer + outer.T)
+
+
+def _leave_sets_out(rows: Rows, solution: _Solution, together: np.ndarray) -> tuple[float, np.ndarray]:
+    """The same for rows that are left out together."""
+    m, alpha = solution.m, solution.alpha
+    sets = [np.flatnonzero(together == number) for number in np.unique(together)]
+    inverses = [np.linalg.inv(m[np.ix_(i, i)]) for i in sets]
+    residual, v, blocks = np.empty_like(alpha), np.empty_like(alpha), np.zeros_like(m)
+    for i, inverse in zip(sets, inverses, strict=True):
+        residual[i] = inverse @ alpha[i]
+    squares = max(float(rows.weights @ (residual**2).sum(1)), np.finfo(np.float64).tiny)
+    size = rows.multiplicity.sum() * rows.free
+    q = size / squares * rows.weights[:, None] * residual
+    for i, inverse in zip(sets, inverses, strict=True):
+        v[i] = inverse @ q[i]
+        block = residual[i] @ v[i].T
+        blocks[np.ix_(i, i)] = 0.5 * (block + block.T)
+    outer = (m @ v) @ alpha.T
+    return float(0.5 * size * np.log(squares)), m @ blocks @ m - 0.5 * (outer + outer.T)
 
 
 def _evidence(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:

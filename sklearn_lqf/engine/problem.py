@@ -16,7 +16,7 @@ from .estimate import EstimatedForm
 from .features import Group, Standardization, fit_standardization
 from .preconditioner import Block
 from .prior import CRITERIA, Rows, learn_prior, scale_prior
-from .ridge import Factorization, Optimum, closed_form_fits, factorize, leave_one_out, noise_variance
+from .ridge import Factorization, Optimum, closed_form_fits, factorize, leave_one_out, leave_sets_out, noise_variance
 
 __all__ = ["PRIORS", "Problem", "Recipe", "Solution", "TrainingRows"]
 
@@ -43,6 +43,8 @@ class TrainingRows:
         Of the images.
     vectors : ndarray of shape (n, n_features) or None
         The rows of X where they are vectors, whose standardization changes with them; None for images.
+    groups : ndarray of shape (n,) or None
+        Labels of the groups of rows that are left out together; None: each row alone.
     """
 
     features: np.ndarray
@@ -50,6 +52,7 @@ class TrainingRows:
     given: np.ndarray
     digests: np.ndarray
     vectors: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -58,6 +61,18 @@ class TrainingRows:
     def multiplicity(self) -> np.ndarray:
         """How many identical images a row stands for, at least 1, (n,)."""
         return np.maximum(self.given, 1.0)
+
+    @property
+    def sets(self) -> np.ndarray | None:
+        """Numbers of the groups, (n,)."""
+        if self.groups is None:
+            return None
+        labels, numbers = np.unique(self.groups, return_inverse=True)
+        if len(labels) < 2:
+            raise ValueError(
+                "All images to fit to are of one group, which cannot be left out: use at least two groups."
+            )
+        return numbers.reshape(-1)
 
     def taking(self, chosen: np.ndarray) -> TrainingRows:
         """Copies of some rows."""
@@ -90,6 +105,8 @@ class Recipe:
         Whether targets are indicators of classes.
     budget : int
         Bytes of the square matrices of a closed form.
+    grouped : bool
+        Whether rows are left out by groups.
     """
 
     prior: Any
@@ -100,6 +117,7 @@ class Recipe:
     free: int
     stratified: bool
     budget: int
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +224,7 @@ class Problem:
         sample = self._prior_rows()
         return Rows(
             self._kernels(sample, used), self.targets[sample], self.weights[sample], self.multiplicity[sample],
-            self._recipe.free,
+            self._recipe.free, None if self._rows.sets is None else self._rows.sets[sample],
         )  # fmt: skip
 
     def _expected(self) -> np.ndarray:
@@ -302,11 +320,13 @@ class Problem:
         return torch.from_numpy(self.standardization(features)[:, active] * scale[active])
 
     def held_out(self, alpha: float | str) -> np.ndarray:
-        """Leave-one-out outputs (n, C) at a penalty, scale and prior held fixed."""
+        """Outputs (n, C) by the solution without a row, or its group, at a penalty; scale and prior held fixed."""
         form = self.factorization(self.variances_at(alpha))
         return self._held_out(form, form.solve(torch.from_numpy(self.targets)))
 
     def _held_out(self, form: Factorization, optimum: Optimum) -> np.ndarray:
+        if (sets := self._rows.sets) is not None:
+            return leave_sets_out(form, optimum, torch.from_numpy(sets)).numpy()
         return leave_one_out(form, optimum, torch.from_numpy(self.multiplicity)).numpy()
 
     def solve(self, alpha: float | str) -> tuple[Solution, np.ndarray]:

@@ -23,7 +23,7 @@ from .conjugate_gradients import Course
 
 __all__ = [
     "ColumnForm", "Factorization", "Optimum", "RowForm", "closed_form_fits", "factorize", "leave_one_out",
-    "noise_variance", "removals",
+    "leave_sets_out", "noise_variance", "removals",
 ]  # fmt: skip
 
 
@@ -100,6 +100,12 @@ class Factorization:
         """q M_ii + (1 - q) s_i for q (n,), (n,): alpha over this is the residual without q of the row's weight."""
         return fraction * self.diagonal + (1 - fraction) * self.weights
 
+    def block(self, rows: Tensor) -> Tensor:
+        """M_gg of some rows (k,): (k, k)."""
+        raise ValueError(
+            "Sets of images can be left out together in closed form only: use solver='closed', or fewer images."
+        )
+
     def hat(self, features: Features) -> Tensor:
         """The rows B_x of new rows (k, D), with f(x) = B_x Y: (k, n). Many rows are for the caller to split."""
         raise NotImplementedError
@@ -135,6 +141,10 @@ class RowForm(Factorization):
         """M_ii, (n,)."""
         return self._m.diagonal()
 
+    def block(self, rows: Tensor) -> Tensor:
+        """M_gg of some rows (k,): (k, k)."""
+        return self._m[rows[:, None], rows]
+
     def hat(self, features: Features) -> Tensor:
         """The rows B_x of new rows (k, D): (k, n)."""
         kernel = self._rows.center(features) @ self._phi.T
@@ -169,6 +179,13 @@ class ColumnForm(Factorization):
         """M_ii, (n,)."""
         leverage = torch.cat([((phi @ self._inverse) * phi).sum(1) for _, phi in self._rows])
         return self.weights - self.weights.square() * (leverage + 1 / self._rows.total)
+
+    def block(self, rows: Tensor) -> Tensor:
+        """M_gg of some rows (k,): (k, k)."""
+        phi, s = self._rows.at(rows), self.weights[rows]
+        found = -(s[:, None] * (phi @ self._inverse @ phi.T + 1 / self._rows.total) * s)
+        found.diagonal().add_(s)
+        return found
 
     def hat(self, features: Features) -> Tensor:
         """The rows B_x of new rows (k, D): (k, n)."""
@@ -269,6 +286,33 @@ def leave_one_out(form: Factorization, optimum: Optimum, multiplicity: Tensor) -
     The fraction q = 1 / m of the row's weight goes; the residual is then ``alpha_i / (q M_ii + (1 - q) s_i)``.
     """
     return optimum.targets - _without(form, optimum, 1 / multiplicity.double())
+
+
+def leave_sets_out(form: Factorization, optimum: Optimum, together: Tensor) -> Tensor:
+    """Outputs for each row by the solution without all rows of its set.
+
+    Parameters
+    ----------
+    form : Factorization
+        Of n rows, in closed form.
+    optimum : Optimum
+        Its solution.
+    together : Tensor of shape (n,)
+        Numbers of the sets, at least two.
+
+    Returns
+    -------
+    Tensor of shape (n, C)
+
+    Notes
+    -----
+    The residuals of a set g are ``M_gg^-1 alpha_g``.
+    """
+    outputs = optimum.targets.clone()
+    for number in together.unique():
+        rows = (together == number).nonzero().squeeze(1)
+        outputs[rows] -= torch.linalg.solve(form.block(rows), optimum.dual[rows])
+    return outputs
 
 
 def removals(form: Factorization, optimum: Optimum, multiplicity: Tensor) -> Tensor:

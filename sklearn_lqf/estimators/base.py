@@ -142,7 +142,7 @@ class FittedMethods(Inputs):
     # --------------------------------------------------------------------------------------------- answers
 
     @in_ordinary_arithmetic
-    def leave_one_out(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> np.ndarray:
+    def leave_one_out(self, X: Any = None, y: Any = None, sample_weight: Any = None, groups: Any = None) -> np.ndarray:
         """Compute the outputs for each training image of the model that did not see it.
 
         Parameters
@@ -153,6 +153,8 @@ class FittedMethods(Inputs):
             Their labels or targets.
         sample_weight : array-like of shape (n,), default=None
             Their weights in `fit`.
+        groups : array-like of shape (n,), default=None
+            Their groups in `fit`.
 
         Returns
         -------
@@ -171,7 +173,9 @@ class FittedMethods(Inputs):
         chosen with the labels of all images, this one's included. Where ``solver_`` is ``"estimate"``, so is this.
         """
         model = self._grouped("leave_one_out")
-        rows, weights, keep, n = self._rows_of_fit(X, y, sample_weight)
+        rows, weights, keep, n = self._rows_of_fit(X, y, sample_weight, groups)
+        if model.recipe.grouped and rows.groups is None:
+            raise ValueError("This model was fitted with groups: give those of the images, as in fit.")
         left_out = leave_one_out(model, rows, weights)
         outputs = np.empty((n, left_out.shape[1]))
         if len(keep) < n:
@@ -237,7 +241,9 @@ class FittedMethods(Inputs):
         rows, weights, _, _ = self._rows_of_fit(None, None, None)
         return output_variance(model, rows, weights, self._raw_features(self._read_new_data(X)))
 
-    def _rows_of_fit(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingRows, np.ndarray, np.ndarray, int]:
+    def _rows_of_fit(
+        self, X: Any, y: Any, sample_weight: Any, groups: Any = None
+    ) -> tuple[TrainingRows, np.ndarray, np.ndarray, int]:
         """The training rows, given again or stored; their weights; their places in X; and how many rows X has.
 
         X None: those that are stored.
@@ -248,17 +254,18 @@ class FittedMethods(Inputs):
         else:
             inputs = self._read_new_data(X)
             n = len(inputs)
-            rows, keep = self._new_rows(inputs, y, sample_weight)
+            rows, keep = self._new_rows(inputs, y, sample_weight, groups)
         return rows, self._weigh_classes(rows.targets, rows.given), keep, n
 
-    def _new_rows(self, inputs: Any, y: Any, sample_weight: Any) -> tuple[TrainingRows, np.ndarray]:
+    def _new_rows(self, inputs: Any, y: Any, sample_weight: Any, groups: Any) -> tuple[TrainingRows, np.ndarray]:
         """Rows as the fitted model reads them, those with a positive weight; and their places."""
         model = self._grouped("rows")
         targets, given = self._known_targets(y, len(inputs), "y"), self._given_weights(sample_weight, len(inputs))
         keep = np.flatnonzero(self._weigh_classes(targets, given))
         features, digests = self._evaluate(model.reader, inputs, keep)
         vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
-        return TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy(), vectors), keep
+        labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
+        return TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy(), vectors, labels), keep
 
     def _stored_rows(self) -> TrainingRows:
         """What is stored, or an error."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,7 +35,9 @@ class ClassifierBase(ClassifierMixin, LQFBase):
 
     @available_if(stores_data)
     @in_ordinary_arithmetic
-    def partial_fit(self: Estimator, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Estimator:
+    def partial_fit(
+        self: Estimator, X: Any, y: Any, classes: Any = None, sample_weight: Any = None, groups: Any = None
+    ) -> Estimator:
         """Add training images to the model, as if all had been given to `fit`.
 
         Parameters
@@ -43,9 +47,12 @@ class ClassifierBase(ClassifierMixin, LQFBase):
         y : array-like of shape (n,) or (n, n_classes)
             Their labels.
         classes : array-like of shape (n_classes,), default=None
-            All classes; needed at the first call for a model that is not fitted. In later calls they must be the same.
+            All classes; needed at the first call for a model that is not fitted. In later calls they may name more
+            classes than before, but none less.
         sample_weight : array-like of shape (n,), default=None
             As in `fit`.
+        groups : array-like of shape (n,), default=None
+            As in `fit`; needed where the model was fitted with groups.
 
         Returns
         -------
@@ -55,15 +62,31 @@ class ClassifierBase(ClassifierMixin, LQFBase):
         Raises
         ------
         ValueError
-            As `fit`; classes missing at the first call, or others than before.
+            As `fit`; classes missing at the first call, or some of those before missing later.
         """
         if not hasattr(self, "classes_"):
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit.")
-            return self._fit(X, y, sample_weight, classes)
-        if classes is not None and not np.array_equal(np.unique(classes), self.classes_):
-            raise ValueError(f"classes={classes!r} is not the same as in the calls before: {self.classes_.tolist()}.")
-        return self._add(X, y, sample_weight)
+            return self._fit(X, y, sample_weight, groups, classes)
+        known = self.classes_ if classes is None else np.unique(classes)
+        if np.array_equal(known, self.classes_):
+            return self._add(X, y, sample_weight, groups)
+        gone = np.setdiff1d(self.classes_, known)
+        if len(gone) or self._multilabel:
+            raise ValueError(f"classes={classes!r} must name those of the calls before: {self.classes_.tolist()}.")
+        twin = self._with_classes(known)._add(X, y, sample_weight, groups)
+        self.__dict__.update(vars(twin))
+        return self
+
+    def _with_classes(self: Estimator, classes: np.ndarray) -> Estimator:
+        """A copy that knows more classes, of which it has no image yet."""
+        twin, model, rows = copy.copy(self), self._grouped("partial_fit"), self._stored_rows()
+        targets = np.zeros((len(rows), len(classes)))
+        targets[:, np.searchsorted(classes, self.classes_)] = rows.targets
+        recipe = replace(model.recipe, free=len(classes) - 1)
+        twin.classes_ = classes
+        twin._model = replace(model, recipe=recipe, rows=replace(rows, targets=targets))
+        return twin
 
     @in_ordinary_arithmetic
     def decision_function(self, X: Any, *, return_std: bool = False) -> Any:

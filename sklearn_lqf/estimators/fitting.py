@@ -20,7 +20,7 @@ from ..images.cache import TrunkCache
 from ..images.digests import Fingerprint
 from ..network.prepared import PreparedNetwork
 from ..paper.model import PaperModel, fit_paper
-from ..runtime.arithmetic import choose_device, ordinary_arithmetic
+from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic, ordinary_arithmetic
 from ..runtime.memory import memory_budget
 from ..runtime.processes import ALONE, Group, default_group
 from .base import FittedMethods
@@ -61,7 +61,8 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
     # ------------------------------------------------------------------------------------------------- fit
 
     @with_callbacks
-    def fit(self: Estimator, X: Any, y: Any, sample_weight: Any = None) -> Estimator:
+    @in_ordinary_arithmetic
+    def fit(self: Estimator, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> Estimator:
         """Fit the linearized network.
 
         Parameters
@@ -75,6 +76,9 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             several target values.
         sample_weight : array-like of shape (n,), default=None
             Non-negative weights. A weight of 2 equals a row given twice, a weight of 0 a row left out.
+        groups : array-like of shape (n,), default=None
+            Labels of groups of images that belong together, such as several of one object or patient. The prior, the
+            temperature and `leave_one_out` are then those of leaving out one group, not one image.
 
         Returns
         -------
@@ -86,14 +90,14 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         ValueError
             Unusable parameters or data; the message says what was found and what to do.
         """
-        return self._fit(X, y, sample_weight)
+        return self._fit(X, y, sample_weight, groups)
 
-    def _fit(self: Estimator, X: Any, y: Any, sample_weight: Any, classes: Any = None) -> Estimator:
+    def _fit(self: Estimator, X: Any, y: Any, sample_weight: Any, groups: Any = None, classes: Any = None) -> Estimator:
         """`fit`, also with classes of which there is no image yet; a fit that raises leaves nothing fitted."""
         try:
             device = choose_device(self._execution.device)
             with ordinary_arithmetic():
-                self._fit_all(X, y, sample_weight, classes, device)
+                self._fit_all(X, y, sample_weight, groups, classes, device)
         except BaseException:
             for name in [n for n in vars(self) if n in _STATE or (n.endswith("_") and not n.startswith("_"))]:
                 delattr(self, name)
@@ -101,7 +105,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         self._warn_unless_converged()
         return self
 
-    def _fit_all(self, X: Any, y: Any, sample_weight: Any, classes: Any, device: torch.device) -> None:
+    def _fit_all(self, X: Any, y: Any, sample_weight: Any, groups: Any, classes: Any, device: torch.device) -> None:
         execution = self._execution
         group = default_group(device) if execution.distributed else ALONE
         # Read.
@@ -109,7 +113,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         inputs, backbone = group.together(self._read_training_rows, X, y)
         y = group.together(self._read_targets, y, len(inputs))
         if group.size > 1:
-            self._check_agreement(group, inputs, y, sample_weight, backbone)
+            self._check_agreement(group, inputs, y, sample_weight, groups, backbone)
         targets = self._learn_targets(y, classes)
         given = self._given_weights(sample_weight, len(inputs))
         self._fitted_with = {name: self._frozen_value(name) for name in self._frozen}
@@ -121,14 +125,15 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             raise ValueError(
                 f"One row with a positive weight is not enough (n_samples={len(inputs)}): give at least 2."
             )
+        labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
         # Prepare.
         seed = self._draw_seed()
         network = self._prepare(backbone, inputs, keep, weights, device)
-        recipe = self._new_recipe(targets.shape[1])
+        recipe = self._new_recipe(targets.shape[1], labels is not None)
         self.device_ = str(device)
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
             if self._paper:
-                rows = (inputs, keep, targets[keep], weights[keep], given[keep])
+                rows = (inputs, keep, targets[keep], weights[keep], given[keep], labels)
                 self._fit_paper(network, recipe, *rows, seed, progress)
                 return
             # Evaluate.
@@ -138,7 +143,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             found = group.together(self._evaluate, reader, inputs, own, progress)
             features, digests = (group.all_gather_rows(v).numpy() for v in found)
             vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
-            rows_of_fit = TrainingRows(features, targets[keep], given[keep], digests, vectors)
+            rows_of_fit = TrainingRows(features, targets[keep], given[keep], digests, vectors, labels)
             # Pose and solve.
             self._solve(reader, recipe, rows_of_fit, bool(self.store_data), progress, group, keep, len(inputs))
 
@@ -146,7 +151,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         """The value of a parameter that a later change of it does not reach."""
         return copy.deepcopy(getattr(self, name))
 
-    def _new_recipe(self, n_outputs: int) -> Recipe:
+    def _new_recipe(self, n_outputs: int, grouped: bool) -> Recipe:
         indicators = self._targets_are_indicators()
         return Recipe(
             prior=copy.deepcopy(self.prior),
@@ -157,6 +162,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             free=n_outputs - 1 if indicators else n_outputs,
             stratified=indicators,
             budget=memory_budget(),
+            grouped=grouped,
         )
 
     def _solve(
@@ -214,7 +220,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
 
     def _fit_paper(
         self, network: PreparedNetwork, recipe: Recipe, inputs: Any, keep: np.ndarray, targets: np.ndarray,
-        weights: np.ndarray, given: np.ndarray, seed: int, progress: Progress,
+        weights: np.ndarray, given: np.ndarray, groups: np.ndarray | None, seed: int, progress: Progress,
     ) -> None:  # fmt: skip
         """The paper's model: one change of all weights for all outputs."""
         activations = network.evaluator(self._execution.folder)
@@ -232,7 +238,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         # Its outputs for the training images know their labels; those of the ridge regression without the image do not.
         reader = FeatureReader.draw(network, 0, None, seed, ("identity",))
         features, digests = self._evaluate(reader, inputs, keep)
-        rows = TrainingRows(features.numpy(), targets, given, digests.numpy())
+        rows = TrainingRows(features.numpy(), targets, given, digests.numpy(), groups=groups)
         unit = self._target_unit(targets, weights)
         probe = Problem(rows, reader.groups, weights, unit, replace(recipe, prior="last", solver="auto"))
         self._learn_from_held_out(probe.held_out("auto") * unit, rows, weights)
@@ -270,6 +276,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
     # --------------------------------------------------------------------------------------------- updates
 
     @available_if(stores_data)
+    @in_ordinary_arithmetic
     def forget(self: Estimator, indices: Any) -> Estimator:
         """Remove training images from the model, as if it had been fitted without them.
 
@@ -301,11 +308,15 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         self._check_rest(stored.targets[rest] + empty)
         return self._update(stored.taking(rest))
 
-    def _add(self: Estimator, X: Any, y: Any, sample_weight: Any) -> Estimator:
+    def _add(self: Estimator, X: Any, y: Any, sample_weight: Any, groups: Any) -> Estimator:
         """Fit again with more images; the estimator is fitted."""
         self._grouped("partial_fit")
-        rows, _ = self._new_rows(self._read_new_data(X), y, sample_weight)
-        return self._update(self._stored_rows().joined(rows))
+        rows, _ = self._new_rows(self._read_new_data(X), y, sample_weight, groups)
+        stored = self._stored_rows()
+        if (stored.groups is None) != (rows.groups is None):
+            given = "without" if stored.groups is None else "with"
+            raise ValueError(f"This model was fitted {given} groups: add images {given} groups, too.")
+        return self._update(stored.joined(rows))
 
     def _update(self: Estimator, rows: TrainingRows) -> Estimator:
         """Fit again to other rows, by the recipe of the fit; the estimator is as it was when this raises."""

@@ -385,7 +385,9 @@ class Parameters(BaseEstimator):
                 f"{self.random_state!r}."
             )
 
-    def _check_agreement(self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, backbone: Backbone) -> None:
+    def _check_agreement(
+        self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, groups: Any, backbone: Backbone
+    ) -> None:
         """Raise on all processes that share a fit unless they have the same data, parameters and weights."""
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in _OF_A_PROCESS}
         parameters["dtype"] = self._execution.dtype
@@ -396,6 +398,7 @@ class Parameters(BaseEstimator):
                 "the numbers of images": repr(len(rows)),
                 "the targets y": repr(y.tolist()),
                 "the sample weights": repr(None if sample_weight is None else np.asarray(sample_weight).tolist()),
+                "the groups": repr(None if groups is None else np.asarray(groups).tolist()),
                 "the backbone's weights": itertools.chain(module.parameters(), module.buffers()),
             }
         )

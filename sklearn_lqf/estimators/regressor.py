@@ -118,7 +118,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
 
     @available_if(stores_data)
     @in_ordinary_arithmetic
-    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> LQFRegressor:
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> LQFRegressor:
         """Add training images to the model, as if all had been given to `fit`.
 
         Parameters
@@ -129,6 +129,8 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
             Their targets.
         sample_weight : array-like of shape (n,), default=None
             As in `fit`.
+        groups : array-like of shape (n,), default=None
+            As in `fit`; needed where the model was fitted with groups.
 
         Returns
         -------
@@ -140,7 +142,9 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         ValueError
             As `fit`.
         """
-        return self._add(X, y, sample_weight) if hasattr(self, "coef_") else self._fit(X, y, sample_weight)
+        if hasattr(self, "coef_"):
+            return self._add(X, y, sample_weight, groups)
+        return self._fit(X, y, sample_weight, groups)
 
     @in_ordinary_arithmetic
     def predict(self, X: Any, *, return_std: bool = False) -> Any:

@@ -222,7 +222,7 @@ class LQFClassifierCV(ClassifierBase):
         y = rows.targets if self._multilabel else rows.targets.argmax(1)
         cv = self._fitted_with["cv"]
         splitter = check_cv(cv, y, classifier=True)
-        splits = list(splitter.split(np.empty(len(y)), y))
+        splits = list(splitter.split(np.empty(len(y)), y, rows.groups))
         if not splits:
             raise ValueError(f"cv={cv!r} yields no folds; an iterator yields them once: make it a list.")
         place = np.arange(len(y))
