@@ -104,6 +104,30 @@ def decision(model: Any, outputs: np.ndarray) -> np.ndarray:
     return outputs - 0.5 if outputs.dtype != object and model is CASES["several labels"][0] else outputs
 
 
+def test_outputs_are_those_of_ridge_regression(case):
+    """Also by ``coef_`` and ``intercept_``, in the units of y."""
+    model, dense, _, _ = case
+    close = {"rtol": 0, "atol": 1e-9 * np.ptp(dense.targets)}
+    outputs = dense.outputs(dense.weights, dense.new)
+    found = model.predict(NEW) if isinstance(model, LQFRegressor) else model.decision_function(NEW)
+    np.testing.assert_allclose(found, decision(model, outputs), **close)
+    np.testing.assert_allclose(model.features(NEW) @ model.coef_.T + model.intercept_, outputs, **close)
+    mean = np.average(dense.targets, axis=0, weights=WEIGHTS)
+    if isinstance(model, LQFRegressor):
+        np.testing.assert_allclose(model.intercept_, mean)  # features have mean zero
+        scale = np.sqrt(np.average((dense.targets - mean) ** 2, axis=0, weights=WEIGHTS))
+        np.testing.assert_allclose(model.target_scale_, scale)
+        return
+    probabilities, labels = model.predict_proba(NEW), model.predict(NEW)
+    np.testing.assert_allclose(np.exp(model.predict_log_proba(NEW)), probabilities)
+    if model is CASES["several labels"][0]:
+        np.testing.assert_array_equal(labels, outputs > 0.5)
+        np.testing.assert_array_equal(probabilities > 0.5, labels == 1)
+    else:
+        np.testing.assert_allclose(probabilities.sum(1), 1)
+        np.testing.assert_array_equal(labels, model.classes_[outputs.argmax(1)])
+
+
 def test_leave_one_out_equals_refits(case):
     model, dense, y, _ = case
     found = model.leave_one_out(X, y, WEIGHTS)

@@ -13,8 +13,7 @@ from PIL import Image
 from scipy import sparse
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
-from support.data import TinyNet, make_images, tiny_net
-from torch import nn
+from support.data import make_images, tiny_net
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
 
@@ -261,51 +260,6 @@ def test_weights():
     ):  # fmt: skip
         for kind in ESTIMATORS:
             refused(made(kind), lambda m, k=kind, w=bad: m.fit(X, targets(k), w), ERRORS, message)
-
-
-# ------------------------------------------------------------------------------------------------------ networks
-
-
-def with_layers(*layers: nn.Module) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        return nn.Sequential(*layers).eval()
-
-
-def tied() -> nn.Module:
-    net = with_layers(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
-    net[1].weight = net[0].weight
-    return with_layers(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
-
-
-class OfSize32(TinyNet):
-    def forward(self, x):
-        torch._assert(x.shape[-1] == 32, "needs 32 pixels")
-        return super().forward(x)
-
-
-class NotCopied(TinyNet):
-    def __deepcopy__(self, memo):
-        raise RuntimeError("holds a lock")
-
-
-def quietly(kind: type) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        return kind().eval()
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "not one vector": (lambda: with_layers(nn.Conv2d(3, 2, 3), nn.Linear(6, 2)), r"\(2, 2, 6, 2\)"),
-    "tied weights": (tied, "are tied"),
-    "another size": (lambda: quietly(OfSize32), r"\(3, 8, 8\).*needs 32 pixels.*image_size"),
-    "no copy": (lambda: quietly(NotCopied), "cannot be copied.*holds a lock"),
-}
-
-
-@pytest.mark.parametrize("case", NETWORKS)
-def test_networks(case):
-    net, message = NETWORKS[case]
-    model = made("classifier", backbone=net(), tangents="both", tangent_layers="all", prior="evidence")
-    refused(model, lambda m: m.fit(X, Y), ValueError, message)
 
 
 # ------------------------------------------------------------------------------------------------------- methods

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from support.callbacks import Silent
 from support.data import TinyNet, make_images, merged, tiny_net
@@ -19,7 +18,6 @@ from torch import nn
 
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.engine.fitted import FeatureReader
-from sklearn_lqf.network.linearize import Point
 from sklearn_lqf.network.prepared import PreparedNetwork
 
 X, Y = make_images()
@@ -34,13 +32,6 @@ def classifier(**parameters) -> LQFClassifier:
 @pytest.fixture(scope="module")
 def fitted() -> LQFClassifier:
     return classifier().fit(X, Y)
-
-
-def scaled_features(clf: LQFClassifier) -> np.ndarray:
-    """Features of X over the deviation of noise, under the prior: what scikit-learn's Ridge(1.0) takes."""
-    groups = clf._model.reader.groups
-    theta = [clf.prior_[group.name] / clf.alpha_ for group in groups]
-    return clf.features(X) * np.sqrt(np.repeat(theta, [group.size for group in groups]))
 
 
 def assert_equal_models(one: LQFClassifier, other: LQFClassifier, rtol: float = 1e-6) -> None:
@@ -159,32 +150,6 @@ def test_attributes(fitted):
     assert paper.residual_norms_.shape == (paper.n_iter_ + 1,)
     assert paper.residual_norms_[-1] <= paper.tol
     assert paper.coef_.ndim == 1
-
-
-def test_decision_values_of_two_classes():
-    two = Y != "cow"
-    clf = classifier().fit(X[two], Y[two])
-    decision = clf.decision_function(X[two])
-    assert decision.shape == (two.sum(),)
-    assert np.array_equal(clf.predict(X[two]), np.where(decision > 0, "bee", "ant"))
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [{}, {"alpha": 0.1}, {"tangents": "both"}, {"prior": "last"}, {"prior": "equal"}, {"prior": [3, 0, 1, 0.5, 2]}],
-    ids=str,
-)
-def test_outputs_equal_ridge_regression(parameters):
-    clf = classifier(**parameters).fit(X, Y)
-    if "alpha" in parameters:
-        assert clf.alpha_ == pytest.approx(0.1)
-    if isinstance(clf.prior, list):
-        groups = [group.name for group in clf._model.reader.groups]
-        assert clf.prior_ == pytest.approx(dict(zip(groups, np.array(clf.prior) / 6.5, strict=True)))
-    targets = (Y[:, None] == clf.classes_).astype(float)
-    expected = Ridge(1.0).fit(scaled_features(clf), targets).predict(scaled_features(clf))
-    np.testing.assert_allclose(clf.decision_function(X), expected, atol=1e-9)
-    np.testing.assert_allclose(clf.features(X) @ clf.coef_.T + clf.intercept_, expected, atol=1e-9)
 
 
 def test_same_data_give_the_same_model_and_a_seed_other_directions(fitted):
@@ -314,22 +279,6 @@ def test_a_read_only_copy_answers_and_is_updated(tmp_path):
     assert_equal_models(twin.forget(0).partial_fit(X[:1], Y[:1]), clf)
 
 
-def test_size_of_a_pickle():
-    backbone = nn.Sequential(
-        nn.Conv2d(3, 64, 3),
-        nn.ReLU(),
-        nn.Conv2d(64, 256, 3),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(256, 5),
-    )
-    many, labels = make_images(n=120, size=24)
-    clf = LQFClassifier(backbone).fit(many, labels)
-    clf.backbone = "auto"  # what the caller passed is the caller's
-    weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    assert len(pickle.dumps(clf)) <= 1.3 * (weights + 3 * clf.coef_.nbytes)
-
-
 def test_a_model_of_an_absent_device_is_loaded_on_the_cpu(fitted):
     state = fitted._model.network.__getstate__()
     state["device"] = "cuda:7"
@@ -380,18 +329,6 @@ def test_few_images_that_are_all_right_leave_a_doubt(multilabel):
     assert weighted.temperature_ == pytest.approx(many.temperature_, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
-    ids=["inference", "no grad", "autocast"],
-)
-def test_modes_of_torch_do_not_matter(mode):
-    inside, outside = (classifier(execution={"dtype": "float32"}, tangents="both", store_data=True) for _ in range(2))
-    with mode():
-        outputs = inside.fit(X, Y).forget(0).decision_function(X)
-    np.testing.assert_array_equal(outputs, outside.fit(X, Y).forget(0).decision_function(X))
-
-
 def test_a_network_that_mixes_the_images_of_a_batch_is_refused():
     net = tiny_net()
     net.block2[1] = nn.BatchNorm2d(16, track_running_stats=False)
@@ -406,32 +343,3 @@ def test_a_network_that_needs_two_rows_can_be_fitted():
             return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).squeeze())
 
     assert classifier(backbone=Squeezed().eval(), tangents=None).fit(X, Y).converged_
-
-
-class GroupNormed(nn.Module):
-    """Norms of groups by a function, in a network that traces or not."""
-
-    def __init__(self, traced: bool):
-        super().__init__()
-        self.traced = traced
-        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
-        self.w, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.conv(self.stem(x).relu())
-        if not self.traced and float(x.detach().sum()) > 1e30:
-            x = x + 1
-        return self.fc(nn.functional.group_norm(x, 2, self.w, self.b).relu().mean((2, 3)))
-
-
-@pytest.mark.filterwarnings("ignore:.*cannot be traced")
-@pytest.mark.parametrize("traced", [True, False], ids=["traced", "untraced"])
-def test_group_norm_neither_crashes_nor_keeps_graphs(traced, monkeypatch):
-    # Gradients of its parameters alone, for channels-last input, end the process in torch before 2.14.
-    products, jvp = [], Point.jvp
-    monkeypatch.setattr(Point, "jvp", lambda self, d: products.append(jvp(self, d)) or products[-1])
-    with torch.random.fork_rng(devices=[]):
-        net = GroupNormed(traced).eval()
-    assert LQFClassifier(net, model="paper", tangent_layers="all", tol=1e-4).fit(X, Y).converged_
-    assert products and not any(p.requires_grad for p in products)

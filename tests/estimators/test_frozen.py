@@ -78,6 +78,7 @@ def answers(model: Any, data: np.ndarray, y: np.ndarray, folder: Any) -> dict[st
 
     calls = {
         "predict": lambda: model.predict(new),
+        "predict raveled rows": lambda: model.predict(new.reshape(len(new), -1)),
         "score": lambda: model.score(data, y),
         "deviation": lambda: deviating(new, return_std=True)[1],
         "features": lambda: model.features(new),

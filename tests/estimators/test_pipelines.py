@@ -5,25 +5,22 @@ import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.base import clone
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import BaggingClassifier, StackingClassifier
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401, makes HalvingGridSearchCV importable
-from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import (
     FixedThresholdClassifier,
     GridSearchCV,
-    HalvingGridSearchCV,
-    StratifiedKFold,
+    cross_val_score,
     cross_validate,
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support.data import make_images, tiny_net
 
-from sklearn_lqf import ImageReader, LQFClassifier
+from sklearn_lqf import ImageReader, LQFClassifier, LQFRegressor
 
 X, Y = make_images(n=36)
 TEST, LABELS = make_images(n=24, seed=1)
@@ -112,15 +109,6 @@ def test_pipelines_and_searches_decode_once(table, opened, tmp_path):
 # ------------------------------------------------------------------------------------------- around the estimator
 
 
-def test_calibration(fitted):
-    calibrated = CalibratedClassifierCV(classifier(), cv=2).fit(X, Y)
-    assert calibrated.score(TEST, LABELS) > 0.9
-    np.testing.assert_allclose(calibrated.predict_proba(TEST).sum(1), 1)
-    frozen = CalibratedClassifierCV(FrozenEstimator(fitted)).fit(TEST, LABELS)
-    assert frozen.calibrated_classifiers_[0].estimator.estimator is fitted
-    assert frozen.score(TEST, LABELS) > 0.9
-
-
 def test_bagging_of_raveled_images(table):
     bagging = BaggingClassifier(classifier(image_shape=SHAPE), 3, random_state=0)
     pipeline = make_pipeline(ImageReader(raveled=True), bagging).fit(list(table["path"]), Y)
@@ -131,20 +119,6 @@ def test_bagging_of_raveled_images(table):
     assert not np.allclose(members[0].decision_function(TEST), members[1].decision_function(TEST))
     with pytest.raises(ValueError, match=r"216 features.*image_shape"):
         clone(pipeline).set_params(baggingclassifier__max_features=0.5).fit(X, Y)
-
-
-def test_halving_search(table):
-    for resource, options in (
-        ({"min_resources": 18}, {}),
-        ({"resource": "max_iter", "max_resources": 64}, {"solver": "pcg"}),
-    ):
-        search = HalvingGridSearchCV(
-            classifier(**options), {"alpha": [1e-2, 1e6]}, factor=2, cv=StratifiedKFold(2), scoring="neg_log_loss",
-            random_state=0, **resource,
-        ).fit(list(table["path"]), Y)  # fmt: skip
-        assert search.n_iterations_ == 2
-        assert search.best_params_["alpha"] == 1e-2
-        assert (search.predict(TEST) == LABELS).mean() > 0.9
 
 
 def test_thresholds_and_several_scorers():
@@ -161,3 +135,13 @@ def test_thresholds_and_several_scorers():
         assert found["test_accuracy"][k] == clf.score(X[held_out], Y[held_out]) > 0.9
         loss = log_loss(Y[held_out], clf.predict_proba(X[held_out]))
         assert found["test_neg_log_loss"][k] == pytest.approx(-loss)
+
+
+def test_regressor():
+    y = X[:, :6, :6, 0].mean((1, 2)) + np.random.default_rng(0).normal(0, 5, len(X))  # of the order of 100
+    model = LQFRegressor(tiny_net(), alpha=1e-2)
+    assert cross_val_score(model, X, y, cv=4).mean() > 0.3
+    search = GridSearchCV(make_pipeline(ImageReader(), model), {"lqfregressor__alpha": [1e-2, 10.0]}, cv=2).fit(X, y)
+    assert search.best_params_["lqfregressor__alpha"] == 1e-2
+    np.testing.assert_allclose(search.predict(X), model.fit(X, y).predict(X), rtol=1e-5)
+    np.testing.assert_allclose(model.fit(X, np.full(len(X), 7.0)).predict(X), 7.0)

@@ -120,7 +120,7 @@ def test_outputs_are_those_of_the_model(options, layers):
         with mode:
             assert torch.equal(module(images + 0), found)
     assert torch.equal(images, IMAGES)
-    if "size" not in options:
+    if layers == 1 and "size" not in options:  # all layers, of more kinds, below
         program = exported(module, IMAGES)
         for n in (1, len(IMAGES)):
             assert_outputs(program(IMAGES[:n]), wanted[:n])
@@ -161,7 +161,7 @@ def test_module_is_independent_and_moves(make):
     np.testing.assert_array_equal(model.evaluator(None)(images), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning", "ignore:Nothing is read of")
 def test_gradients_of_many_operations_are_exported():
     images = torch.rand(3, 3, 40, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
     model = grouped(prepared(built(Zoo).eval(), (3, 40, 40)), n_directions=1)
