@@ -187,8 +187,9 @@ def _refuse_other_kinds(X: Any) -> None:
         raise ValueError(
             f"{_EXPECTED} {describe(X)}. Give the images as a list; of a dict, the values or the entry of images."
         )
-    if isinstance(X, IterableDataset) or (hasattr(X, "__next__") and not hasattr(X, "__getitem__")):
-        raise ValueError(f"{_EXPECTED} {describe(X)}, of which no image can be read again: pass list(X).")
+    by_number = any(hasattr(X, name) for name in ("__getitem__", "__array__", "toarray"))
+    if isinstance(X, IterableDataset) or (hasattr(X, "__iter__") and not by_number):
+        raise ValueError(f"{_EXPECTED} {describe(X)}, whose images cannot be read by their number: pass list(X).")
     if is_dataset(X) or isinstance(X, Dataset):
         _refuse_dataset(X)
     elif hasattr(X, "columns") and (hasattr(X, "iloc") or hasattr(X, "row")):  # of pandas or polars

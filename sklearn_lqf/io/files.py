@@ -43,16 +43,21 @@ Estimator = TypeVar("Estimator")
 
 def save_estimator(estimator: Any, path: Any, include_backbone: bool) -> None:
     """Write a fitted estimator to a file; documented with its method ``save``."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path must be a str or a path, got {type(path).__name__}: pass the name of the file.")
+    path = _checked_path(path)
     tensors: dict[str, Tensor] = {}
     header = _header(estimator, include_backbone, tensors)
-    write_archive(Path(path), header, tensors)
+    write_archive(path, header, tensors)
+
+
+def _checked_path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}: pass a path, no open file.")
+    return Path(path)
 
 
 def load_estimator(cls: type[Estimator], path: Any, place: torch.device, device: Any, backbone: Any) -> Estimator:
     """Read an estimator from a file to a device, which becomes the parameter as given."""
-    path = Path(path)
+    path = _checked_path(path)
     header, tensors = read_archive(path)
     with refusal(path, "its content is not what save writes"):
         estimator: Any = _without_network(cls, header, tensors, device)

@@ -86,6 +86,13 @@ def test_labels_in_columns_of_pandas(dtype):
     np.testing.assert_array_equal(model.predict(X), fitted(X, y).predict(X))
 
 
+def test_files_of_models_are_given_by_path():
+    model = fitted(X)
+    for call in (model.save, LQFClassifier.load):
+        with pytest.raises(TypeError, match="path must be a str or a path, got BytesIO: pass a path"):
+            call(io.BytesIO())
+
+
 def test_labels_of_a_data_set_are_given_apart():
     with pytest.raises(
         ValueError, match=r"requires y to be passed, but the target y is None\. .*y=\[label for _, label"

@@ -137,6 +137,7 @@ OTHER = {
     "a dict": ({SECRET: PICTURE}, "got dict.*of a dict, the values"),
     "a set": ({SECRET}, "got set.*as a list"),
     "a generator": ((x for x in [PICTURE]), r"got generator.*pass list\(X\)"),
+    "a view": ({1: PICTURE}.values(), r"got dict_values.*pass list\(X\)"),
     "a stream": (Stream(), r"got .*Stream.*pass list\(X\)"),
     "no length": (NoLength(), r"data set \(.*NoLength\) without a length.*give it __len__"),
     "an empty data set": (Pairs([]), "empty data set.*" + EMPTY),
