@@ -37,11 +37,11 @@ def _size(module: nn.Module) -> int:
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Whether a module holds containers, or is hardly more than one that does."""
+    """Whether a module holds containers, or a child that is a good part of it does."""
     children = list(module.children())
     if any(isinstance(m, nn.Sequential | nn.ModuleList) for m in children):
         return True
-    return any(2 * _size(m) > _size(module) and _is_chain(m) for m in children)
+    return any(5 * _size(m) > _size(module) and _is_chain(m) for m in children)
 
 
 def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> list[list[str]]:
