@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.conjugate_gradients import Status
 from ..engine.prior import Rows, scale_prior
 from ..images.cache import TrunkCache
 from ..network.linearize import LinearizedNetwork
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
 from .objective import Quadratic, build_kfac
-from .solvers import Callback, SolverResult, Status, pcg, sgd
+from .solvers import Callback, SolverResult, pcg, sgd
 
 __all__ = ["TARGET_SCALE", "PaperFit", "PaperModel", "fit_paper"]
 
@@ -112,15 +113,12 @@ class PaperFit:
         lambda, the absolute penalty.
     relative_alpha : float
         The same in units of the mean squared norm of the Jacobian of one output of one image.
-    distance_bound : float
-        Upper bound on the distance of ``coef`` from the optimum.
     """
 
     model: PaperModel
     result: SolverResult
     alpha: float
     relative_alpha: float
-    distance_bound: float
 
 
 def fit_paper(
@@ -158,7 +156,8 @@ def fit_paper(
     solver : {"pcg", "sgd"}
         Conjugate gradients, or stochastic gradient descent, with the same K-FAC preconditioner.
     tol : float
-        Norm of the gradient, relative to its value at d = 0, at which the solver stops.
+        Norm of the gradient, relative to its value at d = 0, at which the solver stops. It does not bound the error of
+        the outputs, for which a smaller penalty takes more iterations than are worth it.
     max_iter : int
         Iterations, or epochs.
     seed : int
@@ -216,7 +215,7 @@ def fit_paper(
     if result.status is Status.NOT_FINITE:
         raise ValueError(f"There is no solution. {result.status.value}")
     model = PaperModel(network, head, result.x.cpu().numpy(), np.asarray(unit, dtype=np.float64))
-    return PaperFit(model, result, absolute, absolute / one, quadratic.distance_bound(result.x))
+    return PaperFit(model, result, absolute, absolute / one)
 
 
 def _linearized(network: PreparedNetwork, head: np.ndarray) -> LinearizedNetwork:

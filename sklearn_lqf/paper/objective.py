@@ -110,11 +110,6 @@ class Quadratic:
             total += float(s.double() @ residual.square().sum(1))
         return total
 
-    def distance_bound(self, d: Tensor) -> float:
-        """Upper bound on ``|d - d*|``: |H d - b| / lambda, from strong convexity."""
-        gradient = (self.matvec(d) - self.rhs()).double()
-        return float(gradient.norm()) / self.alpha
-
 
 def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Tensor, probes: Tensor) -> KFAC:
     """Accumulate the curvature of the quadratic's data term, one pass over the batches.

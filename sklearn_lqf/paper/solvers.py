@@ -5,7 +5,6 @@ They know no network and no data. Each returns a result with a status; nothing i
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Callback", "SolverResult", "Status", "pcg", "sgd"]
+from ..engine.conjugate_gradients import Operator, Status
 
-Operator = Callable[[Tensor], Tensor]
+__all__ = ["Callback", "SolverResult", "pcg", "sgd"]
+
 BatchOperator = Callable[[int, Tensor], Tensor]
 Callback = Callable[[int, float, Tensor], bool | None]
 
@@ -29,15 +29,6 @@ _POWER_STEPS = 3  # of the power method: the step only has to be right within a 
 _DOT_CHUNK = 1 << 18  # elements of a product converted to float64 at once: they stay in the cache
 
 
-class Status(enum.Enum):
-    """How a solver ended; the value is what a user may do about it."""
-
-    CONVERGED = "The tolerance was reached."
-    MAX_ITER = "Increase max_iter, or alpha, or accept a larger tol."
-    STAGNATED = "Rounding errors prevent further progress: accept a larger tol, or use dtype='float64'."
-    NOT_FINITE = "Values are not finite: check the network's outputs, or increase alpha."
-
-
 @dataclass(frozen=True)
 class SolverResult:
     """Solution, status and history of a solve.
@@ -49,17 +40,14 @@ class SolverResult:
     n_iter : int
         Iterations for PCG, epochs for SGD.
     residual_norms : list of float
-        |b - H x| / |b|, that is the gradient's norm relative to its value at x = 0, at the start and after
-        each iteration.
-    scale : float
-        |b|.
+        |b - H x| / |b|, that is the gradient's norm relative to its value at x = 0, at the start and after each
+        iteration.
     """
 
     x: Tensor
     status: Status
     n_iter: int
     residual_norms: list[float] = field(default_factory=list)
-    scale: float = 0.0
 
     @property
     def converged(self) -> bool:
@@ -224,7 +212,7 @@ def _conjugate_directions(
             status = Status.STAGNATED
         if stop or status is not Status.MAX_ITER:
             break
-    return SolverResult(x, status, len(history) - 1, history, scale)
+    return SolverResult(x, status, len(history) - 1, history)
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

@@ -12,12 +12,13 @@ from sklearn.linear_model import Ridge
 from support.oracle import as_matrix, gauss_newton, jacobian, least_squares
 from torch import Tensor, nn
 
+from sklearn_lqf.engine.conjugate_gradients import Status
 from sklearn_lqf.network.linearize import LinearizedNetwork
 from sklearn_lqf.network.tracing import split_network
 from sklearn_lqf.paper import objective
 from sklearn_lqf.paper.kfac import KFAC, SmallBlock
 from sklearn_lqf.paper.objective import Quadratic, build_kfac
-from sklearn_lqf.paper.solvers import SolverResult, Status, pcg, sgd
+from sklearn_lqf.paper.solvers import SolverResult, pcg, sgd
 
 F64 = torch.float64
 N, C = 11, 3
@@ -312,16 +313,6 @@ def test_weight_of_zero_is_a_row_left_out(name):
     close(rest.quadratic().rhs(), problem.quadratic().rhs())
     close(rest.quadratic().matvec(d), problem.quadratic().matvec(d))
     close(rest.preconditioner()(d), problem.preconditioner()(d), 1e-8)
-
-
-def test_distance_bound_bounds(conv):
-    quadratic, optimum = conv.quadratic(), conv.optimum()
-    for scale in (1e-6, 1e-3, 1.0):
-        d = optimum + scale * rand(len(optimum), seed=10)
-        assert float((d - optimum).norm()) <= quadratic.distance_bound(d)
-    # The bound is sharp along a direction without curvature; here there are more parameters than outputs.
-    flat = torch.linalg.svd(conv.j.flatten(0, 1))[2][-1]
-    assert quadratic.distance_bound(optimum + flat) == pytest.approx(1.0, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- the curvature

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sklearn_lqf.engine.conjugate_gradients import Status
 from sklearn_lqf.paper import solvers
-from sklearn_lqf.paper.solvers import SolverResult, Status, pcg, sgd
+from sklearn_lqf.paper.solvers import SolverResult, pcg, sgd
 
 F64 = torch.float64
 
