@@ -1,0 +1,111 @@
+"""BatchNorms become a part of the layer before them, where the function stays the same."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.splits import EXAMPLE, TOKENS, VECTORS, of_type, rand, randomized, split_checked
+from torch import nn
+
+from sklearn_lqf.network.tracing import split_network
+
+FOLDED = {
+    "plain": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+    "eps": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.7)),
+    "no bias": (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)),
+    "no parameters": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)),
+    "no parameters, no bias": (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)),
+    "groups": (nn.Conv2d(3, 6, 3, groups=3, padding=1), nn.BatchNorm2d(6)),
+    "reflect": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)),
+    "two norms": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("layers", FOLDED.values(), ids=FOLDED)
+def test_batch_norm_is_folded_into_a_convolution(layers):
+    net = randomized(nn.Sequential(*layers, nn.ReLU(), nn.Flatten()))
+    split = split_checked(net)
+    assert split.folded == len(layers) - 1
+    assert split.tangent == ["0.weight", "0.bias"]
+    assert not of_type(split, nn.BatchNorm2d)
+
+
+def test_folding_is_more_exact_than_the_precision_in_use():
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())).float()
+    weight = split_network(net, EXAMPLE.float(), "all").tail.get_submodule("0").weight
+    norm = copy.deepcopy(net[1]).double()
+    exact = net[0].weight.double() * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
+    assert torch.equal(weight, exact.float())
+
+
+def test_batch_norm_is_folded_into_other_layers():
+    net = randomized(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)))
+    assert split_checked(net, x=VECTORS).folded == 1
+    net = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.BatchNorm1d(4), nn.Flatten())
+    assert split_checked(randomized(net), x=VECTORS).folded == 1
+    net = nn.Sequential(nn.Conv3d(3, 2, 3), nn.BatchNorm3d(2), nn.Flatten())
+    assert split_checked(randomized(net), x=rand(3, 3, 4, 4, 4)).folded == 1
+
+
+class Shared(nn.Module):
+    """A convolution, its norm, and other uses of one of the two."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.conv, self.norm, self.use = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), use
+
+    def forward(self, x):
+        return self.use(self, x).flatten(1)
+
+
+NOT_FOLDED = {
+    "the output has another user": lambda m, x: m.norm(h := m.conv(x)) + h,
+    "the convolution is called twice": lambda m, x: m.conv(m.norm(m.conv(x))),
+    "the norm is called twice": lambda m, x: m.norm(m.conv(x)) + m.norm(x),
+    "another operation is between": lambda m, x: m.norm(m.conv(x).relu()),
+    "the norm comes first": lambda m, x: m.conv(m.norm(x)),
+}
+
+
+@pytest.mark.parametrize("use", NOT_FOLDED.values(), ids=NOT_FOLDED)
+def test_batch_norm_is_not_folded(use):
+    split = split_checked(randomized(Shared(use)))
+    assert split.folded == 0
+    assert len(of_type(split, nn.BatchNorm2d)) == 1
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_other_batch_norms_are_not_folded():
+    split = split_checked(randomized(nn.Sequential(nn.Conv2d(3, 4, 3), ActivatedNorm(4), nn.Flatten())))
+    assert split.folded == 0
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
+    assert split_network(randomized(net), EXAMPLE, "all").folded == 0
+
+
+def test_a_batch_norm_that_is_named_stays():
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten()))
+    split = split_checked(net, ["1"])
+    assert (split.folded, split.tangent) == (0, ["1.weight", "1.bias"])
+    split = split_checked(net, ["0", "1"])
+    assert (split.folded, split.tangent) == (1, ["0.weight", "0.bias"])
+
+
+def test_batch_norm_over_tokens_is_not_folded():
+    # It normalizes the tokens, not the features that the Linear makes: here there are four of both.
+    net = randomized(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Flatten()))
+    assert split_checked(net, x=TOKENS).folded == 0
+
+
+def test_batch_norm_of_a_convolution_with_own_forward_is_not_folded():
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(x, weight, self.bias)
+
+    net = randomized(nn.Sequential(Standardized(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()))
+    assert split_checked(net).folded == 0
