@@ -299,17 +299,18 @@ def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> B
             f"load the right one as backbone{remedy}."
         )
     if other:
-        _become(estimator, found, saved)
+        _become(estimator, found, saved, isinstance(given, str))
     return found
 
 
-def _become(estimator: Any, found: Backbone, saved: _SavedNetwork) -> None:
+def _become(estimator: Any, found: Backbone, saved: _SavedNetwork, named: bool) -> None:
     """Set the parameters so that the estimator, its clones and searches are fitted from the weights of the file."""
     if isinstance(found.module, VectorNetwork):  # whose weights are drawn by random_state
         estimator.backbone = "vector"
         return
     estimator.backbone, estimator.weights = found.module, "auto"
-    own, overrides = _fields(load_backbone(found.module).preprocessing), estimator.preprocessing or {}
+    module = load_backbone(found.module) if named else found  # a module's preprocessing is not that of its name
+    own, overrides = _fields(module.preprocessing), estimator.preprocessing or {}
     fitted = {} if saved.preprocessing is None else _fields(saved.preprocessing)
     further = {k: v for k, v in fitted.items() if k not in overrides and v != own[k]}  # such as those of a name
     if further:

@@ -179,25 +179,12 @@ def test_memory_of_the_device(fitted, monkeypatch):
         assert fitted._model.network.rows_at_once(24, budget=room) == most
 
 
-def trunk_rows(monkeypatch) -> list[int]:
-    """Rows of images in each evaluation of the trunk from here on; synthetic ones do not count."""
-    rows, activations, references = [], PreparedNetwork.activations, PreparedNetwork.reference_inputs
-
-    def counted(self, images):
-        rows.append(len(images))
-        return activations(self, images)
-
-    def drawn(self, count):
-        rows.append(-count)
-        return references(self, count)
-
-    monkeypatch.setattr(PreparedNetwork, "activations", counted)
-    monkeypatch.setattr(PreparedNetwork, "reference_inputs", drawn)
-    return rows
-
-
 def test_memory_shares_the_trunk_between_fits_and_predictions(monkeypatch, tmp_path):
-    rows, options = trunk_rows(monkeypatch), {"tangents": "network"}
+    rows, options = [], {"tangents": "network"}
+    activations, references = PreparedNetwork.activations, PreparedNetwork.reference_inputs
+    # Synthetic images do not count.
+    monkeypatch.setattr(PreparedNetwork, "activations", lambda n, x: rows.append(len(x)) or activations(n, x))
+    monkeypatch.setattr(PreparedNetwork, "reference_inputs", lambda n, k: rows.append(-k) or references(n, k))
     search = GridSearchCV(
         classifier(execution={"memory": tmp_path}, **options), {"alpha": [0.1, 1.0]}, cv=KFold(3)
     ).fit(X, Y)
@@ -257,26 +244,16 @@ def test_verbose_shows_a_bar(capsys):
 # ---------------------------------------------------------------------------------------------------- persistence
 
 
-def test_copies_predict_bit_equal(fitted, tmp_path):
-    expected = fitted.predict_proba(X)
-    path = tmp_path / "model.joblib"
-    joblib.dump(fitted, path)
-    for twin in (
-        pickle.loads(pickle.dumps(fitted)),
-        copy.deepcopy(fitted),
-        joblib.load(path),
-        joblib.load(path, mmap_mode="r"),
-    ):
-        assert np.array_equal(twin.predict_proba(X), expected)
-
-
-def test_a_read_only_copy_answers_and_is_updated(tmp_path):
+def test_copies_answer_bit_equal_and_are_updated(tmp_path):
     clf, path = classifier(store_data=True, tangents="both").fit(X, Y), tmp_path / "model.joblib"
     joblib.dump(clf, path)
-    twin = joblib.load(path, mmap_mode="r")
-    np.testing.assert_array_equal(twin.leave_one_out(), clf.leave_one_out())
-    np.testing.assert_array_equal(twin.influence(None, None, X[:2]), clf.influence(None, None, X[:2]))
-    assert_equal_models(twin.forget(0).partial_fit(X[:1], Y[:1]), clf)
+    read_only = joblib.load(path, mmap_mode="r")
+    for twin in (pickle.loads(pickle.dumps(clf)), copy.deepcopy(clf), joblib.load(path), read_only):
+        for method in ("predict_proba", "features"):
+            assert np.array_equal(getattr(twin, method)(X), getattr(clf, method)(X))
+        np.testing.assert_array_equal(twin.leave_one_out(), clf.leave_one_out())
+    np.testing.assert_array_equal(read_only.influence(None, None, X[:2]), clf.influence(None, None, X[:2]))
+    assert_equal_models(read_only.forget(0).partial_fit(X[:1], Y[:1]), clf)
 
 
 def test_a_model_of_an_absent_device_is_loaded_on_the_cpu(fitted):

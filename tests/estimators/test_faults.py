@@ -167,8 +167,8 @@ def test_interrupted_anywhere(kind):
     expected = clf.fit(*data).coef_  # what is done once in a process is done
     total = interrupt(lambda: clf.fit(*data), 0)
     assert total > 300
-    # The first two calls only lead into the fit, and the last ones, for a warning, follow it.
-    for number in np.unique(np.geomspace(3, total - 3, 18).astype(int)):
+    # The first calls only lead into the fit, and the last ones, for a warning, follow it.
+    for number in np.unique(np.geomspace(6, total - 3, 18).astype(int)):
         with pytest.raises(KeyboardInterrupt):
             interrupt(lambda: clf.fit(*data), number)
         with pytest.raises(NotFittedError):

@@ -19,14 +19,8 @@ from torch import nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
 
-settings.register_profile(
-    "ci",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
 settings.load_profile("ci")
 
 FITS = settings(max_examples=12)
@@ -62,17 +56,6 @@ def regressor(channels: int = 3, **parameters: Any) -> LQFRegressor:
 
 
 # ------------------------------------------------------------------------------------------------------- strategies
-
-
-@st.composite
-def images(draw: Callable, n: st.SearchStrategy, channels: Any = None) -> np.ndarray:
-    """uint8 images (n, H, W) or (n, H, W, C), random or of few values."""
-    count, h, w = draw(n), draw(st.integers(5, 9)), draw(st.integers(5, 9))
-    kind = draw(st.sampled_from([None, 1, 3]) if channels is None else st.just(channels))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    levels = draw(st.sampled_from([1, 2, 256]))
-    pixels = rng.integers(0, levels, (count, h, w, *([] if kind is None else [kind]))) * (255 // max(levels - 1, 1))
-    return pixels.astype(np.uint8)
 
 
 # The codes of labels: at least two of each of three classes, in any order.
@@ -119,12 +102,11 @@ def test_every_form_gives_the_same_model(channels, tmp_path):
 
 
 @FITS
-@given(data=st.data(), X=images(st.integers(2, 6), channels=3))
-def test_predictions_are_of_each_image_alone(data, X):
+@given(data=st.data(), problem=problems())
+def test_predictions_are_of_each_image_alone(data, problem):
     """Whatever stands beside it, in whatever order and batches."""
-    clf = classifier(image_size=6, execution={"batch_size": data.draw(st.integers(1, 7))}).fit(
-        np.resize(X, (4, *X.shape[1:])), [0, 1, 0, 1]
-    )
+    X, codes = problem
+    clf = classifier(image_size=5, execution={"batch_size": data.draw(st.integers(1, 7))}).fit(X, codes)
     every = clf.decision_function(X)
     chosen = data.draw(st.lists(st.integers(0, len(X) - 1), min_size=1, max_size=9))
     np.testing.assert_allclose(clf.decision_function(X[chosen]), every[chosen], rtol=1e-9, atol=1e-12)
@@ -177,19 +159,14 @@ def test_labels_are_names(data, problem):
     assert clf.score(X, given_y) == expected.score(X, codes)
 
 
-@FITS
-@given(data=st.data(), problem=problems())
-def test_several_labels_in_any_form(data, problem):
-    X, codes = problem
-    y = (codes[:, None] == np.arange(3)) | (np.arange(len(codes))[:, None] % 4 == 1)
+def test_several_labels_in_any_form():
+    X = np.random.default_rng(0).integers(0, 256, (9, 6, 6, 3)).astype(np.uint8)
+    y = np.arange(9)[:, None] % [2, 3, 4] == 0
     expected = classifier().fit(X, y.astype(np.int64))
-    form = data.draw(st.sampled_from([bool, np.uint8, float, "list", "frame"]))
-    given_y = (
-        y.astype(np.int64).tolist() if form == "list" else pd.DataFrame(y * 1) if form == "frame" else y.astype(form)
-    )
-    clf = classifier().fit(X, given_y)
-    assert np.array_equal(clf.coef_, expected.coef_)
-    assert np.array_equal(clf.predict(X), expected.predict(X))
+    for form in (y, y.astype(np.uint8), y.astype(float), (y * 1).tolist(), pd.DataFrame(y * 1)):
+        clf = classifier().fit(X, form)
+        assert np.array_equal(clf.coef_, expected.coef_)
+        assert np.array_equal(clf.predict(X), expected.predict(X))
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -205,7 +182,7 @@ def weights_of(draw: Callable, codes: np.ndarray, values: st.SearchStrategy) -> 
 POSITIVE = st.floats(0.01, 10)
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(
     data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]),
     kind=st.sampled_from(["scaled", "zero", "repeated", "of classes", "permuted"]),
@@ -255,17 +232,6 @@ def test_batches_do_not_matter(problem, batch_size, tangents, tangent_layers, sk
     one = classifier(**options).fit(X, codes)
     other = classifier(execution={"batch_size": batch_size}, **options).fit(X, codes)
     assert one.prior_.keys() == other.prior_.keys()
-    assert_same_model(one, other, X)
-
-
-def test_views_of_rows_with_a_gap():
-    """1, 3, 6 are no rows in a row, though their ends are those of six."""
-    X = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3)).astype(np.uint8)
-    keep, views = np.array([1, 3, 6]), ("identity", "flip")
-    weights = np.isin(np.arange(7), keep).astype(float)
-    one = classifier(views=views).fit(X, [0, 0, 1, 1, 2, 2, 2], weights)
-    other = classifier(views=views).fit(X[[1, 3, 6, 4]], [0, 1, 2, 2], [1, 1, 1, 0])
-    assert one._model.fingerprint == other._model.fingerprint
     assert_same_model(one, other, X)
 
 
@@ -335,6 +301,10 @@ def noise(n: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels.astype(np.uint8), y
 
 
+def plain(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return y
+
+
 def target(X: np.ndarray, y: np.ndarray) -> np.ndarray:
     return X[:, 0] + np.random.default_rng(1).normal(size=len(X))
 
@@ -343,16 +313,15 @@ def labels(X: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.c_[y == 0, y != 1, X[:, 4] > 0].astype(int)
 
 
-CASES: dict[str, tuple[Callable, Callable | None, Any, list[int], float]] = {
-    "vectors": (vectors, None, LQFClassifier(), [SOME, MANY], 1e-6),
-    "balanced": (vectors, None, LQFClassifier(class_weight="balanced"), [SOME], 1e-6),
-    "one variance": (vectors, None, LQFClassifier(prior="equal", alpha=0.3), [SOME], 1e-6),
-    "evidence": (vectors, None, LQFClassifier(prior="evidence"), [MANY], 1e-6),  # of few copies it has no bound
+# How X is drawn, and y of it; an estimator, the numbers of rows, and how near its answers are.
+CASES: dict[str, tuple[Callable, Callable, Any, list[int], float]] = {
+    "vectors": (vectors, plain, LQFClassifier(), [MANY], 1e-6),
+    "balanced": (vectors, plain, LQFClassifier(class_weight="balanced"), [SOME], 1e-6),
+    "evidence": (vectors, plain, LQFClassifier(prior="evidence"), [MANY], 1e-6),  # of few copies it has no bound
     "targets": (vectors, target, LQFRegressor(), [SOME, MANY], 1e-6),
     "labels": (vectors, labels, LQFClassifier(), [SOME], 1e-6),
-    "folds": (vectors, None, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
-    "images": (noise, None, LQFClassifier(tiny_net()), [SOME, MANY], 1e-4),
-    "directions": (noise, None, LQFClassifier(tiny_net(), tangents="both"), [SOME], 1e-4),
+    "folds": (vectors, plain, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
+    "images": (noise, plain, LQFClassifier(tiny_net(), tangents="both"), [SOME, MANY], 1e-4),
 }
 
 
@@ -360,8 +329,7 @@ CASES: dict[str, tuple[Callable, Callable | None, Any, list[int], float]] = {
 def test_order_and_repetition_of_many_rows(case, n):
     draw, values, estimator, _, rtol = CASES[case]
     X, y = draw(n)
-    if values is not None:
-        y = values(X, y)
+    y = values(X, y)
     weights = np.where(np.arange(n) % 4 == 1, 2, np.where(np.arange(n) % 5 == 2, 3, 1))
     order = np.random.default_rng(0).permutation(n)
     twice = np.random.default_rng(1).permutation(np.repeat(np.arange(n), weights))
