@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ["offline", "timm", "plot", "progress", "save"]  # of those who use the package, and are tested
+EXTRAS = ["hf", "plot", "progress", "save"]  # of those who use the package, and are tested
 FEWEST = 5  # bounds: fewer would mean that they are no longer found
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
