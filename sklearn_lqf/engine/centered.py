@@ -44,7 +44,7 @@ class CenteredRows:
         self.weights = weights.double()
         self.total = self.weights.sum()
         self._features: Features | None = features
-        self._pieces = pieces(*features.shape[:1], 8 * features.shape[1], budget)
+        self._pieces = pieces(features.shape[0], 8 * features.shape[1], budget)
         self._kept: Tensor | None = None
         self.mean = torch.zeros(features.shape[1], dtype=torch.float64, device=weights.device)
         for rows in self._pieces:

@@ -267,7 +267,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
     def _warn_unless_converged(self) -> None:
         if not self.converged_:
             warnings.warn(
-                f"The solver stopped after {self.n_iter_} iterations at a relative gradient of "
+                f"The solver stopped after {self.n_iter_} iterations at an error of "
                 f"{self.residual_norms_[-1]:.1e}, above tol. {self._advice}",
                 ConvergenceWarning,
                 stacklevel=_levels_to_the_caller(),

@@ -78,7 +78,9 @@ solver : {"auto", "closed", "pcg", "sgd"}, default="auto"
 max_iter : int, default=200
     Iterations of ``"pcg"``, epochs of ``"sgd"``.
 tol : float, default=1e-3
-    An iterative solver stops when the norm of the gradient relative to its value at zero is below.
+    An iterative solver stops when the root mean squared error of the outputs for the training images is guaranteed to
+    be below this part of the deviation of their targets; with ``model="paper"``, which has no such guarantee, when the
+    norm of the gradient is below this part of its value at zero.
 views : str or sequence of str, default="identity"
     Views of an image over which its features are averaged, in `fit` and in predictions: ``"identity"``, or
     ``("identity", "flip")`` with the mirror image, which costs twice the time.
@@ -153,7 +155,7 @@ tangent_layers_ : list of str
 n_iter_ : int
     Iterations of the solver; 1 of a closed form, which is one step of Newton's method.
 residual_norms_ : ndarray of shape (n_iter_ + 1,)
-    Relative norm of the gradient before the first and after each iteration; empty for a closed form.
+    What ``tol`` bounds, before the first and after each iteration; empty for a closed form.
 converged_ : bool
     Whether ``tol`` was reached; True for a closed form.
 device_ : str
