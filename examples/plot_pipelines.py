@@ -51,7 +51,8 @@ print(train.assign(file=train["file"].map(os.path.basename), kind=y[learn])[::20
 images = make_pipeline(
     make_column_transformer(("passthrough", ["file"])), ImageReader(image_size=64, interpolation="bicubic")
 )
-clf = LQFClassifier("efficientnet_lite0", execution={"memory": folder.name})  # all fits share the activations of the trunk
+memory = {"memory": folder.name}  # all fits share the activations of the trunk
+clf = LQFClassifier("efficientnet_lite0", execution=memory)
 numbers = make_pipeline(make_column_transformer((StandardScaler(), ["scale", "odd"])), LogisticRegression())
 stack = StackingClassifier(
     [("table", numbers), ("images", make_pipeline(images, clf))], final_estimator=LogisticRegression(C=30), cv=3
