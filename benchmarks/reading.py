@@ -32,7 +32,7 @@ from sklearn_lqf.images.reading import ImageInputs
 RESULTS = Path(__file__).parent / "results"
 STORED, QUALITY = (500, 400), 90  # width and height of the photographs, and what JPEG keeps of them
 SIZE, BATCH = 224, 64
-HASHED, HASHES = bytes(1 << 23), 96  # of the control
+HASHED, HASHES = bytes(1 << 23), 32  # of the control
 
 
 def photographs(source: Path, folder: Path, count: int) -> list[str]:
@@ -61,6 +61,38 @@ def control(jobs: int) -> float:
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda _: hashlib.blake2b(HASHED).digest(), range(HASHES)))
     return time.perf_counter() - start
+
+
+def report(options: argparse.Namespace, seconds: dict, used: dict, controls: dict, loads: list[float]) -> None:
+    """Write what was measured up to now."""
+    first = options.jobs[0]
+    rows: list[dict[str, Any]] = [
+        {
+            "n_jobs": jobs,
+            "seconds": min(seconds[jobs]),
+            "median_seconds": statistics.median(seconds[jobs]),
+            "all_seconds": seconds[jobs],
+            "processor_seconds": min(used[jobs]),
+            "images_per_second": options.images / min(seconds[jobs]),
+            "speedup": min(seconds[first]) / min(seconds[jobs]),
+            "speedup_of_medians": statistics.median(seconds[first]) / statistics.median(seconds[jobs]),
+            "speedup_of_control": min(controls[first]) / min(controls[jobs]),
+        }
+        for jobs in options.jobs
+    ]
+    found = {
+        "dataset": options.dataset,
+        "images": options.images,
+        "stored": STORED,
+        "image_size": SIZE,
+        "batch_size": BATCH,
+        "rounds": len(loads),
+        "processors": os.cpu_count(),
+        "load_average": {"lowest": min(loads), "highest": max(loads)},
+        "same_tensors": True,  # asserted before
+        "results": rows,
+    }
+    write_report(options.out, found, "cpu")
 
 
 def main() -> None:
@@ -97,33 +129,7 @@ def main() -> None:
                     f"load {loads[-1]:.1f}",
                     flush=True,
                 )
-    rows: list[dict[str, Any]] = [
-        {
-            "n_jobs": jobs,
-            "seconds": min(seconds[jobs]),
-            "median_seconds": statistics.median(seconds[jobs]),
-            "all_seconds": seconds[jobs],
-            "processor_seconds": min(used[jobs]),
-            "images_per_second": options.images / min(seconds[jobs]),
-            "speedup": min(seconds[options.jobs[0]]) / min(seconds[jobs]),
-            "speedup_of_medians": statistics.median(seconds[options.jobs[0]]) / statistics.median(seconds[jobs]),
-            "speedup_of_control": min(controls[options.jobs[0]]) / min(controls[jobs]),
-        }
-        for jobs in options.jobs
-    ]
-    report = {
-        "dataset": options.dataset,
-        "images": options.images,
-        "stored": STORED,
-        "image_size": SIZE,
-        "batch_size": BATCH,
-        "rounds": options.repeats,
-        "processors": os.cpu_count(),
-        "load_average": {"lowest": min(loads), "highest": max(loads)},
-        "same_tensors": True,  # asserted before
-        "results": rows,
-    }
-    write_report(options.out, report, "cpu")
+            report(options, seconds, used, controls, loads)
 
 
 if __name__ == "__main__":
