@@ -72,6 +72,20 @@ def test_tol_bounds_the_error_of_outputs(tol: float, width: float) -> None:
     assert found.course.errors[-1] <= tol
 
 
+def test_the_bound_is_near_the_error_at_the_default_tolerance() -> None:
+    ratios = []
+    for overlap in (0.2, 0.7, 1.0):
+        for width in (0.3, 1.0, 3.0):
+            x, s, y, _ = correlated(overlap)
+            found, exact = EstimatedForm(width * x, s, EVEN, tol=1e-3, max_iter=5000).solve(y), ColumnForm(width * x, s)
+            assert found.course is not None
+            error = (found.dual - exact.solve(y).dual) / s[:, None]  # of the residuals
+            ratio = found.course.errors[-1] * y.sub((s @ y) / s.sum()).square().mul(s[:, None]).sum(0).sqrt()
+            ratios += (ratio / error.square().mul(s[:, None]).sum(0).sqrt()).tolist()
+    assert min(ratios) >= 1
+    assert np.median(ratios) <= 10
+
+
 def test_tol_bounds_the_error_of_a_row_of_the_hat() -> None:
     x, s, _, new = correlated(0.7)
     found, exact = EstimatedForm(x, s, EVEN, tol=1e-3, max_iter=500), ColumnForm(x, s)
