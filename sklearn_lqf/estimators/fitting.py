@@ -20,7 +20,7 @@ from ..images.cache import TrunkCache
 from ..images.digests import Fingerprint
 from ..network.prepared import PreparedNetwork
 from ..paper.model import PaperModel, fit_paper
-from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic, ordinary_arithmetic
+from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic
 from ..runtime.memory import memory_budget
 from ..runtime.processes import ALONE, Group, default_group
 from .base import FittedMethods
@@ -96,8 +96,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         """`fit`, also with classes of which there is no image yet; a fit that raises leaves nothing fitted."""
         try:
             device = choose_device(self._execution.device)
-            with ordinary_arithmetic():
-                self._fit_all(X, y, sample_weight, groups, classes, device)
+            self._fit_all(X, y, sample_weight, groups, classes, device)
         except BaseException:
             for name in [n for n in vars(self) if n in _STATE or (n.endswith("_") and not n.startswith("_"))]:
                 delattr(self, name)
@@ -322,17 +321,14 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         """Fit again to other rows, by the recipe of the fit; the estimator is as it was when this raises."""
         twin, model = copy.copy(self), self._grouped("an update")
         reader = model.reader
-        with ordinary_arithmetic():
-            if rows.vectors is not None:  # whose standardization follows from all of them
-                weights = self._weigh_classes(rows.targets, rows.given)
-                network = reader.network.standardized(rows.vectors, weights)
-                reader = FeatureReader.draw(
-                    network, len(reader.directions), reader.sketch_size, reader.seed, reader.views
-                )
-                features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)))
-                rows = replace(rows, features=features.numpy())
-            with Bars(self.verbose) as bars:
-                twin._solve(reader, model.recipe, rows, True, bars)
+        if rows.vectors is not None:  # whose standardization follows from all of them
+            weights = self._weigh_classes(rows.targets, rows.given)
+            network = reader.network.standardized(rows.vectors, weights)
+            reader = FeatureReader.draw(network, len(reader.directions), reader.sketch_size, reader.seed, reader.views)
+            features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)))
+            rows = replace(rows, features=features.numpy())
+        with Bars(self.verbose) as bars:
+            twin._solve(reader, model.recipe, rows, True, bars)
         self.__dict__.update(vars(twin))
         self._warn_unless_converged()
         return self
