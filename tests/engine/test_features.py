@@ -34,6 +34,10 @@ class Twice(nn.Module):
         return torch.tanh(self.depthwise(x)).mean((2, 3))
 
 
+# The windows of a layer are passed over, which a warning says.
+pytestmark = pytest.mark.filterwarnings("ignore:Nothing is read of 1 of 4 stages")
+
+
 class Windows(nn.Module):
     """Attention inside windows of tokens, which stand in the batch; a table of constants goes through a layer, too."""
 
