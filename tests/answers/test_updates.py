@@ -305,7 +305,7 @@ def test_a_class_of_which_there_is_no_image_yet():
 
 SMALL = X[:, :10, :10]
 BAD_ROWS = [
-    ("images", X, Y, {"classes": ["ant", "bee"]}, "not the same"),
+    ("images", X, Y, {"classes": ["ant", "bee"]}, "classes="),
     ("images", X, np.where(Y == "cow", "yak", Y), {}, "yak"), ("images", X, LABELS, {}, "one class"),
     ("labels", X, LABELS[:, 0], {}, "3 labels"), ("labels", X, LABELS[:, :2], {}, "3 labels"),
     ("regressor", X, VALUES, {}, "3 targets"), ("images", SMALL, Y, {}, "size"), ("vectors", X, Y, {}, "vectors"),

@@ -117,22 +117,6 @@ def test_the_learned_prior_is_a_minimum():
     assert not np.allclose(found.variances, pose(prior="evidence").variances, rtol=1e-2)
 
 
-BAD_PRIORS = {
-    "unknown group": ({"last": 1.0, "head": 2.0}, r"prior names \['head'\].*its groups: \['last', 'a tangents'"),
-    "wrong number": ([1.0, 2.0], r"a number for each of the 4 groups.*shape \(2,\)"),
-    "negative": ([1.0, -1.0, 1.0, 1.0], "non-negative"),
-    "not finite": ({"last": np.nan}, "finite"),
-    "nothing": ({"last": 0.0}, "not all zero"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_PRIORS)
-def test_bad_priors(case):
-    prior, message = BAD_PRIORS[case]
-    with pytest.raises(ValueError, match=message):
-        pose(prior=prior)
-
-
 # ----------------------------------------------------------------------------------------- the rows of the prior
 
 
