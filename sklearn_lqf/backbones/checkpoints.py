@@ -130,7 +130,11 @@ def _with_own_names(state: Any, own: Any, name: str) -> Any:
 
 
 def _head_names(module: nn.Module) -> list[str]:
-    """Where timm says that the head is; else the last Linear, or 1x1 convolution if there is no Linear."""
+    """Where timm or transformers say that the head is; else the last Linear, or 1x1 convolution where there is none."""
+    if getattr(module, "num_classes", None) == 0:
+        return []
+    if hasattr(module, "main_input_name"):
+        return ["classifier"] if isinstance(getattr(module, "classifier", None), nn.Linear) else []
     config = getattr(module, "pretrained_cfg", None)
     named = config.get("classifier") if isinstance(config, Mapping) else None
     if named:

@@ -202,3 +202,13 @@ def test_missing_safetensors_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"'weights\.safetensors' needs .*pip install safetensors"):
         load_backbone(Net, path)
+
+
+def test_a_network_without_classifier_has_no_entries_that_may_be_absent(tmp_path):
+    timm = pytest.importorskip("timm")
+    options = {"num_classes": 0, "depth": 1, "embed_dim": 12, "img_size": 32}
+    net = built(lambda: timm.create_model("vit_tiny_patch16_224", **options))
+    state = net.state_dict()
+    path = saved({k: v for k, v in state.items() if not k.startswith("blocks.0.mlp.fc2")}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"2 missing \(blocks\.0\.mlp\.fc2\.weight"):
+        load_backbone(net, path)
