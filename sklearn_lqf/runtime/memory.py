@@ -1,7 +1,7 @@
 """How much memory a computation may take, and what is done where it does not suffice.
 
-Hides how much the machine, its container, a device and the folder of temporary files have. Functions that need room take
-the bytes as an argument, whose default is one of these budgets.
+Hides how much the machine, its container, a device and the folder of temporary files have. Functions that need room
+take the bytes as an argument, whose default is one of these budgets.
 """
 
 from __future__ import annotations
