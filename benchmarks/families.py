@@ -1,9 +1,10 @@
 """Every family of timm as a backbone: at least one small model of each of its files, with random weights.
 
 Each is tried in a process of its own, with a time limit: is it taken, is it traced, how many stages are read, how long
-does a fit of eight images take (of the processor, which may be shared), and do its features equal timm's own. What was tried is kept; the rest is tried.
+does a fit of eight images take, and do its features equal timm's own. Seconds are those of one core. What was tried is
+kept; the rest is tried.
 
-    python benchmarks/families.py [--again PATTERN] [--only PATTERN] [--limit 120]
+    OMP_NUM_THREADS=1 python benchmarks/families.py [--again PATTERN] [--only PATTERN] [--limit 120]
 """
 
 import argparse
