@@ -47,7 +47,9 @@ class Problem:
         self.codes, self.test_codes, n_classes = codes[train], codes[test], int(codes.max()) + 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # one iteration: what comes before the solver is wanted
-            clf = LQFClassifier("efficientnet_lite0", model="paper", negative_slope=slope, max_iter=1, execution={"device": "cpu"})
+            clf = LQFClassifier(
+                "efficientnet_lite0", model="paper", negative_slope=slope, max_iter=1, execution={"device": "cpu"}
+            )
             clf.fit(X[train], self.codes)
         model = clf._model
         self.network = model.linearized

@@ -40,7 +40,9 @@ class _Classifier(LQFClassifier):
 def fit(X: np.ndarray, y: np.ndarray, kind: str, distributed: bool) -> tuple[dict[str, float], _Classifier]:
     """Seconds of reading, and of the whole fit."""
     start = time.perf_counter()
-    clf = _Classifier("efficientnet_lite0", execution={"distributed": distributed, "device": "cpu"}, **KINDS[kind]).fit(X, y)
+    clf = _Classifier("efficientnet_lite0", execution={"distributed": distributed, "device": "cpu"}, **KINDS[kind]).fit(
+        X, y
+    )
     return {"read": clf._reading, "fit": time.perf_counter() - start}, clf
 
 

@@ -1,4 +1,4 @@
-"""How a fit converged: the relative gradient after each iteration."""
+"""How a fit converged: what `tol` bounds, after each iteration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOL_GID = "sklearn_lqf.tol"  # marks the line of tol, which displays on one Axe
 
 
 class ConvergenceDisplay:
-    """Convergence of the solver: relative norm of the gradient against iterations.
+    """Convergence of the solver: what ``tol`` bounds, against iterations.
 
     It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes. Several
     displays on one Axes compare solvers.
@@ -22,7 +22,8 @@ class ConvergenceDisplay:
     Parameters
     ----------
     residual_norms : array-like of shape (n_iter + 1,)
-        Norm of the gradient before the first and after each iteration, relative to its value at zero.
+        What ``tol`` bounds, before the first and after each iteration: the error of the outputs, relative to the
+        deviation of the targets; with ``model="paper"`` the norm of the gradient, relative to its value at zero.
     tol : float, default=None
         Where the solver stops. None or 0: no line is drawn for it.
     estimator_name : str, default=None
@@ -31,7 +32,7 @@ class ConvergenceDisplay:
     Attributes
     ----------
     line_ : matplotlib Line2D
-        The norms.
+        The bounds.
     tol_line_ : matplotlib Line2D or None
         The line of ``tol``; displays with one ``tol`` on one Axes share it.
     ax_ : matplotlib Axes
@@ -82,7 +83,7 @@ class ConvergenceDisplay:
         options = {"label": name, "marker": "o" if len(norms) <= 50 else None, "markersize": 4, **line_kw}
         (self.line_,) = ax.plot(np.arange(len(norms)), norms, **options)
         self.tol_line_ = self._tol_line(ax)
-        ax.set(yscale="log", xlabel="Iteration", ylabel="Relative norm of the gradient")
+        ax.set(yscale="log", xlabel="Iteration", ylabel="Relative error, at most")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(ax)
         self.ax_, self.figure_ = ax, ax.figure
@@ -134,5 +135,5 @@ class ConvergenceDisplay:
                 "solver='pcg' to see its convergence."
             )
         name = type(estimator).__name__ if name is None else name
-        display = cls(residual_norms=estimator.residual_norms_, tol=estimator.tol, estimator_name=name)
+        display = cls(residual_norms=estimator.residual_norms_, tol=estimator._fitted_with["tol"], estimator_name=name)
         return display.plot(ax, **line_kw)

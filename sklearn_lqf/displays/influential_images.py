@@ -256,10 +256,11 @@ def _one_row(x: Any, image_shape: tuple[int, int, int]) -> Any:
 def _pixels(row: Any, estimator: Any) -> np.ndarray:
     """The image in an X of one row as it was given, (H, W) or (H, W, 3) in 0..1; a large one is made smaller."""
     h, w, channels = estimator.image_shape_
-    shape = (h, w, channels) if estimator.channel_axis == -1 else (channels, h, w)
+    channel_axis = estimator._image_options["channel_axis"]
+    shape = (h, w, channels) if channel_axis == -1 else (channels, h, w)
     options: dict[str, Any] = {
         "image_shape": None if is_image_input(row) else shape,
-        "channel_axis": estimator.channel_axis,
+        "channel_axis": channel_axis,
         "in_channels": 3 if channels == 1 else channels,  # grayscale may stand beside colors
     }
     images = ImageInputs(row, **options)

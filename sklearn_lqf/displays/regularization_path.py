@@ -207,7 +207,8 @@ def _same(a: Any, b: Any) -> bool:
 
 def _score_name(estimator: Any, metric: str) -> str:
     """The name of the scoring for people."""
-    results, scoring = estimator.cv_results_, getattr(estimator, "scoring", None)
+    results = estimator.cv_results_
+    scoring = getattr(estimator, "_fitted_with", {}).get("scoring", getattr(estimator, "scoring", None))
     if scoring is None and "alpha" in results:  # the defaults of LQFClassifierCV
         return "Accuracy" if "std_test_score" in results else "Negative squared error"
     name = scoring if metric == "score" and isinstance(scoring, str) else metric

@@ -26,7 +26,7 @@ Estimator = TypeVar("Estimator", bound="FittedMethods")
 class FittedMethods(Inputs):
     """An estimator without `fit`; documented with those that are public."""
 
-    _frozen: tuple[str, ...] = ()  # parameters that decide what a fitted model answers
+    _frozen: tuple[str, ...] = ("tol",)  # parameters that decide what a fitted model answers
     _model: FittedModel | PaperModel
     _fitted_with: dict[str, Any]  # values of the frozen parameters
 

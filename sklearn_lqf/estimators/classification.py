@@ -30,7 +30,7 @@ Estimator = TypeVar("Estimator", bound="ClassifierBase")
 class ClassifierBase(ClassifierMixin, LQFBase):
     """A classifier without its constructor; documented with those that are public."""
 
-    _frozen: tuple[str, ...] = ("class_weight",)
+    _frozen: tuple[str, ...] = ("tol", "class_weight")
     class_weight: Any
 
     @available_if(stores_data)

@@ -111,7 +111,7 @@ class Progress(Bars):
         """
         if self._tqdm is not None:
             bar = self._bar("solving", self._max_iter)
-            bar.set_postfix_str(f"relative gradient {residual:.1e}")
+            bar.set_postfix_str(f"residual {residual:.1e}")
             bar.update(number - bar.n)
         if self._context is None or not getattr(self._estimator, "_skl_callbacks", None):
             return False

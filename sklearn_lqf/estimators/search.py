@@ -108,7 +108,7 @@ class LQFClassifierCV(ClassifierBase):
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
     }
-    _frozen: tuple[str, ...] = ("class_weight", "alphas", "cv", "scoring")
+    _frozen: tuple[str, ...] = ("tol", "class_weight", "alphas", "cv", "scoring")
 
     def __init__(
         self,
