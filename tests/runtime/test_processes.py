@@ -290,7 +290,7 @@ def test_without_a_group_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(dist, "is_available", lambda: False)
     with pytest.raises(ValueError, match="lacks"):
         classifier(execution={"distributed": True}).fit(X, Y)
-    with pytest.raises(ValueError, match="distributed.*must be"):
+    with pytest.raises(ValueError, match=r"distributed.*must be"):
         classifier(execution={"distributed": None}).fit(X, Y)
 
 
