@@ -78,7 +78,7 @@ def draw_directions(features: Tensor, count: int, generator: torch.Generator) ->
     -----
     ``u = Phi' e / sqrt(N)`` with e from N(0, I): the heads that regressions on random targets would have.
     """
-    x = features.double().cpu()
+    x = features.cpu().double()
     x = x - x.mean(0)
     u = torch.randn(count, len(x), generator=generator, dtype=torch.float64) @ x
     norm = u.square().sum(1).mean().sqrt()
@@ -186,7 +186,7 @@ class GroupFeatures:
 
     def part_norms(self, features: Tensor) -> Tensor:
         """Root of the variance of each part of the network's features (N, ...), (parts,) in float64; 1 for 0."""
-        variance = features.double().var(0, correction=0)
+        variance = features.cpu().double().var(0, correction=0)  # not every accelerator has float64
         norms = torch.stack([part.sum().sqrt() for part in variance.split([part.size for part in self._parts])])
         return torch.where(norms > 0, norms, torch.ones_like(norms)).cpu()
 

@@ -148,6 +148,8 @@ class Inputs(Parameters):
             preprocessing = backbone.preprocessing.override(self.preprocessing)
             shape = (backbone.in_channels, *rows.size)
         precision = torch.float64 if dtype == "float64" or (vectors and dtype == "auto") else torch.float32
+        if precision == torch.float64 and device.type == "mps":  # which has no float64
+            device = torch.device("cpu")
         layers = self.tangent_layers if self._paper or self._reads_directions() else "head"
         alone = isinstance(self.prior, str) and self.prior == "last"
         local = not self._paper and self.tangents in ("local", "both") and not alone

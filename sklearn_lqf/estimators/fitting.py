@@ -129,7 +129,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         seed = self._draw_seed()
         network = self._prepare(backbone, inputs, keep, weights, device)
         recipe = self._new_recipe(targets.shape[1], labels is not None)
-        self.device_ = str(device)
+        self.device_ = str(network.device)
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
             if self._paper:
                 rows = (inputs, keep, targets[keep], weights[keep], given[keep], labels)

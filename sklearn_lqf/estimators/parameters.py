@@ -110,7 +110,8 @@ execution : dict or None, default=None
     Where and how the model is computed, which changes its numbers by rounding at most. `set_params` and grid searches
     reach an item as ``execution__<name>``. Absent items have their defaults:
 
-    - ``"device"``, str or torch.device, ``"auto"``: CUDA where present, else the CPU.
+    - ``"device"``, str or torch.device, ``"auto"``: the accelerator of the machine where there is one, else
+      the CPU. MPS and XPU are untested.
     - ``"dtype"``, ``"auto"``: precision of the network, ``"float32"`` or ``"float64"``; by default that for images,
       this for vectors.
     - ``"batch_size"``, int, 64: images evaluated at once, at most; fewer where memory requires it.

@@ -147,12 +147,17 @@ def _settings_of_the_process() -> Iterator[None]:
 
 
 def choose_device(device: Any) -> torch.device:
-    """The device named, or the fastest present for ``"auto"``; an absent one is an error that lists what is there."""
-    present = ["cpu"]
-    if torch.cuda.is_available():
-        present += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    """The device named, or the accelerator of this machine for ``"auto"``; else an error that lists what is there.
+
+    Accelerators are those of torch.accelerator: CUDA and ROCm, and MPS and XPU, which are untested.
+    """
+    present, fastest = ["cpu"], "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        fastest = accelerator.type
+        present += [fastest, *(f"{fastest}:{i}" for i in range(torch.accelerator.device_count()))]
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if "cuda" in present else "cpu")
+        return torch.device(fastest)
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
