@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,17 @@ from ..images.decoding import is_missing
 from ..images.digests import Fingerprint
 from ..images.reading import ImageInputs, is_image_input
 from ..images.sources import first_image, image_elements, labels_of_dataset, plain_frame, rows_named
+from ..io.archive import digest
 from ..network.prepared import PreparedNetwork
-from ..runtime.memory import with_smaller_batches
+from ..runtime.memory import Recent, with_smaller_batches
 from .parameters import Parameters
 from .progress import Bars
 
 __all__ = ["Inputs", "evaluate_rows", "refuse_missing", "select_rows"]
 
 
+# Prepared networks that were used last: preparing takes longer than reading some dozen images.
+_READERS = Recent(2)
 _LEAST_SIZE = 64  # of arrays: smaller ones are enlarged, since the last stage of most networks is 32 times smaller
 _WEIGHT_MAX = 1e12  # of a row; beyond, and below its inverse, sums of squares leave what float32 can hold
 
@@ -158,6 +162,38 @@ class Inputs(Parameters):
         if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
             network.check_layers(self.tangent_layers)
         return network.standardized(rows[keep], weights[keep]) if vectors else network
+
+    def _reader(
+        self, backbone: Backbone, rows: Any, keep: np.ndarray, weights: np.ndarray, device: torch.device
+    ) -> FeatureReader:
+        """What reads images, or vectors; that of a network by name is made once for several fits."""
+        seed, views = self._draw_seed(), self._view_names()
+        count = int(self.n_directions) if self._reads_directions() else 0
+
+        def make() -> FeatureReader:
+            network = self._prepare(backbone, rows, keep, weights, device)
+            return FeatureReader.draw(network, count, self.sketch_size, seed, views)
+
+        if isinstance(rows, np.ndarray) or not isinstance(self.backbone, str):
+            return make()
+        module, names = backbone.module, ("tangents", "tangent_layers", "negative_slope", "preprocessing")
+        options = [getattr(self, name, None) for name in names]
+        alone = isinstance(self.prior, str) and self.prior == "last"
+        said = (
+            backbone,
+            options,
+            alone,
+            self._reads_directions(),
+            rows.size,
+            self._execution.dtype,
+            device,
+            count,
+            self.sketch_size,
+            seed,
+            views,
+        )
+        tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+        return _READERS.get(digest(tensors, repr(said)), make)
 
     def _evaluate(
         self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Bars | None = None

@@ -126,18 +126,17 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             )
         labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
         # Prepare.
-        seed = self._draw_seed()
-        network = self._prepare(backbone, inputs, keep, weights, device)
         recipe = self._new_recipe(targets.shape[1], labels is not None)
-        self.device_ = str(network.device)
+        if not self._paper:
+            reader = self._reader(backbone, inputs, keep, weights, device)
+        self.device_ = str(device if self._paper else reader.network.device)
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
             if self._paper:
+                network = self._prepare(backbone, inputs, keep, weights, device)
                 rows = (inputs, keep, targets[keep], weights[keep], given[keep], labels)
-                self._fit_paper(network, recipe, *rows, seed, progress)
+                self._fit_paper(network, recipe, *rows, self._draw_seed(), progress)
                 return
             # Evaluate.
-            count = int(self.n_directions) if self._reads_directions() else 0
-            reader = FeatureReader.draw(network, count, self.sketch_size, seed, self._view_names())
             own = keep[group.share(len(keep))]
             found = group.together(self._evaluate, reader, inputs, own, progress)
             features, digests = (group.all_gather_rows(v).numpy() for v in found)

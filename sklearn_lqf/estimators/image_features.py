@@ -173,9 +173,7 @@ class ImageFeatures(TransformerMixin, Inputs):
         rows, backbone = self._read_training_rows(X, None)
         given = self._given_weights(sample_weight, len(rows))
         every = np.arange(len(rows))
-        network = self._prepare(backbone, rows, every, given, device)
-        count = int(self.n_directions) if self._reads_directions() else 0
-        self._model = FeatureReader.draw(network, count, self.sketch_size, self._draw_seed(), self._view_names())
+        self._model = self._reader(backbone, rows, every, given, device)
         features = self._evaluate(self._model, rows, every)[0].numpy()
         self._standardization = fit_standardization(features, given, self._model.groups)
         self._set_groups(np.ones(len(self._model.groups)))

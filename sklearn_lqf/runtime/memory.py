@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 __all__ = [
-    "BATCH_BYTES", "PIECE_BYTES", "device_budget", "disk_budget", "machine_memory", "memory_budget", "pieces",
+    "BATCH_BYTES", "PIECE_BYTES", "Recent", "device_budget", "disk_budget", "machine_memory", "memory_budget", "pieces",
     "with_smaller_batches",
 ]  # fmt: skip
 
@@ -74,6 +77,39 @@ def pieces(count: int, row_bytes: int, budget: int = PIECE_BYTES) -> list[slice]
     """
     step = max(1, budget // max(row_bytes, 1))
     return [slice(a, min(a + step, count)) for a in range(0, count, step)]
+
+
+class Recent:
+    """The last values that were made, by their keys; several threads may ask.
+
+    Parameters
+    ----------
+    most : int
+        Values that are kept.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._lock = most, threading.Lock()
+        self._values: OrderedDict[Hashable, tuple[Any, list[warnings.WarningMessage]]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made if it is not there; warnings of its making are repeated."""
+        with self._lock:
+            known = self._values.get(key)
+            if known is not None:
+                self._values.move_to_end(key)
+        if known is None:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                known = make(), list(seen)
+            with self._lock:
+                self._values[key] = known
+                while len(self._values) > self._most:
+                    self._values.popitem(last=False)
+        value, messages = known
+        for message in messages:
+            warnings.warn(message.message, stacklevel=2)
+        return value
 
 
 def with_smaller_batches(work: Callable[[int], T], batch_size: int) -> T:
