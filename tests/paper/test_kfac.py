@@ -17,6 +17,7 @@ from sklearn_lqf.paper.kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 F64 = torch.float64
 Linear, Conv2d = partial(nn.Linear, dtype=F64), partial(nn.Conv2d, dtype=F64)
 RIDGE = 0.3
+WEIGHTS = torch.linspace(0.5, 1.5, 7, dtype=F64)
 
 # torch says that asymmetric padding takes a copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -77,6 +78,7 @@ CASES = {
     "linear on tokens": make(Linear(5, 4), (7, 5)),
     "linear on a grid": make(Linear(5, 4), (3, 2, 5)),
     "linear on few tokens": make(Linear(30, 20), (2, 30)),
+    "linear wide": make(Linear(3, 7), (5, 3)),
     "linear twice": make(Linear(5, 4), (7, 5), calls=2),
     "linear on windows": make(Linear(5, 4), (3, 5), windows=4),
     "conv": make(Conv2d(3, 4, 3), (3, 7, 6)),
@@ -115,7 +117,6 @@ EXACT = {
     "depthwise wide on windows": make(Conv2d(5, 5, (2, 5), padding=2, groups=5), (5, 4, 4), windows=3),
 }
 ALL = CASES | EXACT
-FEW = ["linear on tokens", "conv without bias", "two groups", "large depthwise"]
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
@@ -165,87 +166,46 @@ def eye(size: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ factors
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_factors_are_partial_traces_of_the_jacobians(name):
-    block, (left, right, tau) = CASES[name].block(), factors(CASES[name])
-    assert not block.exact
-    close(block.left.sum, left)
-    close(block.right.sum, right)
-    assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_small_groups_are_exact(name):
-    block, j = EXACT[name].block(), EXACT[name].jacobians().flatten(3)
-    assert block.exact
-    close(block.block, torch.einsum("bkgx,bkgy->gxy", j, j))
-    assert block.trace == pytest.approx(float(j.square().sum()), rel=1e-12)
-
-
-@pytest.mark.parametrize("by_gram", [True, False])
-@pytest.mark.parametrize("chunk", [1, 1 << 25])
 @pytest.mark.parametrize("name", ALL)
-def test_paths_and_chunks_agree(name, chunk, by_gram, monkeypatch):
-    expected = ALL[name].block()
-    monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda self, positions, probes: by_gram)
-    monkeypatch.setattr(kfac, "_CHUNK", chunk)
-    close_factors(ALL[name].block(), expected)
-
-
-def test_both_paths_are_taken():
-    block = CASES["linear on few tokens"].empty()
-    assert block._prefers_gram(2, 2)
-    assert not block._prefers_gram(500, 2)
-
-
-@pytest.mark.parametrize("name", ["conv strided", "linear on windows", "depthwise on windows"])
-def test_batches_add_up(name):
-    block = ALL[name].empty()
-    ALL[name].part(0, 1).feed(block)
-    ALL[name].part(1, 3).feed(block)
-    close_factors(block, ALL[name].block())
-
-
-@pytest.mark.parametrize("name", ["conv strided", "two groups", "depthwise"])
-def test_memory_format_does_not_matter(name):
-    case = ALL[name]
-    last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
-    other = replace(
-        case, inputs=[last(x) for x in case.inputs], gradients=[[last(g) for g in p] for p in case.gradients]
-    )
-    close_factors(other.block(), case.block())
-
-
-# ----------------------------------------------------------------------------------------------- inverses
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_inverse_is_dense_inverse(name):
+def test_factors_and_inverse_are_those_of_the_jacobians(name, monkeypatch):
     case, block = ALL[name], ALL[name].block()
+    left, right, tau = factors(case)
+    assert block.exact == (name in EXACT)
+    assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
     if block.exact:
-        dense = block.block.clone()
+        j = case.jacobians().flatten(3)
+        dense = torch.einsum("bkgx,bkgy->gxy", j, j)
+        close(block.block, dense)
     else:
-        left, right, tau = factors(case)
+        close(block.left.sum, left)
+        close(block.right.sum, right)
         dense = kronecker(left / tau.view(-1, 1, 1), right)
     expected = flat(torch.linalg.inv(dense + RIDGE * eye(dense.shape[1])), block.o, block.m, block.bias is not None)
     block.factorize(RIDGE, F64)
     close(applied(block, len(expected)), expected)
+    # However they are summed up.
+    expected = case.block()
+    monkeypatch.setattr(kfac, "_CHUNK", 1)
+    for by_gram in (True, False):
+        monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda *_, by_gram=by_gram: by_gram)
+        close_factors(case.block(), expected)
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_cholesky_is_factored_tikhonov(name, monkeypatch):
-    monkeypatch.setattr(kfac, "_EIGH_MAX", 0)
-    case, block = CASES[name], CASES[name].block()
-    left, right, tau = factors(case)
-    left = left / tau.view(-1, 1, 1)
-    pi = ((tau / block.m) / (1 / block.o)).sqrt().view(-1, 1, 1)  # mean eigenvalue of R over that of L / tau
-    l_inverse = torch.linalg.inv(left + RIDGE**0.5 / pi * eye(block.o))
-    r_inverse = torch.linalg.inv(right + RIDGE**0.5 * pi * eye(block.m))
-    expected = flat(kronecker(l_inverse, r_inverse), block.o, block.m, block.bias is not None)
-    block.factorize(RIDGE, F64)
-    found = applied(block, len(expected))
-    close(found, expected)
-    assert float(torch.linalg.eigvalsh(found).min()) > 0
+@pytest.mark.parametrize(
+    "name", ["conv strided", "two groups", "depthwise", "linear on windows", "depthwise on windows"]
+)
+def test_batches_add_up_in_any_memory_format(name):
+    def last(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    case, block = ALL[name], ALL[name].empty()
+    for part in (case.part(0, 1), case.part(1, 3)):
+        gradients = [[last(g) for g in probe] for probe in part.gradients]
+        replace(part, inputs=[last(x) for x in part.inputs], gradients=gradients).feed(block)
+    close_factors(block, case.block())
+
+
+# ----------------------------------------------------------------------------------------------- inverses
 
 
 LOW_RANK = {"_WHOLE_MAX": 2, "_RANK": 2, "_EIGH_MAX": 2}
@@ -264,28 +224,28 @@ def nystrom(matrix: Tensor, test: Tensor) -> Tensor:
     return found + rest * (eye(len(matrix)) - basis @ basis.T)
 
 
-@pytest.mark.parametrize("whole_max", [3, 6, 8])  # both factors, the left one or the right one is approximated
+@pytest.mark.parametrize("whole_max", [3, 6, 8, 512])  # both factors, the left, the right one or none is approximated
 @pytest.mark.parametrize("by_gram", [True, False])
-@pytest.mark.parametrize("name", ["linear on tokens", "two groups", "linear wide"])
-def test_large_factors_are_approximated(name, by_gram, whole_max, monkeypatch):
+@pytest.mark.parametrize("name", ["linear on tokens", "two groups", "linear wide", "large depthwise"])
+def test_large_factors_are_damped_alone_and_approximated(name, by_gram, whole_max, monkeypatch):
     limited(monkeypatch, {"_WHOLE_MAX": whole_max, "_RANK": 2, "_EIGH_MAX": 0})
     monkeypatch.setattr(KroneckerBlock, "_prefers_gram", lambda self, positions, probes: by_gram)
-    case = make(Linear(3, 7), (5, 3)) if name == "linear wide" else CASES[name]
-    block, (left, right, tau) = case.block(), factors(case)
+    block, (left, right, tau) = CASES[name].block(), factors(CASES[name])
     assert block.trace == pytest.approx(float(tau.sum()), rel=1e-12)
-    assert [f.sum.shape[2] for f in (block.left, block.right)] == [
-        2 if n > whole_max else n for n in (block.o, block.m)
-    ]
+    sizes = [2 if n > whole_max else n for n in (block.o, block.m)]
+    assert [f.sum.shape[2] for f in (block.left, block.right)] == sizes
     if block.left.test is not None:
         left = torch.stack([nystrom(x, block.left.test) for x in left])
     if block.right.test is not None:
         right = torch.stack([nystrom(x, block.right.test) for x in right])
-    pi = (tau / block.m * block.o).sqrt().view(-1, 1, 1)
+    pi = (tau / block.m * block.o).sqrt().view(-1, 1, 1)  # mean eigenvalue of R over that of L / tau
     l_inverse = torch.linalg.inv(left / tau.view(-1, 1, 1) + RIDGE**0.5 / pi * eye(block.o))
     dense = kronecker(l_inverse, torch.linalg.inv(right + RIDGE**0.5 * pi * eye(block.m)))
     expected = flat(dense, block.o, block.m, block.bias is not None)
     block.factorize(RIDGE, F64)
-    close(applied(block, len(expected)), expected)
+    found = applied(block, len(expected))
+    close(found, expected)
+    assert float(torch.linalg.eigvalsh(found).min()) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -303,25 +263,18 @@ def test_approximation_is_exact_up_to_its_rank(dtype):
 
 
 @pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, LOW_RANK])
-@pytest.mark.parametrize("name", ["conv", "two groups", "depthwise"])
-def test_dead_layer_is_damped_alone(name, limit, monkeypatch):
+@pytest.mark.parametrize("name", ["conv", "linear on few tokens", "two groups", "depthwise"])
+def test_singular_factors(name, limit, monkeypatch):
     limited(monkeypatch, limit)
     case = ALL[name]
-    block = replace(case, gradients=[[torch.zeros_like(g) for g in p] for p in case.gradients]).block()
-    assert block.trace == 0.0
-    block.factorize(RIDGE, F64)
     size = sum(p.numel() for p in case.layer.parameters())
-    close(applied(block, size), eye(size) / RIDGE)
-
-
-@pytest.mark.parametrize("limit", [{}, {"_EIGH_MAX": 0}, LOW_RANK])
-@pytest.mark.parametrize("name", ["linear", "linear on few tokens", "depthwise"])
-def test_ridge_below_rounding_errors_leaves_inverse_positive(name, limit, monkeypatch):
-    limited(monkeypatch, limit)
-    case = ALL[name].part(0, 1)  # one image: the factors are singular
-    block = case.block()
+    dead = replace(case, gradients=[[torch.zeros_like(g) for g in p] for p in case.gradients]).block()
+    assert dead.trace == 0.0
+    dead.factorize(RIDGE, F64)
+    close(applied(dead, size), eye(size) / RIDGE)
+    # Of one image, with a ridge below rounding errors: the inverse stays positive.
+    block = case.part(0, 1).block()
     block.factorize(1e-40, F64)
-    size = sum(p.numel() for p in case.layer.parameters())
     for v in torch.randn(5, size, dtype=F64, generator=torch.Generator().manual_seed(0)):
         out = torch.empty_like(v)
         block.apply(v, out)
@@ -364,38 +317,29 @@ def body_block(net: nn.Sequential, index: int, x: Tensor, weights: Tensor) -> tu
     return block, gauss_newton(j, weights)
 
 
-def assert_exact(block: KroneckerBlock, gauss_newton_block: Tensor) -> None:
-    block.factorize(RIDGE, F64)
-    size = len(gauss_newton_block)
-    close(applied(block, size), torch.linalg.inv(gauss_newton_block + RIDGE * eye(size)), 1e-9)
-
-
 def rand(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(len(shape)))
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_exact_in_deep_linear_network(index):
-    net = nn.Sequential(Linear(4, 6), Linear(6, 5), Linear(5, 3))
-    assert_exact(*body_block(net, index, rand(7, 4), torch.rand(7, dtype=F64) + 0.5))
+DEEP, SHALLOW = (Linear(4, 6), Linear(6, 5), Linear(5, 3)), (Linear(4, 6), nn.Tanh(), Linear(6, 3))
+WHERE_EXACT = {
+    **{f"deep linear network, {i}": (DEEP, i, rand(7, 4)) for i in range(3)},
+    **{f"one datum, {i}": (SHALLOW, i, rand(1, 4)) for i in (0, 2)},
+    "one pixel, gradients that do not depend on data": (
+        (Conv2d(2, 4, 3), nn.Flatten(), Linear(4, 3)), 0, rand(6, 2, 3, 3),
+    ),
+    "groups": ((Conv2d(3, 6, 3, padding=1, groups=3), nn.Tanh(), nn.Flatten(), Linear(96, 4)), 0, rand(5, 3, 4, 4)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", [0, 2])
-def test_exact_for_one_datum(index):
-    net = nn.Sequential(Linear(4, 6), nn.Tanh(), Linear(6, 3))
-    assert_exact(*body_block(net, index, rand(1, 4), torch.full((1,), 2.0, dtype=F64)))
-
-
-def test_exact_for_convolution_to_one_pixel_with_gradients_that_do_not_depend_on_data():
-    net = nn.Sequential(Conv2d(2, 4, 3), nn.Flatten(), Linear(4, 3))
-    assert_exact(*body_block(net, 0, rand(6, 2, 3, 3), torch.ones(6, dtype=F64)))
-
-
-def test_depthwise_is_exact_for_each_group():
-    net = nn.Sequential(Conv2d(3, 6, 3, padding=1, groups=3), nn.Tanh(), nn.Flatten(), Linear(96, 4))
-    block, dense = body_block(net, 0, rand(5, 3, 4, 4), torch.ones(5, dtype=F64))
-    group = torch.cat([torch.arange(6).repeat_interleave(9), torch.arange(6)]) // 2
-    assert_exact(block, dense * (group[:, None] == group))
+@pytest.mark.parametrize(("layers", "index", "x"), WHERE_EXACT.values(), ids=WHERE_EXACT)
+def test_where_it_is_exact(layers, index, x):
+    block, dense = body_block(nn.Sequential(*layers), index, x, WEIGHTS[: len(x)])
+    if block.groups > 1:
+        group = torch.cat([torch.arange(6).repeat_interleave(9), torch.arange(6)]) // 2
+        dense = dense * (group[:, None] == group)
+    block.factorize(RIDGE, F64)
+    close(applied(block, len(dense)), torch.linalg.inv(dense + RIDGE * eye(len(dense))), 1e-9)
 
 
 # -------------------------------------------------------------------------------------------- other blocks
@@ -469,31 +413,26 @@ def test_damping_spares_the_head():
     close(found[30:, 30:], applied(preconditioner()[0].factorize(RIDGE, F64), 45)[30:, 30:])
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
-def test_penalty_must_be_positive_and_finite(alpha):
-    with pytest.raises(ValueError, match="penalty"):
-        preconditioner()[0].factorize(alpha, F64)
+BAD = [float("nan"), float("inf"), -1.0]
 
 
-@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
-def test_damping_must_be_finite(damping):
-    with pytest.raises(ValueError, match="damping"):
-        preconditioner()[0].factorize(RIDGE, F64, damping)
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [("penalty", (x, F64)) for x in (0.0, *BAD)] + [("damping", (RIDGE, F64, x)) for x in BAD],
+)
+def test_penalty_and_damping_must_be_finite(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        preconditioner()[0].factorize(*arguments)
 
 
-def test_curvature_that_is_not_finite_is_refused():
+@pytest.mark.parametrize("features", [20, 600])  # whole factors, and approximated ones
+def test_curvature_that_is_not_finite_is_refused(features):
     operator, _ = preconditioner()
     operator.blocks[2].update(torch.full((1, 4), torch.inf, dtype=F64), torch.ones(1, dtype=F64))
     with pytest.raises(ValueError, match="finite"):
         operator.factorize(RIDGE, F64)
-
-
-@pytest.mark.parametrize("features", [20, 600])  # whole factors, and approximated ones
-def test_curvature_that_overflows_ends_in_an_error(features):
-    layer = Linear(features, 3).double()
-    block = KroneckerBlock(layer, slice(0, 3 * features), None)
-    block.update(
-        [torch.full((2, features), 1e200, dtype=F64)], [[torch.ones(2, 3, dtype=F64)]], torch.ones(2, dtype=F64)
-    )
-    with pytest.raises(ValueError, match="derivatives overflow"):
+    block = KroneckerBlock(Linear(features, 3), slice(0, 3 * features), None)
+    large, ones = torch.full((2, features), 1e200, dtype=F64), torch.ones(2, 3, dtype=F64)
+    block.update([large], [[ones]], ones[:, 0])
+    with pytest.raises(ValueError, match="overflow"):
         block.factorize(1.0, F64)
