@@ -406,10 +406,13 @@ def test_ten_fits_need_no_more_than_five():
 
     for _ in range(5):
         work()
-    before = _resources()
-    for _ in range(10):
-        work()
-    after = _resources()
+    for _ in range(3):  # a leak grows each time, other memory of the process only sometimes
+        before = _resources()
+        for _ in range(10):
+            work()
+        after = _resources()
+        if after["bytes"] - before["bytes"] < 10 * activations / 2:
+            break
     assert all(after[name] <= before[name] for name in ("tensors", "files", "threads"))
     # torch.fx keeps the source of each graph that it compiles, some kilobytes for each fit.
     assert after["objects"] - before["objects"] < 10 * 100

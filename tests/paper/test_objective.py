@@ -178,65 +178,39 @@ def solve(problem: Problem, quadratic: Quadratic, preconditioner, tol: float = 1
 
 
 def test_products_equal_the_dense_quadratic(problem):
-    quadratic = problem.quadratic()
-    d = rand(problem.network.n_parameters, seed=7)
+    quadratic, size = problem.quadratic([1, 4, 6]), problem.network.n_parameters
+    d, direction = rand(size, seed=7), rand(size, seed=8)
+    before = d.clone()
     close(quadratic.rhs(), problem.rhs())
     close(quadratic.matvec(d), problem.hessian() @ d)
-    outputs = problem.j @ d
-    loss = (problem.weights.unsqueeze(1) * (outputs - problem.targets).square()).sum()
+    close(torch.stack([quadratic.batch_matvec(k, d) for k in range(3)]).mean(0), problem.hessian() @ d)
+    assert torch.equal(d, before)
+    loss = (problem.weights.unsqueeze(1) * (problem.j @ d - problem.targets).square()).sum()
     assert quadratic.value(d) == pytest.approx(float(loss + problem.alpha * d.square().sum()), rel=1e-12)
+    # The gradient of the value is twice the residual; central differences of a quadratic are exact.
+    slope = 2 * float((quadratic.matvec(d) - quadratic.rhs()) @ direction)
+    found = (quadratic.value(d + direction) - quadratic.value(d - direction)) / 2
+    assert found == pytest.approx(slope, rel=1e-9)
 
 
-def evaluations(problem: Problem, monkeypatch, quadratic: Quadratic) -> list[int]:
-    """How often the tail has been evaluated after each of three products."""
-    count, primal = [], problem.network.tail.primal
-    monkeypatch.setattr(problem.network.tail, "primal", lambda z: (count.append(1), primal(z))[1])
+@pytest.mark.parametrize(("kept", "counts"), [(0, [3, 6, 9, 12]), (1, [3, 5, 7, 9]), (3, [3, 3, 3, 3])])
+def test_points_are_kept_within_the_memory_meant_for_them(problem, kept, counts, monkeypatch):
+    """How often the tail has been evaluated on three batches, after each of three products and a value."""
+    monkeypatch.setattr(objective, "_POINTS_BYTES", kept * problem.network.at(problem.batches()[0]).nbytes)
+    seen, primal, quadratic = [], problem.network.tail.primal, problem.quadratic()
+    monkeypatch.setattr(problem.network.tail, "primal", lambda z: (seen.append(1), primal(z))[1])
     d, found = rand(problem.network.n_parameters, seed=7), []
     for _ in range(3):
         close(quadratic.matvec(d), problem.hessian() @ d)
-        found.append(len(count))
+        found.append(len(seen))
     quadratic.value(d)
-    return [*found, len(count)]
-
-
-def test_points_are_kept_within_the_memory_meant_for_them(problem, monkeypatch):
-    largest = problem.network.at(problem.batches()[0]).nbytes
-    monkeypatch.setattr(objective, "_POINTS_BYTES", 0)
-    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 6, 9, 12]  # 3 batches
-    monkeypatch.setattr(objective, "_POINTS_BYTES", largest)  # the first only
-    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 5, 7, 9]
-    monkeypatch.setattr(objective, "_POINTS_BYTES", 3 * largest)
-    assert evaluations(problem, monkeypatch, problem.quadratic()) == [3, 3, 3, 3]
+    assert [*found, len(seen)] == counts
 
 
 def test_bytes_of_a_point_grow_with_its_rows(problem):
     one, two = (problem.network.at(problem.batches(size)[0]).nbytes for size in (1, 2))
     assert one > problem.inputs[0][:1].numel() * 8
     assert one < two <= 2 * one
-
-
-def test_products_leave_their_argument_alone(conv):
-    d = rand(conv.network.n_parameters, seed=7)
-    before = d.clone()
-    conv.quadratic().matvec(d)
-    conv.quadratic().batch_matvec(0, d)
-    assert torch.equal(d, before)
-
-
-def test_batch_products_have_the_product_as_their_mean(conv):
-    quadratic = conv.quadratic([1, 4, 6])
-    d = rand(conv.network.n_parameters, seed=7)
-    mean = torch.stack([quadratic.batch_matvec(k, d) for k in range(3)]).mean(0)
-    close(mean, quadratic.matvec(d))
-
-
-def test_gradient_of_the_value_is_twice_the_residual(conv):
-    quadratic = conv.quadratic()
-    d, direction = rand(conv.network.n_parameters, seed=7), rand(conv.network.n_parameters, seed=8)
-    slope = 2 * float((quadratic.matvec(d) - quadratic.rhs()) @ direction)
-    # Central differences of a quadratic are exact.
-    found = (quadratic.value(d + direction) - quadratic.value(d - direction)) / 2
-    assert found == pytest.approx(slope, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------- the optimum
@@ -248,27 +222,21 @@ def test_pcg_with_kfac_equals_least_squares(problem):
     close(result.x, problem.optimum(), 1e-8)
 
 
-@pytest.mark.parametrize("sizes", [1, 5, N, [2, 9]])
-def test_batch_size_does_not_matter(conv, sizes):
-    result = solve(conv, conv.quadratic(sizes), conv.preconditioner(sizes))
-    close(result.x, conv.optimum(), 1e-8)
-
-
-def test_preconditioner_does_not_matter(conv):
+@pytest.mark.parametrize("sizes", [1, N, [2, 9]])
+def test_batches_and_preconditioner_do_not_matter(conv, sizes):
     size = conv.network.n_parameters
     mixed = rand(size, size, seed=9)
     random = mixed @ mixed.T / size + torch.eye(size, dtype=F64)
-    for precondition in (lambda v: v, lambda v: random @ v):
-        close(solve(conv, conv.quadratic(), precondition).x, conv.optimum(), 1e-8)
+    for precondition in (conv.preconditioner(sizes), lambda v: random @ v):
+        close(solve(conv, conv.quadratic(sizes), precondition).x, conv.optimum(), 1e-8)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sizes", [4, N])
-def test_sgd_reaches_the_same_optimum(conv, sizes, seed):
+def test_sgd_reaches_the_same_optimum(conv, sizes):
     quadratic = conv.quadratic(sizes)
     result = sgd(
         quadratic.matvec, quadratic.batch_matvec, len(quadratic.batches), quadratic.rhs(),
-        conv.preconditioner(), 1e-10, 1000, torch.Generator().manual_seed(seed),
+        conv.preconditioner(), 1e-10, 1000, torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert result.status is Status.CONVERGED
     close(result.x, conv.optimum(), 1e-8)
@@ -285,46 +253,34 @@ def test_head_alone_is_ridge():
     close(torch.cat([weight, bias.unsqueeze(1)], 1), torch.from_numpy(ridge.coef_), 1e-8)
 
 
-def test_last_layers_alone(conv):
+def test_last_layers_alone():
     problem = make("convolutional", ["9"])
     assert problem.network.names == ["9.weight", "9.bias"]
     close(solve(problem, problem.quadratic(), problem.preconditioner()).x, problem.optimum(), 1e-8)
 
 
 @pytest.mark.parametrize("name", ["convolutional", "tokens"])
-def test_weight_of_two_is_a_row_given_twice(name):
-    problem = make(name)
-    rows = torch.cat([torch.arange(N), torch.tensor([2, 5])])
-    twice = make(name, rows=rows)
-    problem.weights = problem.weights * torch.where(torch.isin(torch.arange(N), rows[N:]), 2.0, 1.0)
-    assert twice.kfac().trace == pytest.approx(problem.kfac().trace, rel=1e-10)
+@pytest.mark.parametrize("weight", [2.0, 0.0])
+def test_weights_are_rows_given_twice_or_left_out(name, weight):
+    problem, changed = make(name), torch.tensor([2, 5])
+    every = torch.arange(N)
+    chosen = torch.isin(every, changed)
+    other = make(name, rows=torch.cat([every, changed]) if weight else every[~chosen])
+    problem.weights = problem.weights * torch.where(chosen, weight, 1.0)
+    assert other.kfac().trace == pytest.approx(problem.kfac().trace, rel=1e-10)
     d = rand(problem.network.n_parameters, seed=7)
-    close(twice.quadratic().rhs(), problem.quadratic().rhs())
-    close(twice.quadratic().matvec(d), problem.quadratic().matvec(d))
-    close(twice.preconditioner()(d), problem.preconditioner()(d), 1e-8)
-
-
-@pytest.mark.parametrize("name", ["convolutional", "tokens"])
-def test_weight_of_zero_is_a_row_left_out(name):
-    problem, rest = make(name), make(name, rows=torch.arange(3, N))
-    problem.weights = torch.where(torch.arange(N) < 3, 0.0, problem.weights)
-    assert rest.kfac().trace == pytest.approx(problem.kfac().trace, rel=1e-10)
-    d = rand(problem.network.n_parameters, seed=7)
-    close(rest.quadratic().rhs(), problem.quadratic().rhs())
-    close(rest.quadratic().matvec(d), problem.quadratic().matvec(d))
-    close(rest.preconditioner()(d), problem.preconditioner()(d), 1e-8)
+    close(other.quadratic().rhs(), problem.quadratic().rhs())
+    close(other.quadratic().matvec(d), problem.quadratic().matvec(d))
+    close(other.preconditioner()(d), problem.preconditioner()(d), 1e-8)
 
 
 # ---------------------------------------------------------------------------------------- the curvature
 
 
-def test_trace_is_exact(problem):
-    expected = (problem.weights.view(-1, 1, 1) * problem.j.square()).sum()
-    assert problem.kfac().trace == pytest.approx(float(expected), rel=1e-10)
-
-
-def test_kfac_is_symmetric_positive_definite_and_owns_every_parameter_once(problem):
+def test_kfac_has_the_trace_and_is_symmetric_positive_definite_and_owns_every_parameter_once(problem):
     operator, size = problem.preconditioner(), problem.network.n_parameters
+    expected = (problem.weights.view(-1, 1, 1) * problem.j.square()).sum()
+    assert operator.trace == pytest.approx(float(expected), rel=1e-10)
     dense = as_matrix(operator, size)
     close(dense, dense.T)
     assert float(torch.linalg.eigvalsh(dense).min()) > 0
@@ -344,21 +300,21 @@ def small_blocks(problem: Problem, sizes: int = 4) -> dict[str, SmallBlock]:
 
 
 def test_other_parameters_have_exact_blocks():
-    problem = make("tokens")
-    blocks = small_blocks(problem)
-    assert sorted(blocks) == ["norm.weight,norm.bias", "position", "scale"]
-    full = gauss_newton(problem.j, problem.weights)
-    for block in blocks.values():
-        own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
-        close(block.block, full[own][:, own])
+    # Also layers whose rows are not images, or which are read and not called.
+    expected = {
+        "tokens": ["norm.weight,norm.bias", "position", "scale"],
+        "uncommon": ["read.weight,read.bias", "turned.weight,turned.bias"],
+    }
+    for name, found in expected.items():
+        problem = make(name)
+        blocks, full = small_blocks(problem), gauss_newton(problem.j, problem.weights)
+        assert sorted(blocks) == found
+        for block in blocks.values():
+            own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
+            close(block.block, full[own][:, own])
 
 
-def test_layers_whose_rows_are_not_images_have_small_blocks():
-    problem = make("uncommon")
-    assert sorted(small_blocks(problem)) == ["read.weight,read.bias", "turned.weight,turned.bias"]
-
-
-def test_rows_of_one_image_given_twice():
+def test_rows_of_one_image_are_told_from_images():
     x = rand(3, 2)
     assert objective._halves_agree(torch.cat([x, x + 1e-9]))
     assert not objective._halves_agree(x.repeat_interleave(2, 0))
@@ -378,26 +334,14 @@ def test_other_parameters_are_estimated_from_some_images(monkeypatch):
             close(block.block, estimate[own][:, own])
 
 
-@pytest.mark.parametrize("constant", ["_GRADIENTS", "_OTHER_ELEMENTS", "_OTHER_PRODUCTS"])
 @pytest.mark.parametrize("name", ["convolutional", "tokens"])
-def test_limits_of_memory_do_not_change_the_curvature(name, constant, monkeypatch):
+def test_limits_of_memory_do_not_change_the_curvature(name, monkeypatch):
     problem = make(name)
-    expected = problem.preconditioner(N)
-    monkeypatch.setattr(objective, constant, 1)
-    d = rand(problem.network.n_parameters, seed=7)
-    close(problem.preconditioner(N)(d), expected(d))
-
-
-def test_rows_are_evaluated_in_pieces_when_gradients_are_large(conv, monkeypatch):
-    seen = []
-    evaluate = LinearizedNetwork.at
-    monkeypatch.setattr(LinearizedNetwork, "at", lambda *a, **k: seen.append(len(a[1][0])) or evaluate(*a, **k))
-    conv.kfac(N)
-    assert seen == [2, N]  # the first tells how large the gradients are
-    monkeypatch.setattr(objective, "_GRADIENTS", 1)
-    seen.clear()
-    conv.kfac(N)
-    assert seen == [2, 3, 3, 3, 2]  # a third of the rows for three probes
+    expected, d = problem.preconditioner(N), rand(problem.network.n_parameters, seed=7)
+    for constant in ("_GRADIENTS", "_OTHER_ELEMENTS", "_OTHER_PRODUCTS"):
+        with monkeypatch.context() as limits:
+            limits.setattr(objective, constant, 1)
+            close(problem.preconditioner(N)(d), expected(d))
 
 
 @pytest.mark.parametrize("name", ["convolutional", "twice"])
@@ -410,21 +354,10 @@ def test_probes_may_differ_between_rows(name):
     close(found, expected)
 
 
-def test_orthonormal_probes_have_the_trace_in_expectation(conv):
-    # Each row of a scaled orthonormal basis is drawn equally often: the mean over them is the expectation.
+def test_random_probes_have_the_trace_in_expectation(conv):
+    # All that can be drawn: rows of a scaled orthonormal basis, and signs.
     basis = torch.linalg.qr(rand(C, C, seed=12))[0] * C**0.5
-    traces = [conv.kfac(probes=row.unsqueeze(0)).trace for row in basis]
-    assert sum(traces) / C == pytest.approx(conv.kfac().trace, rel=1e-10)
-
-
-def test_random_signs_have_the_trace_in_expectation(conv):
-    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=F64)] * C)  # all that can be drawn
-    traces = [conv.kfac(probes=row.expand(1, N, C)).trace for row in signs]
-    assert sum(traces) / len(signs) == pytest.approx(conv.kfac().trace, rel=1e-10)
-
-
-def test_flags_of_precision_are_restored(conv):
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    conv.kfac()
-    conv.quadratic().rhs()
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == flags
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=F64)] * C).unsqueeze(1).expand(-1, N, C)
+    for drawn in (basis, signs):
+        traces = [conv.kfac(probes=row.unsqueeze(0)).trace for row in drawn]
+        assert sum(traces) / len(traces) == pytest.approx(conv.kfac().trace, rel=1e-10)
