@@ -61,18 +61,13 @@ def assert_solution(result: SolverResult, h: Tensor, b: Tensor, tolerance: float
 # ---------------------------------------------------------------------------------------------------- PCG
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pcg_equals_dense_solve(kind):
-    h, b = rotated(spectrum(kind)), rand(60, seed=1)
-    assert_solution(pcg(lambda v: h @ v, b, identity, 3e-12, 2000), h, b)
-
-
 def block_diagonal_inverse(h: Tensor) -> Tensor:
     """What K-FAC is at its best: the inverse of diagonal blocks."""
     return torch.linalg.inv(torch.block_diag(*(h[i : i + 20, i : i + 20] for i in range(0, 60, 20))))
 
 
 PRECONDITIONERS = {
+    "none": lambda h: torch.eye(60, dtype=F64),
     "random": lambda h: rotated(torch.logspace(-1, 1, 60, dtype=F64), seed=5),
     "diagonal": lambda h: torch.diag(1 / h.diagonal()),
     "blocks": block_diagonal_inverse,
@@ -80,24 +75,23 @@ PRECONDITIONERS = {
 }
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PRECONDITIONERS)
-def test_preconditioner_does_not_change_the_optimum(name):
-    h, b = rotated(spectrum("logarithmic", condition=1e3)), rand(60, seed=1)
+def test_pcg_equals_dense_solve(name, kind):
+    h, b = rotated(spectrum(kind, condition=1e4 if name == "none" else 1e3)), rand(60, seed=1)
     p = PRECONDITIONERS[name](h)
     assert_solution(pcg(lambda v: h @ v, b, lambda v: p @ v, 1e-12, 2000), h, b)
 
 
-def test_exact_preconditioner_converges_in_one_iteration():
+def test_number_of_iterations():
     h, b = rotated(spectrum("logarithmic")), rand(60, seed=1)
     inverse = torch.linalg.inv(h)
     result = pcg(lambda v: h @ v, b, lambda v: inverse @ v, 1e-10, 10)
     assert result.n_iter == 1
     assert_solution(result, h, b)
-
-
-def test_as_many_iterations_as_distinct_eigenvalues():
-    h, b = rotated(torch.tensor([1.0, 2.0, 5.0, 9.0], dtype=F64).repeat(15)), rand(60, seed=1)
-    assert pcg(lambda v: h @ v, b, identity, 1e-10, 100).n_iter == 4
+    assert pcg(lambda v: h @ v, b, identity, 2.0, 10).n_iter == 1  # one at least
+    few = rotated(torch.tensor([1.0, 2.0, 5.0, 9.0], dtype=F64).repeat(15))
+    assert pcg(lambda v: few @ v, b, identity, 1e-10, 100).n_iter == 4  # as many as distinct eigenvalues
 
 
 def test_changing_preconditioner_converges():
@@ -136,39 +130,38 @@ def test_certificate_in_float32_is_the_true_residual(kind):
     assert true == pytest.approx(result.residual_norms[-1], abs=rounding(b, result.x))
 
 
-def test_one_iteration_at_least():
-    h, b = rotated(spectrum("linear")), rand(60, seed=1)
-    assert pcg(lambda v: h @ v, b, identity, 2.0, 10).n_iter == 1
-
-
-def test_history_starts_at_one_and_ends_with_the_residual():
-    h, b = rotated(spectrum("linear")), rand(60, seed=1)
-    result = pcg(lambda v: h @ v, b, identity, 1e-6, 500)
-    assert result.residual_norms[0] == 1.0
-    assert len(result.residual_norms) == result.n_iter + 1
-    true = float((b - h @ result.x).norm() / b.norm())
-    assert result.residual_norms[-1] == pytest.approx(true, rel=1e-6)
-    assert result.residual_norms[-1] <= 1e-6 < min(result.residual_norms[:-1])
-
-
 # ----------------------------------------------------------------------------------------------- statuses
 
 
-def run_sgd(matvec, b, precondition, tol, max_iter, callback=None) -> SolverResult:
+def run_sgd(matvec, b, precondition, tol, max_iter, *callback) -> SolverResult:
     """One batch: the product itself."""
-    extra = () if callback is None else (callback,)
-    return sgd(
-        matvec, lambda k, v: matvec(v), 1, b, precondition, tol, max_iter, torch.Generator().manual_seed(0), *extra
-    )
+    generator = torch.Generator().manual_seed(0)
+    return sgd(matvec, lambda k, v: matvec(v), 1, b, precondition, tol, max_iter, generator, *callback)
 
 
 both = pytest.mark.parametrize("solver", [pcg, run_sgd])
 
 
 @both
-def test_max_iter(solver):
+def test_history_and_callback(solver):
+    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    given, seen = b.clone(), []
+    result = solver(lambda v: h @ v, b, identity, 1e-4, 500, lambda i, r, x: seen.append((i, r, x.clone())))
+    assert torch.equal(b, given)
+    norms = result.residual_norms
+    assert norms[0] == 1.0 and len(norms) == result.n_iter + 1
+    assert norms[-1] == pytest.approx(float((b - h @ result.x).norm() / b.norm()), rel=1e-6)
+    assert norms[-1] <= 1e-4 < min(norms[:-1])
+    assert [(i, r) for i, r, _ in seen] == list(enumerate(norms))[1:]
+    assert torch.equal(seen[-1][2], result.x)
+
+
+@both
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_max_iter(solver, by_callback):
     h, b = rotated(spectrum("logarithmic")), rand(60, seed=1)
-    result = solver(lambda v: h @ v, b, identity, 1e-10, 7)
+    limits = (100, lambda i, r, x: i == 7) if by_callback else (7,)
+    result = solver(lambda v: h @ v, b, identity, 1e-10, *limits)
     assert result.status is Status.MAX_ITER
     assert not result.converged
     assert result.n_iter == 7
@@ -178,11 +171,12 @@ def test_max_iter(solver):
 
 
 @both
-def test_zero_right_hand_side(solver):
+def test_without_a_step(solver):
     result = solver(identity, torch.zeros(5, dtype=F64), identity, 1e-6, 10)
-    assert result.status is Status.CONVERGED
-    assert result.n_iter == 0
-    assert result.residual_norms == [0.0]
+    assert (result.status, result.n_iter, result.residual_norms) == (Status.CONVERGED, 0, [0.0])
+    assert not result.x.any()
+    result = solver(lambda v: -v, rand(6, seed=1), identity, 1e-6, 10)  # an operator that is not positive
+    assert (result.status, result.n_iter) == (Status.STAGNATED, 0)
     assert not result.x.any()
 
 
@@ -199,14 +193,6 @@ def test_values_that_are_not_finite(solver, value):
 def test_true_residual_that_is_not_finite():
     products = iter([1.0, float("nan")])  # the second one confirms convergence
     assert pcg(lambda v: v * next(products), rand(6), identity, 1e-13, 10).status is Status.NOT_FINITE
-
-
-@both
-def test_operator_that_is_not_positive_makes_no_step(solver):
-    result = solver(lambda v: -v, rand(6, seed=1), identity, 1e-6, 10)
-    assert result.status is Status.STAGNATED
-    assert result.n_iter == 0
-    assert not result.x.any()
 
 
 @both
@@ -230,42 +216,13 @@ def test_slow_progress_is_no_stagnation(solver):
 
 
 @both
-def test_callback_sees_every_iteration(solver):
-    h, b = rotated(spectrum("linear")), rand(60, seed=1)
-    seen = []
-    result = solver(lambda v: h @ v, b, identity, 1e-4, 500, lambda i, r, x: seen.append((i, r, x.clone())))
-    assert [i for i, _, _ in seen] == list(range(1, result.n_iter + 1))
-    assert [r for _, r, _ in seen] == result.residual_norms[1:]
-    assert torch.equal(seen[-1][2], result.x)
-
-
-@both
-def test_callback_stops(solver):
-    h, b = rotated(spectrum("logarithmic")), rand(60, seed=1)
-    result = solver(lambda v: h @ v, b, identity, 1e-10, 100, lambda i, r, x: i == 3)
-    assert result.status is Status.MAX_ITER
-    assert result.n_iter == 3
-
-
-@both
 def test_callback_that_stops_at_convergence_leaves_the_status(solver):
     assert solver(identity, rand(6, seed=1), identity, 1e-6, 10, lambda i, r, x: True).converged
 
 
-@both
-def test_arguments_are_not_changed(solver):
-    h, b = rotated(spectrum("linear")), rand(60, seed=1)
-    before = b.clone()
-    solver(lambda v: h @ v, b, identity, 1e-6, 50)
-    assert torch.equal(b, before)
-
-
-def test_result_is_frozen_and_status_is_advice():
-    result = SolverResult(torch.zeros(1), Status.MAX_ITER, 0)
+def test_result_is_frozen():
     with pytest.raises(FrozenInstanceError):
-        result.n_iter = 1
-    assert "max_iter" in result.status.value
-    assert "float64" in Status.STAGNATED.value
+        SolverResult(torch.zeros(1), Status.MAX_ITER, 0).n_iter = 1
 
 
 def test_dot_accumulates_in_float64():
@@ -302,24 +259,20 @@ class Batches:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("n_batches", [1, 2, 7, 40])
+@pytest.mark.parametrize("n_batches", [1, 7, 40])
 @pytest.mark.parametrize("rows", [30, 240])  # rank-deficient, full rank
 def test_sgd_reaches_the_optimum(n_batches, rows):
     problem = Batches(min(n_batches, rows), rows)
     assert_solution(problem.solve(1e-11, 1000), problem.h, problem.b)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_sgd_order_of_batches_changes_the_path_only(seed):
-    problem = Batches(8, 120)
-    other, first = problem.solve(1e-11, 1000, seed), problem.solve(1e-11, 1000)
+def test_sgd_order_of_batches_changes_the_path_only():
+    problem, state = Batches(8, 120), torch.get_rng_state()
+    first, again, other = (problem.solve(1e-11, 1000, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.x, again.x)
     assert other.residual_norms != first.residual_norms
     assert_solution(other, problem.h, problem.b)
-
-
-def test_sgd_is_reproducible():
-    problem = Batches(8, 120)
-    assert torch.equal(problem.solve(1e-6, 100).x, problem.solve(1e-6, 100).x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("decay", [0.0, 2.0])
@@ -358,12 +311,6 @@ def test_sgd_history_counts_epochs():
     assert (result.n_iter, len(result.residual_norms), result.status) == (5, 6, Status.MAX_ITER)
     true = (problem.b - problem.h @ result.x).norm() / problem.b.norm()
     assert result.residual_norms[-1] == pytest.approx(float(true), rel=1e-10)
-
-
-def test_sgd_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
-    Batches(4, 120).solve(1e-3, 20)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_largest_eigenvalue():
