@@ -44,11 +44,15 @@ def batches(network: PreparedNetwork, images: Tensor = IMAGES, size: int = 5) ->
     return [network.activations(part) for part in images.split(size)]
 
 
-def fit(network: PreparedNetwork, rows=slice(None), size: int = 5, targets=TARGETS, **options) -> PaperFit:
-    """A fit of some rows, far beyond the accuracy of users."""
-    options = {"alpha": 0.3, "solver": "pcg", "tol": 1e-11, "max_iter": 2000, "seed": 0, "weights": WEIGHTS, **options}
-    weights = options.pop("weights")[rows]
-    return fit_paper(network, batches(network, IMAGES[rows], size), targets[rows], weights, UNIT, **options)
+OPTIONS = {"alpha": 0.3, "solver": "pcg", "tol": 1e-11, "max_iter": 2000, "seed": 0}  # far beyond the accuracy of users
+
+
+def fit(
+    network: PreparedNetwork, rows=slice(None), size: int = 5, targets=TARGETS, weights=WEIGHTS, **options
+) -> PaperFit:
+    """A fit of some rows."""
+    inputs = batches(network, IMAGES[rows], size)
+    return fit_paper(network, inputs, targets[rows], weights[rows], UNIT, **{**OPTIONS, **options})
 
 
 class Reference:
@@ -121,38 +125,29 @@ def test_is_the_dense_optimum(tangent_layers, solver):
     close(found.model.evaluator(None)(IMAGES), outputs, 1e-7)
 
 
-@pytest.mark.parametrize("solver", ["pcg", "sgd"])
-@pytest.mark.parametrize("size", [1, 12])
-def test_batches_do_not_matter(size, solver):
+def test_batches_do_not_matter():
     network = prepared()
-    close(fit(network, size=size, solver=solver).model.coef, fit(network).model.coef, 1e-7)
-
-
-@pytest.mark.parametrize("alpha", ["auto", 0.1])
-def test_order_of_rows_does_not_matter(alpha, without_floor):
-    network, order = prepared(), np.random.default_rng(0).permutation(N)
-    found, expected = (fit(network, rows, targets=NOISY, alpha=alpha) for rows in (order, slice(None)))
-    assert found.alpha == pytest.approx(expected.alpha, rel=1e-6)  # to which its search is the same but for rounding
-    close(found.model.coef, expected.model.coef, 1e-5)
-
-
-@pytest.mark.parametrize("alpha", ["auto", 0.1])
-def test_weight_of_two_is_a_row_given_twice(alpha, without_floor):
-    network, twice = prepared(), np.append(np.arange(N), [2, 5])
-    weights = np.ones(N)
-    weights[[2, 5]] = 2
-    found = fit(network, twice, weights=np.ones(N), targets=NOISY, alpha=alpha)
-    expected = fit(network, weights=weights, targets=NOISY, alpha=alpha)
-    assert found.alpha == pytest.approx(expected.alpha, rel=1e-6)
-    close(found.model.coef, expected.model.coef, 1e-5)
-
-
-def test_a_cache_serves_as_well():
-    network = prepared()
+    expected = fit(network).model.coef
+    for solver in ("pcg", "sgd"):
+        for size in (1, 12):
+            close(fit(network, size=size, solver=solver).model.coef, expected, 1e-7)
     cache = TrunkCache(lambda a, b: network.activations(IMAGES[a:b]), N, 5, "memory", lambda count: None)
-    options = {"alpha": 0.3, "solver": "pcg", "tol": 1e-11, "max_iter": 2000, "seed": 0}
-    found = fit_paper(network, cache, TARGETS, WEIGHTS, UNIT, **options)
-    close(found.model.coef, fit(network).model.coef)
+    close(fit_paper(network, cache, TARGETS, WEIGHTS, UNIT, **OPTIONS).model.coef, expected)
+
+
+@pytest.mark.parametrize("alpha", ["auto", 0.1])
+def test_order_of_rows_does_not_matter_and_a_weight_of_two_is_a_row_given_twice(alpha, without_floor):
+    network, order = prepared(), np.random.default_rng(0).permutation(N)
+    ones, double = np.ones(N), np.ones(N)
+    double[[2, 5]] = 2
+    pairs = [
+        ({"rows": order}, {}),
+        ({"rows": np.append(np.arange(N), [2, 5]), "weights": ones}, {"weights": double}),
+    ]
+    for found, expected in pairs:
+        found, expected = (fit(network, **kind, targets=NOISY, alpha=alpha) for kind in (found, expected))
+        assert found.alpha == pytest.approx(expected.alpha, rel=1e-6)  # to which its search is the same
+        close(found.model.coef, expected.model.coef, 1e-5)
 
 
 def test_the_head_is_random_and_label_free():
@@ -168,11 +163,9 @@ def test_the_head_is_random_and_label_free():
 
 
 def test_units_of_outputs():
-    network = prepared()
-    unit = np.array([2.0, 1.0, 0.5])
-    options = {"alpha": 0.3, "solver": "pcg", "tol": 1e-11, "max_iter": 2000, "seed": 0}
-    found = fit_paper(network, batches(network), TARGETS * unit, WEIGHTS, unit, **options)
-    plain = fit_paper(network, batches(network), TARGETS, WEIGHTS, np.ones(C), **options)
+    network, unit = prepared(), np.array([2.0, 1.0, 0.5])
+    found = fit_paper(network, batches(network), TARGETS * unit, WEIGHTS, unit, **OPTIONS)
+    plain = fit_paper(network, batches(network), TARGETS, WEIGHTS, np.ones(C), **OPTIONS)
     close(found.model.coef, plain.model.coef)
     close(found.model.evaluator(None)(IMAGES), unit * plain.model.evaluator(None)(IMAGES))
 
@@ -206,10 +199,15 @@ def last_features(network: PreparedNetwork) -> np.ndarray:
         return np.concatenate([network.split.tail(*z).numpy() for z in batches(network)])
 
 
-def test_automatic_penalty_is_that_of_the_last_features(without_floor):
-    network = prepared()
+@pytest.mark.parametrize("limit", [None, 7])  # of the rows that are seen
+def test_automatic_penalty_is_that_of_the_last_features(limit, monkeypatch, without_floor):
+    if limit:
+        monkeypatch.setattr(paper, "_RIDGE_ROWS", limit)
+    network, some = prepared(), paper._ridge_rows(N)
+    assert len(set(some)) == (limit or N) and (np.diff(some) > 0).all()
     found = fit(network, targets=NOISY, alpha="auto", tol=1e-3)
-    expected = paper._ridge_alpha(last_features(network), NOISY, WEIGHTS, np.maximum(WEIGHTS, 1))
+    weights = WEIGHTS[some]
+    expected = paper._ridge_alpha(last_features(network)[some], NOISY[some], weights, np.maximum(weights, 1))
     unit = unit_of_alpha(Reference(network, found.model.head).jacobian())
     assert found.alpha == pytest.approx(expected, rel=1e-6)
     assert found.relative_alpha == pytest.approx(expected / unit, rel=1e-6)
@@ -236,19 +234,6 @@ def test_constant_features_choose_nothing():
     assert paper._ridge_alpha(np.full((5, 2), 3.0), np.eye(5), np.ones(5), np.ones(5)) == 0.0
 
 
-def test_automatic_penalty_of_many_rows_sees_some(monkeypatch, without_floor):
-    assert paper._ridge_rows(1000).tolist() == list(range(1000))
-    chosen = paper._ridge_rows(5000)
-    assert len(set(chosen)) == 1000 and (np.diff(chosen) > 0).all()
-    monkeypatch.setattr(paper, "_RIDGE_ROWS", 7)
-    network = prepared()
-    some = paper._ridge_rows(N)
-    expected = paper._ridge_alpha(
-        last_features(network)[some], NOISY[some], WEIGHTS[some], np.maximum(WEIGHTS[some], 1)
-    )
-    assert fit(network, targets=NOISY, alpha="auto", tol=1e-2).alpha == pytest.approx(expected, rel=1e-6)
-
-
 # ------------------------------------------------------------------------------------------- what is fitted
 
 
@@ -263,34 +248,23 @@ def test_outputs_are_the_offset_and_the_tangent():
     close(found, UNIT * expected.numpy())
 
 
-def test_pickle(tmp_path):
+def test_a_model_is_a_value(tmp_path):
     model = fit(prepared(), tol=1e-3).model
+    with pytest.raises(FrozenInstanceError):
+        model.unit = UNIT
+    assert model.linearized is model.linearized
     expected = model.evaluator(None)(IMAGES)
     before = pickle.dumps(model)
-    copies = [pickle.loads(before)]
     joblib.dump(model, tmp_path / "model")
-    copies.append(joblib.load(tmp_path / "model", mmap_mode="r"))  # arrays that cannot be written to
-    for copy in copies:
+    mapped = joblib.load(tmp_path / "model", mmap_mode="r")  # arrays that cannot be written to
+    for copy in (pickle.loads(before), mapped, PaperModel(model.network, model.head, model.coef, model.unit)):
         assert "linearized" not in vars(copy)
         np.testing.assert_array_equal(copy.evaluator(None)(IMAGES), expected)
         np.testing.assert_array_equal(copy.coef, model.coef)
     assert pickle.dumps(model) == before  # what was evaluated does not count
-
-
-def test_a_model_is_a_value():
-    model = fit(prepared(), tol=1e-2).model
-    with pytest.raises(FrozenInstanceError):
-        model.unit = UNIT
-    assert model.linearized is model.linearized
-    again = PaperModel(model.network, model.head, model.coef, model.unit)
-    np.testing.assert_array_equal(again.evaluator(None)(IMAGES), model.evaluator(None)(IMAGES))
-
-
-def test_activations_are_recalled(tmp_path):
-    model = fit(prepared(), tol=1e-2).model
     recall = model.evaluator(joblib.Memory(tmp_path, verbose=0))
     for _ in range(2):
-        close(recall(IMAGES), model.evaluator(None)(IMAGES), 1e-12)
+        close(recall(IMAGES), expected, 1e-12)
 
 
 def test_float32():
@@ -306,44 +280,22 @@ def test_float32():
 
 
 @pytest.mark.parametrize("solver", ["pcg", "sgd"])
-def test_iterations_are_reported_and_may_be_stopped(solver):
-    network, seen = prepared(), []
-
-    def report(number: int, residual: float, d: Tensor) -> bool:
-        seen.append((number, residual))
-        return number == 2
-
-    found = fit(network, solver=solver, report=report)
-    assert [number for number, _ in seen] == [1, 2]
-    assert [residual for _, residual in seen] == found.result.residual_norms[1:]
+def test_iterations_are_reported_and_may_be_stopped(solver, global_generators_unchanged):
+    seen = []
+    found = fit(
+        prepared(), solver=solver, report=lambda number, residual, d: seen.append((number, residual)) or number == 2
+    )
+    assert seen == list(enumerate(found.result.residual_norms))[1:]
     assert not found.result.converged and found.result.n_iter == 2
 
 
-def test_features_that_are_not_finite_are_refused():
-    network = prepared()
+def test_what_is_not_finite_gives_no_model():
+    network, targets = prepared(), np.where(TARGETS > 0, np.inf, 0.0)
     broken = [tuple(torch.full_like(z, torch.inf) for z in batch) for batch in batches(network)]
     with pytest.raises(ValueError, match="features of the training images are not all finite"):
-        fit_paper(network, broken, TARGETS, WEIGHTS, UNIT, alpha=1.0, solver="pcg", tol=1e-3, max_iter=10, seed=0)
-
-
-def test_targets_that_are_not_finite_give_no_model():
-    network, targets = prepared(), np.where(TARGETS > 0, np.inf, 0.0)
+        fit_paper(network, broken, TARGETS, WEIGHTS, UNIT, **OPTIONS)
     with pytest.raises(ValueError, match="no solution"):
-        fit_paper(
-            network, batches(network), targets, WEIGHTS, UNIT, alpha=1.0, solver="pcg", tol=1e-3, max_iter=10, seed=0
-        )
-
-
-def test_global_generators_stay_as_they_are(global_generators_unchanged):
-    fit(prepared(), tol=1e-2, solver="sgd")
-
-
-def test_probes():
-    assert torch.equal(paper._probe_outputs(10, 3), torch.eye(3, dtype=F64))
-    many = paper._probe_outputs(100, 3)
-    assert many.shape == (1, 100, 3)
-    assert set(many.unique().tolist()) == {-1.0, 1.0}
-    assert torch.equal(paper._probe_outputs(100, 3), many)
+        fit(network, targets=targets)
 
 
 def test_one_probe_for_each_row_changes_the_path_alone(monkeypatch):
