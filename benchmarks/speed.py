@@ -302,7 +302,7 @@ def measure_searches(report: Report, args: argparse.Namespace, device: torch.dev
                 seconds[name] = now(device) - start
         start = now(device)
         path = LQFClassifierCV(
-            BACKBONE, tangents=tangents, alphas=SEARCH_ALPHAS, cv=SEARCH_FOLDS, device=device
+            BACKBONE, tangents=tangents, alphas=SEARCH_ALPHAS, cv=SEARCH_FOLDS, execution={"device": device}
         ).fit(X[train], codes[train])  # fmt: skip
         seconds["path"] = now(device) - start  # the final fit included
         found["path"] = path.cv_results_["mean_test_score"]
