@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import Other
 from support.splits import (
     EXAMPLE,
     IMAGES,
@@ -112,36 +113,45 @@ def test_operations_in_place_are_followed(activation):
     assert split_network(net, VECTORS, "all", SLOPE).swapped == 1
 
 
+class Alias(nn.Module):
+    """What is changed has a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = same = self.layer(x)
+        rows = count = x.shape[1]
+        rows += 1
+        x += rows
+        return same * count
+
+
+class ByNumber(nn.Module):
+    """Control flow by the number of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.a(x) if x.shape[0] > 2 else self.a(x) + 0
+
+
 @pytest.mark.parametrize(
-    ("activation", "part"),
+    "net",
     [
-        (lambda x: x.relu_(), lambda x: x[:, :2]),  # a view of the tensor that is used later
-        (nn.ReLU(inplace=True), lambda x: x.view(-1)),
-        (lambda x: x.zero_(), None),  # nothing computes the same out of place
+        ReliesOnPlace(lambda x: x.relu_(), lambda x: x[:, :2]),  # a view of the tensor that is used later
+        ReliesOnPlace(nn.ReLU(inplace=True), lambda x: x.view(-1)),
+        ReliesOnPlace(lambda x: x.zero_()),  # nothing computes the same out of place
+        Alias(),
+        ByNumber(),
     ],
 )
-def test_operations_in_place_that_are_not_followed(activation, part):
-    net = randomized(ReliesOnPlace(activation, part))
+def test_what_is_not_traced(net):
     with pytest.warns(UserWarning, match="cannot be traced"):
-        split = split_checked(net, x=VECTORS)
-    assert not split.traced
-
-
-def test_alias_of_what_is_changed():
-    class Alias(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(6, 4)
-
-        def forward(self, x):
-            x = same = self.layer(x)
-            rows = count = x.shape[1]
-            rows += 1
-            x += rows
-            return same * count
-
-    with pytest.warns(UserWarning, match="cannot be traced"):
-        assert not split_checked(randomized(Alias()), x=VECTORS).traced
+        assert not split_checked(randomized(net), x=VECTORS).traced
 
 
 def test_leaky_form_of_what_must_work_in_place():
@@ -193,23 +203,19 @@ def test_the_module_and_the_generator_are_untouched(dtype):
     x = EXAMPLE.to(dtype)
     before, example, random = snapshot(net), x.clone(), torch.get_rng_state()
     split = split_network(net, x, 1, SLOPE)
+    with pytest.raises(ValueError, match="no module"):
+        split_network(net, x, ["nothing"])
+    with pytest.raises(ValueError, match="cannot be evaluated"):
+        find_head(net, x[:, :1])
     assert torch.equal(torch.get_rng_state(), random)
     assert snapshot(net) == before
     assert torch.equal(x, example)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    shared = {p.data_ptr() for p in net.parameters()}
-    assert not shared & {p.data_ptr() for part in (split.trunk, split.tail) for p in part.parameters()}
-    assert {p.dtype for part in (split.trunk, split.tail) for p in part.parameters()} == {dtype}
-
-
-def test_the_module_is_untouched_when_it_is_refused():
-    net = everything().eval()
-    before = snapshot(net)
-    with pytest.raises(ValueError, match="no module"):
-        split_network(net, EXAMPLE.float(), ["nothing"])
-    with pytest.raises(ValueError, match="cannot be evaluated"):
-        find_head(net, EXAMPLE.float()[:, :1])
-    assert snapshot(net) == before
+    parts = (split.trunk, split.tail)
+    parameters = [p for part in parts for p in part.parameters()]
+    assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in parameters}
+    assert {p.dtype for p in parameters} == {dtype}
+    assert not any(m.training for part in parts for m in part.modules() if not list(m.children()))
 
 
 def test_input_that_the_network_changes_in_place():
@@ -224,21 +230,8 @@ def test_input_that_the_network_changes_in_place():
 
     net, example = randomized(InPlace()), VECTORS.clone()
     split = split_network(net, example, "all")
-    assert torch.equal(example, VECTORS)
     torch.testing.assert_close(split.tail(*split.trunk(example)), net(VECTORS.clone()))
     assert torch.equal(example, VECTORS)
-
-
-def test_parts_are_in_evaluation_mode():
-    split = split_network(everything().train(), EXAMPLE.float(), 1)
-    assert not any(m.training for part in (split.trunk, split.tail) for m in part.modules() if list(m.children()) == [])
-
-
-def test_a_second_split_is_the_same():
-    net = randomized(everything())
-    one, two = (split_network(net, EXAMPLE, "all", SLOPE) for _ in range(2))
-    assert one.tangent == two.tangent
-    assert torch.equal(one.tail(IMAGES), two.tail(IMAGES))
 
 
 # -------------------------------------------------------------------------------------------------- surgery
@@ -246,10 +239,15 @@ def test_a_second_split_is_the_same():
 
 def test_attention_is_made_of_linear_layers():
     net = randomized(everything())
-    split = split_checked(net)
+    split, again = split_checked(net), split_network(net, EXAMPLE, "all")
     assert not of_type(split, nn.MultiheadAttention)
-    assert "5.attention.qkv.weight" in split.tangent
-    assert "5.attention.out_proj.bias" in split.tangent
+    assert {"5.attention.qkv.weight", "5.attention.out_proj.bias"} <= set(split.tangent)
+    assert split.tangent == again.tangent
+    assert torch.equal(split.tail(*split.trunk(IMAGES)), again.tail(*again.trunk(IMAGES)))
+    net = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten())
+    split = split_checked(randomized(net), x=TOKENS)
+    assert split.traced
+    assert not of_type(split, nn.TransformerEncoderLayer)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -272,41 +270,23 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize(("options", "call"), ATTENTION.values(), ids=ATTENTION)
-def test_attention_that_is_not_rewritten(options, call):
-    class Other(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(6, 2, batch_first=True, **options)
-
-        def forward(self, x):
-            return call(self.attention, x)[0].flatten(1)
-
-    net = randomized(Other())
-    if call is ATTENTION["weights used"][1]:  # seen only from the result
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_that_is_not_rewritten(name):
+    options, call = ATTENTION[name]
+    attention = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+    net = randomized(Other(lambda m, x: call(m.attention, x)[0].flatten(1), attention=attention))
+    if name == "weights used":  # seen only from the result
         with pytest.warns(UserWarning, match="cannot be traced"):
             assert not split_checked(net, x=TOKENS).traced
     else:
-        split = split_checked(net, x=TOKENS)
-        assert of_type(split, nn.MultiheadAttention)
+        assert of_type(split_checked(net, x=TOKENS), nn.MultiheadAttention)
 
 
-def test_transformer_encoder_layer_is_traced():
-    net = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten())
-    split = split_checked(randomized(net), x=TOKENS)
-    assert split.traced
-    assert not of_type(split, nn.TransformerEncoderLayer)
-
-
-def test_wrong_image_size_mentions_image_size():
+def test_input_of_the_wrong_size():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
-    with pytest.raises(ValueError, match=r"input of shape \(3, 16, 16\) .*set image_size"):
-        find_head(net.eval(), torch.rand(2, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"input of shape \(3, 16, 16\) .*set image_size"):
-        split_network(net, torch.rand(2, 3, 16, 16))
-
-
-def test_wrong_number_of_features():
+    for refuse in (find_head, split_network):
+        with pytest.raises(ValueError, match=r"input of shape \(3, 16, 16\) .*set image_size"):
+            refuse(net.eval(), torch.rand(2, 3, 16, 16))
     with pytest.raises(ValueError, match=r"input of shape \(6,\): ") as error:
         split_network(nn.Linear(5, 4), VECTORS)
     assert "image_size" not in str(error.value)
@@ -355,17 +335,17 @@ LIBRARIES = [
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-@pytest.mark.parametrize("tangent_layers", [1, "all"])
-def test_networks_of_libraries(name, tangent_layers):
+def test_networks_of_libraries(name):
     library, _, name = name.partition(":")
     package = pytest.importorskip(library)
     create = package.create_model if library == "timm" else package.models.get_model
     x = rand(3, 3, 40, 40)
     net = features(create(name), x)
-    split = split_checked(net, tangent_layers, x=x, tolerance=1e-9)
-    assert split.traced
-    assert len(split.trunk(x)) == 1
-    assert not of_type(split, nn.BatchNorm2d)
+    for tangent_layers in (1, "all"):
+        split = split_checked(net, tangent_layers, x=x, tolerance=1e-9)
+        assert split.traced
+        assert len(split.trunk(x)) == 1
+        assert not of_type(split, nn.BatchNorm2d)
 
 
 # ------------------------------------------------------------------------------------------ tracing at one size
@@ -404,19 +384,6 @@ def test_what_depends_on_the_shape_alone_is_traced(tangent_layers):
         torch.testing.assert_close(split.tail(*split.trunk(more)), net(more))
 
 
-def test_control_flow_by_the_number_of_images_is_not_traced():
-    class ByNumber(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(6, 4)
-
-        def forward(self, x):
-            return self.a(x) if x.shape[0] > 2 else self.a(x) + 0
-
-    with pytest.warns(UserWarning, match="cannot be traced"):
-        assert not split_checked(randomized(ByNumber()), "all", x=VECTORS).traced
-
-
 def test_faults_of_the_package_are_no_reason_not_to_trace(monkeypatch):
     def fail(*args):
         raise TypeError("a fault")
@@ -428,17 +395,9 @@ def test_faults_of_the_package_are_no_reason_not_to_trace(monkeypatch):
 
 @pytest.mark.parametrize("wrappers", [1, 3])
 def test_stages_in_wrappers(wrappers):
-    class Wrapper(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x)
-
     net = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)))
     for _ in range(wrappers):
-        net = Wrapper(net)
+        net = Other(lambda m, x: m.inner(x), inner=net)
     split = split_checked(randomized(net), 1, x=VECTORS)
     assert len(split.stages) == 3
     assert split.tangent == [f"{'inner.' * wrappers}2.0.{p}" for p in ("weight", "bias")]
