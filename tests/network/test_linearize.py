@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.needs import needs_sizes_as_arguments
+from support.networks import Other
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -192,27 +193,16 @@ def test_parameters_are_not_read_while_another_thread_has_swapped_them():
     assert network.at(activations).vjp(rand(3, OUTPUTS)).count_nonzero() == network.n_parameters
 
 
-class Reused(nn.Module):
-    """Wide depthwise layers in all ways in which a parameter may have a part in the output several times."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.first, self.second = (nn.Conv2d(3, 3, 5, groups=3, padding=2) for _ in range(2))
-        self.how = how
-
-    def forward(self, x):
-        x = self.first(x).tanh()
-        if self.how == "one layer twice":
-            x = self.first(input=x).tanh()
-        x = self.second(x)
-        if self.how == "read by a function":
-            x = x + F.conv2d(x, self.second.weight, None, 1, 2, 1, 3)
-        return x.tanh().mean((2, 3))
+REUSED = {  # wide depthwise layers whose parameters have a part in the output several times
+    "one layer twice": lambda m, x: m.second(m.first(input=m.first(x).tanh()).tanh()),
+    "read by a function": lambda m, x: m.second(x.tanh()) + F.conv2d(m.first(x), m.second.weight, None, 1, 2, 1, 3),
+}
 
 
-@pytest.mark.parametrize("how", ["one layer twice", "read by a function"])
-def test_wide_depthwise_convolutions_with_several_parts(how):
-    check(randomized(Reused(how)), IMAGES)
+@pytest.mark.parametrize("forward", REUSED.values(), ids=REUSED)
+def test_wide_depthwise_convolutions_with_several_parts(forward):
+    first, second = (nn.Conv2d(3, 3, 5, groups=3, padding=2) for _ in range(2))
+    check(randomized(Other(lambda m, x: forward(m, x).tanh().mean((2, 3)), first=first, second=second)), IMAGES)
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
@@ -234,21 +224,10 @@ ACTIVATIONS = {
 
 def spread(activation):
     """A network whose activation sees values on all its pieces."""
-    net = randomized(
-        nn.Sequential(
-            nn.Conv2d(3, 4, 3),
-            activation,
-            nn.Conv2d(4 // (1 + isinstance(activation, nn.GLU)), 5, 3),
-            nn.Flatten(),
-        )
-    )
+    channels = 2 if isinstance(activation, nn.GLU) else 4
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), activation, nn.Conv2d(channels, 5, 3), nn.Flatten()))
     net[0].weight.data *= 6
     return net
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
-def test_activations(activation):
-    check(spread(activation), IMAGES)
 
 
 class Leaky(nn.Module):
@@ -270,6 +249,11 @@ LEAKY = {
     "Hardswish": (nn.Hardswish(), Leaky(nn.Hardswish(), -3, 1e6, SLOPE)),
     "Hardsigmoid": (nn.Hardsigmoid(), Leaky(nn.Hardsigmoid(), -3, 3, SLOPE / 6)),
 }
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations(activation):
+    check(spread(activation), IMAGES)
 
 
 @pytest.mark.parametrize(("activation", "formula"), LEAKY.values(), ids=LEAKY)
@@ -431,13 +415,8 @@ def test_in_place_operations_leave_the_evaluation_as_it_is():
     assert all(torch.equal(a, b) for a, b in zip(activations, before, strict=True))
 
 
-class Keyword(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.b(input=self.a(input=x).tanh())
+def keyword():
+    return Other(lambda m, x: m.b(input=m.a(input=x).tanh()), a=nn.Linear(5, 4), b=nn.Linear(4, 3))
 
 
 def hooked():
@@ -459,7 +438,7 @@ def tokens():
 
 
 @pytest.mark.parametrize(
-    ("make", "x"), [(tokens, TOKENS), (Keyword, VECTORS), (hooked, VECTORS), (spectral, IMAGES)],
+    ("make", "x"), [(tokens, TOKENS), (keyword, VECTORS), (hooked, VECTORS), (spectral, IMAGES)],
 )  # fmt: skip
 def test_layers_on_tokens_by_keyword_with_hooks_and_parametrized(make, x):
     check(randomized(make()), x)
@@ -489,21 +468,15 @@ class Doubled(torch.autograd.Function):
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_functions_without_forward_mode_derivative(constant):
-    class Function(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+    def function(m, x):
+        h = m.first(x)
+        return m.last(Doubled.apply(h, h.detach() if constant else h)[0])
 
-        def forward(self, x):
-            h = self.first(x)
-            square, _ = Doubled.apply(h, h.detach() if constant else h)
-            return self.last(square)
+    def formula(m, x):
+        return m.last(m.first(x) ** 2)
 
-    class Formula(Function):
-        def forward(self, x):
-            return self.last(self.first(x) ** 2)
-
-    check(randomized(Function()), VECTORS, expected=randomized(Formula()))
+    found, expected = (Other(f, first=nn.Linear(5, 4), last=nn.Linear(4, 3)) for f in (function, formula))
+    check(randomized(found), VECTORS, expected=randomized(expected))
 
 
 # ----------------------------------------------------------------------------------------------- attention
@@ -613,25 +586,22 @@ def small_net():
     return randomized(Gate())
 
 
-@pytest.mark.parametrize("tangent_layers", ["head", ["second", "gate"], "all"])
-def test_at_zero_it_is_the_network(tangent_layers):
-    net = small_net()
-    network, activations = linearized(net, IMAGES, tangent_layers)
+PARTS = {"head": [], "second": ["second"], "second and gate": ["second", "gate"], "norm": ["norm"]}
+
+
+@pytest.mark.parametrize("part", [*PARTS, "all"])
+def test_a_part_of_the_network(part):
+    net, tangent_layers = small_net(), PARTS.get(part) or part
+    network = check(net, IMAGES, tangent_layers=tangent_layers)
+    if part in PARTS:
+        assert {name.partition(".")[0] for name in network.names} == set(PARTS[part])
+    # At zero it is the network, to the bit.
     with torch.no_grad():
         expected = F.linear(net(IMAGES), network.weight, network.bias)
     for gradients in (True, False):
-        point = network.at(activations, gradients)
+        point = network.at(network.trunk(IMAGES), gradients)
         assert torch.equal(point.outputs, expected)
         assert torch.equal(point.outputs + point.jvp(torch.zeros(network.n_parameters).double()), expected)
-
-
-@pytest.mark.parametrize(
-    ("tangent_layers", "modules"),
-    [("head", set()), ("second", {"second"}), (["second", "gate"], {"second", "gate"}), (["norm"], {"norm"})],
-)
-def test_a_part_of_the_network(tangent_layers, modules):
-    network = check(small_net(), IMAGES, tangent_layers=tangent_layers)
-    assert {name.partition(".")[0] for name in network.names} == modules
 
 
 def test_products_at_one_point():
