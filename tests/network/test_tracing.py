@@ -69,18 +69,14 @@ def test_activations_in_the_cache_are_not_changed():
 
 
 def test_stochastic_depth_is_removed():
-    torchvision = pytest.importorskip("torchvision")
+    ops = pytest.importorskip("torchvision").ops
 
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.depth = nn.Conv2d(3, 3, 3, padding=1), torchvision.ops.StochasticDepth(0.5, "row")
+    def residual(m, x):
+        x = x + m.depth(m.conv(x))
+        return ops.stochastic_depth(x, 0.5, "row", training=m.training).flatten(1)
 
-        def forward(self, x):
-            x = x + self.depth(self.conv(x))
-            return torchvision.ops.stochastic_depth(x, 0.5, "row", training=self.training).flatten(1)
-
-    found = operations(split_checked(randomized(Residual())), "call_function", "call_module")
+    net = Other(residual, conv=nn.Conv2d(3, 3, 3, padding=1), depth=ops.StochasticDepth(0.5, "row"))
+    found = operations(split_checked(randomized(net)), "call_function", "call_module")
     assert not [t for t in found if "stochastic" in str(t) or "depth" in str(t)]
 
 
@@ -128,17 +124,6 @@ class Alias(nn.Module):
         return same * count
 
 
-class ByNumber(nn.Module):
-    """Control flow by the number of images."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.a(x) if x.shape[0] > 2 else self.a(x) + 0
-
-
 @pytest.mark.parametrize(
     "net",
     [
@@ -146,7 +131,7 @@ class ByNumber(nn.Module):
         ReliesOnPlace(nn.ReLU(inplace=True), lambda x: x.view(-1)),
         ReliesOnPlace(lambda x: x.zero_()),  # nothing computes the same out of place
         Alias(),
-        ByNumber(),
+        Other(lambda m, x: m.a(x) if x.shape[0] > 2 else m.a(x) + 0, a=nn.Linear(6, 4)),  # by the number of images
     ],
 )
 def test_what_is_not_traced(net):
@@ -168,19 +153,11 @@ def test_leaky_form_of_what_must_work_in_place():
 
 def everything():
     """A network that each pass works on."""
+    attention = nn.MultiheadAttention(9, 3, batch_first=True)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU6(inplace=True), nn.Dropout(), nn.Flatten(2),
-        SelfAttention(), nn.Linear(9, 4),
+        Other(lambda m, x: m.attention(x, x, x, need_weights=False)[0].mean(1), attention=attention), nn.Linear(9, 4),
     )  # fmt: skip
-
-
-class SelfAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(9, 3, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0].mean(1)
 
 
 def snapshot(net):
@@ -219,16 +196,8 @@ def test_the_module_and_the_generator_are_untouched(dtype):
 
 
 def test_input_that_the_network_changes_in_place():
-    class InPlace(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(6, 4)
-
-        def forward(self, x):
-            x -= 1
-            return self.layer(x.mul_(2))
-
-    net, example = randomized(InPlace()), VECTORS.clone()
+    net = randomized(Other(lambda m, x: m.layer(x.sub_(1).mul_(2)), layer=nn.Linear(6, 4)))
+    example = VECTORS.clone()
     split = split_network(net, example, "all")
     torch.testing.assert_close(split.tail(*split.trunk(example)), net(VECTORS.clone()))
     assert torch.equal(example, VECTORS)
