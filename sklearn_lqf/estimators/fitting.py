@@ -22,7 +22,7 @@ from ..network.prepared import PreparedNetwork
 from ..paper.model import PaperModel, fit_paper
 from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic
 from ..runtime.memory import memory_budget
-from ..runtime.processes import ALONE, Group, default_group
+from ..runtime.processes import ALONE, ProcessGroup, default_group
 from .base import FittedMethods
 from .data import select_rows
 from .progress import Bars, CallbackSupportMixin, Progress, with_callbacks
@@ -170,7 +170,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         rows: TrainingRows,
         keep_rows: bool,
         bars: Bars,
-        group: Group = ALONE,
+        group: ProcessGroup = ALONE,
         keep: np.ndarray | None = None,
         n: int = 0,
     ) -> None:

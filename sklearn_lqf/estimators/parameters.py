@@ -22,7 +22,7 @@ from torch import nn
 
 from ..backbones.loading import Backbone
 from ..engine.problem import PRIORS
-from ..runtime.processes import Group
+from ..runtime.processes import ProcessGroup
 
 __all__ = ["Execution", "Parameters", "check_number", "with_shared_parameters"]
 
@@ -225,11 +225,11 @@ def with_shared_parameters(cls: Class) -> Class:
     init: Any = vars(cls)["__init__"]
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(estimator: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name in _RENAMED:
                 raise TypeError(f"{cls.__name__} has no parameter {name!r} any more; write {_RENAMED[name]}.")
-        init(self, *args, **kwargs)
+        init(estimator, *args, **kwargs)
 
     type.__setattr__(cls, "__init__", checked)
     return cls
@@ -389,7 +389,7 @@ class Parameters(BaseEstimator):
             )
 
     def _check_agreement(
-        self, group: Group, rows: Any, y: np.ndarray, sample_weight: Any, groups: Any, backbone: Backbone
+        self, group: ProcessGroup, rows: Any, y: np.ndarray, sample_weight: Any, groups: Any, backbone: Backbone
     ) -> None:
         """Raise on all processes that share a fit unless they have the same data, parameters and weights."""
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in _OF_A_PROCESS}

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Group", "default_group"]
+__all__ = ["ALONE", "ProcessGroup", "default_group"]
 
 T = TypeVar("T")
 
 
-class Group:
+class ProcessGroup:
     """Processes that call the same operations in the same order.
 
     Parameters
@@ -108,10 +108,10 @@ class Group:
                 )
 
 
-ALONE = Group()
+ALONE = ProcessGroup()
 
 
-def default_group(device: torch.device) -> Group:
+def default_group(device: torch.device) -> ProcessGroup:
     """torch.distributed's default process group.
 
     Parameters
@@ -121,7 +121,7 @@ def default_group(device: torch.device) -> Group:
 
     Returns
     -------
-    Group
+    ProcessGroup
 
     Raises
     ------
@@ -135,7 +135,7 @@ def default_group(device: torch.device) -> Group:
             "distributed=True needs torch.distributed's default process group: start the script with torchrun and call "
             "torch.distributed.init_process_group() before fit."
         )
-    return Group(dist.get_world_size(), dist.get_rank(), _message_device(device))
+    return ProcessGroup(dist.get_world_size(), dist.get_rank(), _message_device(device))
 
 
 def _message_device(device: torch.device) -> torch.device:

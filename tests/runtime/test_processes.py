@@ -20,7 +20,7 @@ from sklearn.model_selection import GridSearchCV
 from support.data import make_images, merged, tiny_net
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.runtime.processes import ALONE, Group, _message_device, default_group
+from sklearn_lqf.runtime.processes import ALONE, ProcessGroup, _message_device, default_group
 
 X, Y = make_images(n=61)  # shares of 30 and 31
 WEIGHTS = np.random.default_rng(0).integers(0, 3, len(X)) * 0.7  # a third of the rows is left out
@@ -223,7 +223,7 @@ def test_a_group_of_one_does_nothing():
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_shares_cover_all_rows_once(size):
     for n in (size, 13, 100):
-        shares = [range(n)[Group(size, rank).share(n)] for rank in range(size)]
+        shares = [range(n)[ProcessGroup(size, rank).share(n)] for rank in range(size)]
         assert [row for share in shares for row in share] == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
