@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -250,6 +251,14 @@ def test_sgd_order_of_batches_changes_the_path_only():
     assert other.residual_norms != first.residual_norms
     assert_solution(other, problem.h, problem.b)
     assert torch.equal(torch.get_rng_state(), state)
+    assert len(first.residual_norms) == first.n_iter + 1  # epochs
+    with pytest.raises(FrozenInstanceError):
+        first.n_iter = 1
+
+
+def test_dot_products_accumulate_in_float64():
+    x = rand(solvers._DOT_CHUNK + 3).float()
+    assert solvers._dot(x, x) == pytest.approx(math.fsum((x.double() ** 2).tolist()), rel=1e-13)
 
 
 @pytest.mark.parametrize("decay", [0.0, 2.0])
