@@ -113,9 +113,12 @@ def test_auxiliary_classifiers_are_removed_from_pretrained_networks(name, monkey
         assert module(uniform(1, 3, 96, 96)).shape == (1, 1000)
 
 
-def test_auto_takes_efficientnet_for_images_and_the_built_in_network_for_vectors():
+def test_auto_takes_efficientnet_for_images_and_the_built_in_network_for_vectors(tmp_path):
     assert load_backbone("auto").name == "efficientnet_lite0"
-    assert load_backbone("auto", vector_features=3).name == "vector"
+    loaded = load_backbone("auto", vector_features=3, random_state=7)
+    assert loaded.name == "vector"
+    path = saved(loaded.module.state_dict(), tmp_path / "vector.pth")  # it takes a file, too
+    assert_same_state(load_backbone("vector", path, vector_features=3).module, loaded.module)
 
 
 # -------------------------------------------------------------------------------------- wrong requests
@@ -376,12 +379,6 @@ def test_vector_network_keeps_the_variance_and_has_kinks_away_from_the_mean():
     assert 30 < np.count_nonzero((np.abs(kinks) > 0.1) & (np.abs(kinks) < 2)) < 128
 
 
-def test_vector_network_takes_a_file(tmp_path):
-    module = load_backbone("vector", vector_features=3, random_state=7).module
-    path = saved(module.state_dict(), tmp_path / "vector.pth")
-    assert_same_state(load_backbone("vector", path, vector_features=3).module, module)
-
-
 # ------------------------------------------------------------------------------------------------- sizes, kinds
 
 
@@ -397,6 +394,12 @@ def test_transformers_are_made_for_the_size_of_the_images(size):
     assert net.patch_embed.img_size == (112, 112)
 
 
+def test_transformer_of_torchvision_at_another_size():
+    net = built(lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16))
+    assert load_backbone(net, image_size=64).module(uniform(2, 3, 64, 64)).shape == (2, 1000)
+    assert net.image_size == 32
+
+
 def test_a_size_that_a_transformer_cannot_have():
     class Fixed(Net):
         pretrained_cfg: ClassVar = {"fixed_input_size": True}
@@ -409,12 +412,6 @@ def test_a_size_that_a_transformer_cannot_have():
         ValueError, match=r"'Fixed' cannot be made for images of 50 x 40 \(windows of 7\): set image_size"
     ):
         load_backbone(built(Fixed), image_size=(50, 40))
-
-
-def test_transformer_of_torchvision_at_another_size():
-    net = built(lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16))
-    assert load_backbone(net, image_size=64).module(uniform(2, 3, 64, 64)).shape == (2, 1000)
-    assert net.image_size == 32
 
 
 @pytest.mark.parametrize(
