@@ -263,6 +263,11 @@ class ClassifierBase(ClassifierMixin, LQFBase):
     def _learn_from_held_out(self, held_out: np.ndarray, rows: TrainingRows, weights: np.ndarray) -> None:
         count = float(rows.multiplicity.sum())
         self.temperature_ = fit_temperature(held_out, rows.targets, weights, count, self._multilabel)
+        if self._multilabel:
+            right = ((held_out > THRESHOLD) == (rows.targets > THRESHOLD)).all(1)
+        else:
+            right = held_out.argmax(1) == rows.targets.argmax(1)
+        self.loo_score_ = float(np.average(right, weights=rows.given))
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:
         if self._multilabel:

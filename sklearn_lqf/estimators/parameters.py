@@ -145,6 +145,10 @@ coef_ : ndarray of shape (n_outputs, n_features)
     (n_parameters,): linearized parameters of the network, then head weight, then head bias.
 intercept_ : ndarray of shape (n_outputs,)
     Outputs where all standardized features are zero; with ``model="paper"`` zeros.
+loo_score_ : float
+    What `score` would be, as far as the training images can tell: accuracy, or R2 of a regressor, of the outputs for
+    each of them by the model without it (or its group), the prior held fixed. With ``model="paper"``: of the ridge
+    regression that the temperature is fitted on.
 noise_variance_ : float
     Variance of the noise of the targets that has the largest likelihood, in units of their scale.
 solver_ : str

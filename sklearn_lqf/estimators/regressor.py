@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import issparse
 from sklearn.base import MultiOutputMixin, RegressorMixin
+from sklearn.metrics import r2_score
 from sklearn.utils import check_consistent_length
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_y
@@ -214,7 +215,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
             raise ValueError(f"{len(values)} training image(s) would remain: at least 2 are needed.")
 
     def _learn_from_held_out(self, held_out: np.ndarray, rows: TrainingRows, weights: np.ndarray) -> None:
-        """Nothing is."""
+        self.loo_score_ = float(r2_score(rows.targets, held_out, sample_weight=rows.given))
 
     def _decision(self, outputs: np.ndarray) -> np.ndarray:
         return outputs[:, 0] if self._one_target else outputs

@@ -5,6 +5,7 @@ import pytest
 import sklearn
 from numpy.testing import assert_allclose
 from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold, cross_validate
 from support.data import make_images, tiny_net
 
@@ -91,3 +92,10 @@ def test_bad_groups():
     for groups, message in ((GROUPS[:-1], "labels for"), (np.zeros(len(X)), "use at least two groups")):
         with pytest.raises(ValueError, match=message):
             LQFClassifier(tiny_net()).fit(X, Y, groups=groups)
+
+
+def test_the_score_of_what_was_left_out():
+    clf = LQFClassifier(tiny_net(), store_data=True, **DOUBLE).fit(X, Y)
+    assert clf.loo_score_ == np.mean(clf.classes_[clf.leave_one_out().argmax(1)] == Y)
+    reg = LQFRegressor(tiny_net(), store_data=True, **DOUBLE).fit(X, TARGET)
+    assert reg.loo_score_ == pytest.approx(r2_score(TARGET, reg.leave_one_out()))
