@@ -229,6 +229,8 @@ def _upright(image: Image.Image, mode: str, opened: bool) -> tuple[np.ndarray, R
         turn = _TURNS.get(_stored_orientation(image) if opened else image.getexif().get(_ORIENTATION, 1))
     except Exception:  # whatever a broken table raises: what is optional makes no image unreadable
         remark = Remark.METADATA if isinstance(image, ImageFile.ImageFile) else None
+    if image.format == "TIFF":
+        turn = None  # Pillow turns these as it loads them; some versions leave the tag
     if turn is not None and not isinstance(image, ImageFile.ImageFile):
         remark, turn = Remark.CHANGED, None  # Pillow's methods return images of another class
     if turn is not None:
