@@ -91,11 +91,19 @@ class FeatureReader:
         """Columns of each group."""
         return self._built.sizes
 
-    def names_by_depth(self) -> list[str]:
-        """Names of the groups, first stage first, the last features last."""
+    @property
+    def columns(self) -> dict[str, tuple[int, int]]:
+        """First column of each group, and the one behind its last."""
+        ends = np.cumsum(self.sizes)
+        return {g.name: (int(end) - g.size, int(end)) for g, end in zip(self.groups, ends, strict=True)}
+
+    def shares(self, variances: np.ndarray) -> dict[str, float]:
+        """Share of each group in the sum of their variances (G,), first stage first, the last features last."""
         order = {stage: i for i, stage in enumerate(self.network.split.stages)}
-        names = [group.name for group in self.groups]
-        return sorted(names, key=lambda name: order.get(name.rpartition(" ")[0], len(order)))
+        parts = variances / variances.sum()
+        shares = {group.name: float(part) for group, part in zip(self.groups, parts, strict=True)}
+        names = sorted(shares, key=lambda name: order.get(name.rpartition(" ")[0], len(order)))
+        return {name: shares[name] for name in names}
 
     @property
     def tangent_layers(self) -> list[str]:
@@ -178,19 +186,6 @@ class FittedModel:
     def network(self) -> PreparedNetwork:
         """What evaluates images."""
         return self.reader.network
-
-    @property
-    def prior(self) -> dict[str, float]:
-        """Share of each group in the prior variance of an output, first stage first."""
-        variances = self.solution.variances / self.solution.variances.sum()
-        shares = {group.name: float(v) for group, v in zip(self.reader.groups, variances, strict=True)}
-        return {name: shares[name] for name in self.reader.names_by_depth()}
-
-    @property
-    def columns(self) -> dict[str, tuple[int, int]]:
-        """First column of each group, and the one behind its last."""
-        ends = np.cumsum(self.reader.sizes)
-        return {g.name: (int(end) - g.size, int(end)) for g, end in zip(self.reader.groups, ends, strict=True)}
 
     @cached_property
     def weight(self) -> np.ndarray:

@@ -130,8 +130,13 @@ class Inputs(Parameters):
     def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
         size, count = self._model.network.rows_at_once(self._execution.batch_size), len(rows)
-        with Bars(getattr(self, "verbose", 0) if count > size else 0) as bars:
+        with Bars(self.verbose if count > size else 0) as bars:
             return evaluate_rows(evaluate, rows, np.arange(count), size, lambda _, batch: bars.rows(len(batch), count))
+
+    @property
+    def _reads_last_alone(self) -> bool:
+        """Whether the last features alone may have a variance."""
+        return isinstance(self.prior, str) and self.prior == "last"
 
     def _reads_directions(self) -> bool:
         """Whether tangents along directions may have a variance."""
@@ -155,9 +160,8 @@ class Inputs(Parameters):
         if precision == torch.float64 and device.type == "mps":  # which has no float64
             device = torch.device("cpu")
         layers = self.tangent_layers if self._paper or self._reads_directions() else "head"
-        alone = isinstance(self.prior, str) and self.prior == "last"
-        local = not self._paper and self.tangents in ("local", "both") and not alone
-        slope = float(getattr(self, "negative_slope", 0.0))
+        local = not self._paper and self.tangents in ("local", "both") and not self._reads_last_alone
+        slope = float(self.negative_slope)
         network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, precision, device)
         if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
             network.check_layers(self.tangent_layers)
@@ -176,22 +180,13 @@ class Inputs(Parameters):
 
         if isinstance(rows, np.ndarray) or not isinstance(self.backbone, str):
             return make()
-        module, names = backbone.module, ("tangents", "tangent_layers", "negative_slope", "preprocessing")
-        options = [getattr(self, name, None) for name in names]
-        alone = isinstance(self.prior, str) and self.prior == "last"
+        # Everything that `make` sees; the text of the backbone has the structure of its module.
         said = (
-            backbone,
-            options,
-            alone,
-            self._reads_directions(),
-            rows.size,
-            self._execution.dtype,
-            device,
-            count,
-            self.sketch_size,
-            seed,
-            views,
-        )
+            backbone, self.tangents, self.tangent_layers, self.negative_slope, self.preprocessing,
+            self._reads_last_alone, self._reads_directions(), rows.size, self._execution.dtype, device, count,
+            self.sketch_size, seed, views,
+        )  # fmt: skip
+        module = backbone.module
         tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
         return _READERS.get(digest(tensors, repr(said)), make)
 

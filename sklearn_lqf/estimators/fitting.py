@@ -127,12 +127,14 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
         # Prepare.
         recipe = self._new_recipe(targets.shape[1], labels is not None)
-        if not self._paper:
+        if self._paper:
+            network = self._prepare(backbone, inputs, keep, weights, device)
+        else:
             reader = self._reader(backbone, inputs, keep, weights, device)
-        self.device_ = str(device if self._paper else reader.network.device)
+            network = reader.network
+        self.device_ = str(network.device)
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
             if self._paper:
-                network = self._prepare(backbone, inputs, keep, weights, device)
                 rows = (inputs, keep, targets[keep], weights[keep], given[keep], labels)
                 self._fit_paper(network, recipe, *rows, self._draw_seed(), progress)
                 return
@@ -194,7 +196,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         self._learn_from_held_out(held_out * unit, rows, weights)
         fingerprint = Fingerprint.of(torch.from_numpy(rows.digests), rows.targets, weights)
         self._model = FittedModel(reader, solution, unit, recipe, fingerprint, rows if keep_rows else None)
-        self.prior_, self.groups_ = self._model.prior, self._model.columns
+        self.prior_, self.groups_ = reader.shares(solution.variances), reader.columns
         self.alpha_ = solution.alpha
         self.coef_ = solution.weight.T * unit[:, None]
         self.intercept_ = solution.intercept * unit

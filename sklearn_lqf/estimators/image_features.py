@@ -164,11 +164,10 @@ class ImageFeatures(TransformerMixin, Inputs):
         return self.transform(X) if found is None else self._scaled(found)
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> np.ndarray | None:
-        """Raw features of the images, if they were evaluated."""
+        """Raw features of the images (n, D); None where only those with a positive weight were evaluated."""
         self._check_parameters(1)
         if self.prior is not None:
-            self._fit_prior(X, y, sample_weight)
-            return None
+            return self._fit_prior(X, y, sample_weight)
         device = choose_device(self._execution.device)
         rows, backbone = self._read_training_rows(X, None)
         given = self._given_weights(sample_weight, len(rows))
@@ -179,29 +178,27 @@ class ImageFeatures(TransformerMixin, Inputs):
         self._set_groups(np.ones(len(self._model.groups)))
         return features
 
-    def _fit_prior(self, X: Any, y: Any, sample_weight: Any) -> None:
-        """Take everything from a model that is fitted to y."""
+    def _fit_prior(self, X: Any, y: Any, sample_weight: Any) -> np.ndarray | None:
+        """Take everything from a model that is fitted to y; what it read, as `_fit`."""
         if y is None:
             raise ValueError(f"prior={self.prior!r} is learned from y, which is None: give labels or targets.")
         kind = type_of_target(y.toarray() if issparse(y) else y)
         parameters = {name: getattr(self, name) for name in self._get_param_names()}
-        fitted: Any = (LQFRegressor if kind.startswith("continuous") else LQFClassifier)(**parameters)
+        fitted: Any = (LQFRegressor if kind.startswith("continuous") else LQFClassifier)(**parameters, store_data=True)
         fitted.fit(X, y, sample_weight)
         for name in ("n_features_in_", "feature_names_in_", "image_shape_", "_size", "_image_options"):
             if hasattr(fitted, name):
                 setattr(self, name, getattr(fitted, name))
-        self._model = fitted._model.reader
-        self._standardization = fitted._model.solution.standardization
-        self._set_groups(fitted._model.solution.variances)
+        model = fitted._model
+        self._model, self._standardization = model.reader, model.solution.standardization
+        self._set_groups(model.solution.variances)
+        every = sample_weight is None or np.all(np.asarray(sample_weight) > 0)
+        return model.rows.features if every else None
 
     def _set_groups(self, variances: np.ndarray) -> None:
-        """Scale, names and columns of the groups of these variances (G,)."""
-        shares, reader = variances / variances.sum(), self._model
-        self._scale = np.repeat(np.sqrt(variances / variances.mean()), reader.sizes)
-        by_name = {g.name: float(share) for g, share in zip(reader.groups, shares, strict=True)}
-        self.prior_ = {name: by_name[name] for name in reader.names_by_depth()}
-        ends = np.cumsum(reader.sizes)
-        self.groups_ = {g.name: (int(end) - g.size, int(end)) for g, end in zip(reader.groups, ends, strict=True)}
+        """Scale, shares and columns of the groups of these variances (G,)."""
+        self._scale = np.repeat(np.sqrt(variances / variances.mean()), self._model.sizes)
+        self.prior_, self.groups_ = self._model.shares(variances), self._model.columns
 
     @in_ordinary_arithmetic
     def transform(self, X: Any) -> np.ndarray:

@@ -263,7 +263,7 @@ class Parameters(BaseEstimator):
         "execution": [Mapping, None],
     }
 
-    # Parameters of every estimator.
+    # Parameters; those with a value here are not of every estimator, and have this one where they are absent.
     backbone: Any
     weights: Any
     tangents: str | None
@@ -271,8 +271,9 @@ class Parameters(BaseEstimator):
     n_directions: int
     sketch_size: int | None
     prior: Any
-    negative_slope: float
-    solver: str
+    model: str = "groups"
+    negative_slope: float = 0.0
+    solver: str = "auto"
     max_iter: int
     tol: float
     views: str | Sequence[str]
@@ -280,9 +281,9 @@ class Parameters(BaseEstimator):
     image_size: Any
     channel_axis: int
     preprocessing: Mapping[str, Any] | None
-    store_data: bool
+    store_data: bool = False
     random_state: Any
-    verbose: int
+    verbose: int = 0
     execution: Mapping[str, Any] | None
 
     @property
@@ -301,7 +302,7 @@ class Parameters(BaseEstimator):
     @property
     def _paper(self) -> bool:
         """Whether the model is the paper's."""
-        return getattr(self, "model", "groups") == "paper"
+        return self.model == "paper"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Get the parameters of this estimator.
@@ -373,7 +374,7 @@ class Parameters(BaseEstimator):
 
     def _check_combinations(self, execution: Execution, n_processes: int) -> None:
         """Parameters that exclude each other."""
-        if not self._paper and getattr(self, "solver", None) == "sgd":
+        if not self._paper and self.solver == "sgd":
             raise ValueError("solver='sgd' is the paper's: set model='paper', or use 'auto', 'closed' or 'pcg'.")
         if self._paper:
             if self.solver == "closed":
@@ -384,7 +385,7 @@ class Parameters(BaseEstimator):
             ):  # fmt: skip
                 if wrong:
                     raise ValueError(f"model='paper' does not support {name}={value!r}.")
-        if n_processes > 1 and getattr(self, "store_data", False):
+        if n_processes > 1 and self.store_data:
             raise ValueError("store_data=True does not support distributed=True with several processes.")
         if n_processes > 1 and not isinstance(self.random_state, Integral):
             raise ValueError(

@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 from support.data import make_images, tiny_net
 
 from sklearn_lqf import ImageFeatures, LQFClassifier, LQFRegressor
+from sklearn_lqf.estimators import data
 
 X, Y = make_images(15)
 NEW_X, _ = make_images(3, seed=1)
@@ -50,3 +51,14 @@ def test_beside_columns_of_a_table(tmp_path):
     assert list(found.columns)[-1] == "size"
     assert_allclose(found.to_numpy()[:, :-1], ImageFeatures(tiny_net(), **DOUBLE).fit_transform(X), atol=1e-6)
     assert make_pipeline(both, Ridge()).fit(table, np.arange(len(X))).predict(table).shape == (len(X),)
+
+
+@pytest.mark.parametrize("weights", [None, np.arange(len(X)) % 4])
+def test_images_are_read_once_by_fit_transform(weights, monkeypatch):
+    read, evaluate = [], data.evaluate_rows
+    monkeypatch.setattr(data, "evaluate_rows", lambda *args: (read.append(len(args[2])), evaluate(*args))[1])
+    found = ImageFeatures(tiny_net(), prior="leave-one-out", **DOUBLE)
+    features = found.fit_transform(X, Y, sample_weight=weights)
+    if weights is None:
+        assert read == [len(X)]
+    assert_allclose(features, found.transform(X), atol=1e-10)
