@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import check_estimator, legend, pyplot
+from .figures import axes_of, check_estimator, legend, pyplot
 
 __all__ = ["ConvergenceDisplay"]
 
@@ -74,10 +74,9 @@ class ConvergenceDisplay:
         display : ConvergenceDisplay
             The display itself.
         """
-        plt = pyplot("ConvergenceDisplay.plot")
+        ax = axes_of("ConvergenceDisplay.plot", ax)
         from matplotlib.ticker import MaxNLocator
 
-        ax = plt.subplots(layout="constrained")[1] if ax is None else ax
         name = self.estimator_name if name is None else name
         norms = np.asarray(self.residual_norms, dtype=float)
         options = {"label": name, "marker": "o" if len(norms) <= 50 else None, "markersize": 4, **line_kw}

@@ -6,7 +6,7 @@ from typing import Any
 
 from sklearn.utils.validation import check_is_fitted
 
-__all__ = ["check_estimator", "legend", "pyplot"]
+__all__ = ["axes_of", "check_estimator", "legend", "pyplot"]
 
 
 def pyplot(caller: str) -> Any:
@@ -18,6 +18,12 @@ def pyplot(caller: str) -> Any:
             f"{caller} needs matplotlib, which the extra 'plot' brings: pip install 'sklearn-lqf[plot]'."
         ) from error
     return plt
+
+
+def axes_of(caller: str, ax: Any, **figure: Any) -> Any:
+    """The Axes to draw on: those given, or those of a new figure."""
+    plt = pyplot(caller)
+    return plt.subplots(layout="constrained", **figure)[1] if ax is None else ax
 
 
 def check_estimator(display: type, estimator: Any, *attributes: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import check_estimator, legend, pyplot
+from .figures import axes_of, check_estimator, legend, pyplot
 
 __all__ = ["RegularizationPathDisplay"]
 
@@ -93,8 +93,7 @@ class RegularizationPathDisplay:
         display : RegularizationPathDisplay
             The display itself.
         """
-        plt = pyplot("RegularizationPathDisplay.plot")
-        ax = plt.subplots(layout="constrained")[1] if ax is None else ax
+        ax = axes_of("RegularizationPathDisplay.plot", ax)
         order = np.argsort(self.alphas)
         alphas, scores = (np.asarray(values, dtype=float)[order] for values in (self.alphas, self.scores))
         label = self.estimator_name if name is None else name
