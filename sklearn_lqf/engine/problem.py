@@ -195,7 +195,7 @@ class Problem:
         if not np.isfinite(rows.features).all():
             raise ValueError(
                 "The backbone's features of the training images are not all finite: check its weights and "
-                "preprocessing, or use dtype='float64'."
+                "preprocessing, or use execution={'dtype': 'float64'}."
             )
         self.multiplicity = rows.multiplicity
         self.weights = weights * (self.multiplicity.sum() / weights.sum())

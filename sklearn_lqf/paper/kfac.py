@@ -191,8 +191,8 @@ class KroneckerBlock:
         """Prepare the inverse of the block plus ``ridge`` times the identity; the factors are released."""
         if not all(bool(torch.isfinite(part).all()) for part in self._sums):
             raise ValueError(
-                "The curvature is not finite: the network's derivatives overflow. Use dtype='float64', or check its "
-                "weights."
+                "The curvature is not finite: the network's derivatives overflow. Use "
+                "execution={'dtype': 'float64'}, or check its weights."
             )
         if self.exact:
             self.solve = _dense_solve(self.block, ridge, dtype)
@@ -437,7 +437,7 @@ class KFAC:
             raise ValueError(
                 f"The curvature has trace {trace:g}, the penalty is {alpha:g} and the damping {damping:g}; all must "
                 "be finite, and the penalty positive. Check that the network's outputs and gradients are finite "
-                "and not all zero, or use dtype='float64'."
+                "and not all zero, or use execution={'dtype': 'float64'}."
             )
         for block in self.blocks:
             block.factorize(alpha if isinstance(block, HeadBlock) else alpha + damping, dtype)

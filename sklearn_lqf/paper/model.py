@@ -253,7 +253,7 @@ def _evaluate(
     if not all(np.isfinite(v).all() for v in found):
         raise ValueError(
             "The backbone's features of the training images are not all finite: check its weights and "
-            "preprocessing, or use dtype='float64'."
+            "preprocessing, or use execution={'dtype': 'float64'}."
         )
     return found
 

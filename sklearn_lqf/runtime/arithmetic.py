@@ -26,7 +26,7 @@ TRACING = threading.RLock()  # torch.fx replaces nn.Module.__call__ while it tra
 DUAL_NUMBERS = threading.RLock()  # forward-mode differentiation has one level; functional_call swaps parameters
 GENERATOR = threading.RLock()  # torch's global generator, while it is seeded and until it is put back
 
-_AUTOCAST = ("cpu", "cuda")  # the types of the devices that `choose_device` knows
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that `choose_device` may return
 
 
 def shared_by_threads(setting: Setting) -> Setting:

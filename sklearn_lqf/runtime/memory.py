@@ -135,7 +135,7 @@ def with_smaller_batches(work: Callable[[int], T], batch_size: int) -> T:
             if batch_size == 1:
                 raise MemoryError(
                     f"There is not enough memory even for batches of one row ({error}). Remedies: a smaller "
-                    "image_size, fewer tangent_layers, device='cpu', or a device with more memory."
+                    "image_size, fewer tangent_layers, execution={'device': 'cpu'}, or a device with more memory."
                 ) from error
         if torch.cuda.is_available():  # the frames that held the tensors are gone only here
             torch.cuda.empty_cache()
