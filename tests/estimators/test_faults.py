@@ -31,6 +31,8 @@ import sklearn_lqf
 from sklearn_lqf import LQFClassifier, LQFRegressor
 from sklearn_lqf.runtime import memory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X, Y = make_images(12, size=8)
 NET = tiny_net(width=4)
 PAPER = {"model": "paper", "tol": 1e-6, "max_iter": 500}
@@ -38,15 +40,6 @@ PAPER = {"model": "paper", "tol": 1e-6, "max_iter": 500}
 
 def classifier(**options) -> LQFClassifier:
     return LQFClassifier(**merged({"backbone": NET, "execution": {"dtype": "float64"}}, options))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of torch in each thread: those of the tests are more than the cores, and rounding depends on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_not_fitted(estimator: Any) -> None:

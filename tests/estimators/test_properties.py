@@ -19,6 +19,8 @@ from torch import nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
 settings.load_profile("ci")
@@ -37,14 +39,6 @@ def tiny(channels: int = 3) -> nn.Module:
 
 
 NETS = {1: tiny(1), 3: tiny(3)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def classifier(channels: int = 3, **parameters: Any) -> LQFClassifier:

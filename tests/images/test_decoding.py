@@ -1,6 +1,7 @@
 """Files and PIL images: colors, orientation, and every way in which they can be broken."""
 
 import builtins
+import inspect
 import io
 import struct
 import warnings
@@ -114,8 +115,9 @@ def test_images_that_pillow_turned_are_taken_as_they_are(color):
     expected = whole(np.rot90(color[0], -1)[None])
     image = Image.open(io.BytesIO(content))
     assert torch.equal(whole([ImageOps.exif_transpose(image)]), expected)
-    ImageOps.exif_transpose(image, in_place=True)
-    assert torch.equal(whole([image]), expected)
+    if "in_place" in inspect.signature(ImageOps.exif_transpose).parameters:  # Pillow >= 9.5
+        ImageOps.exif_transpose(image, in_place=True)
+        assert torch.equal(whole([image]), expected)
 
 
 def test_one_warning_names_the_images_of_a_batch(color):

@@ -5,12 +5,15 @@ import itertools
 import threading
 import types
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import splits
 from support.needs import needs_sizes_as_arguments
 from support.networks import Other
+from support.splits import SLOPE, rand
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,27 +24,8 @@ from sklearn_lqf.network.tails import _dual_call
 from sklearn_lqf.network.tracing import Split, split_network
 from sklearn_lqf.runtime.arithmetic import DUAL_NUMBERS
 
-SLOPE = 0.1
 OUTPUTS = 3
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def randomized(module, seed=0):
-    """Float64, evaluation mode, every parameter and statistic away from its initial value."""
-    module = module.double().eval()
-    generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        fan = max(1, p[0].numel() if p.ndim > 1 else 4)
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * (2 / fan) ** 0.5
-    for name, buffer in module.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(generator=generator)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.2, 2.0, generator=generator)
-    return module
+randomized = partial(splits.randomized, by_fan=True)
 
 
 def linearized(features, x, tangent_layers="all", negative_slope=0.0):

@@ -12,12 +12,17 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def randomized(module, seed=0):
-    """Float64, evaluation mode, every parameter and statistic away from its initial value."""
+def randomized(module, seed=0, by_fan=False):
+    """Float64, evaluation mode, every parameter and statistic away from its initial value.
+
+    ``by_fan``: weights of a size that keeps that of the activations.
+    """
     module = module.double().eval()
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5
+        fan = max(1, p[0].numel() if p.ndim > 1 else 4)
+        size = (2 / fan) ** 0.5 if by_fan else 0.5
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * size
     for name, buffer in module.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(generator=generator)
