@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -27,13 +28,35 @@ from torch.nn.grad import conv2d_weight
 
 from ..network.depthwise import are_few, image_gradients, is_wide_depthwise
 
-__all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "SmallBlock"]
+__all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "Sizes", "SmallBlock"]
 
-_EIGH_MAX = 256  # rows up to which a factor is diagonalized; above, the inverse is by Cholesky: 20 times faster
-_WHOLE_MAX = 512  # rows up to which a factor is kept whole; above, its Nyström approximation
-_RANK = 128  # of the approximation: solvers take as many iterations with it as with whole factors
-_EXACT_MAX = 64  # parameters of one group of a convolution up to which its block is exact (depthwise)
-_CHUNK = 1 << 25  # elements of the largest intermediate result of an update
+
+@dataclass(frozen=True)
+class Sizes:
+    """Up to which sizes the curvature of a layer is computed in which way.
+
+    Attributes
+    ----------
+    diagonalized : int
+        Rows up to which a factor is diagonalized; above, the inverse is by Cholesky: 20 times faster.
+    whole : int
+        Rows up to which a factor is kept whole; above, its Nyström approximation.
+    rank : int
+        Of the approximation: solvers take as many iterations with it as with whole factors.
+    exact : int
+        Parameters of one group of a convolution up to which its block is exact (depthwise).
+    chunk : int
+        Elements of the largest intermediate result of an update.
+    """
+
+    diagonalized: int = 256
+    whole: int = 512
+    rank: int = 128
+    exact: int = 64
+    chunk: int = 1 << 25
+
+
+_SIZES = Sizes()
 
 
 class KroneckerBlock:
@@ -45,18 +68,19 @@ class KroneckerBlock:
         Gives the geometry; groups have blocks of their own.
     weight, bias : slice or None
         Where the parameters lie in a flat vector (P,); None: not linearized.
+    sizes : Sizes
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: slice, bias: slice | None):
-        self.layer, self.weight, self.bias = layer, weight, bias
+    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: slice, bias: slice | None, sizes: Sizes = _SIZES):
+        self.layer, self.weight, self.bias, self.sizes = layer, weight, bias, sizes
         self.groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         self.o = layer.weight.shape[0] // self.groups
         self.m = layer.weight[0].numel() + (bias is not None)
-        self.exact = self.o * self.m <= _EXACT_MAX and self.groups > 1
+        self.exact = self.o * self.m <= sizes.exact and self.groups > 1
         if self.exact:
             self.block = self._zeros(self.o * self.m, self.o * self.m)
         else:
-            self.left, self.right = (_Factor(self.groups, size, layer.weight) for size in (self.o, self.m))
+            self.left, self.right = (_Factor(self.groups, size, layer.weight, sizes) for size in (self.o, self.m))
             self.tau = self._zeros()
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -81,7 +105,7 @@ class KroneckerBlock:
         elements = self.groups * max(
             positions * self.m, len(probes) * positions * self.o, positions**2 if by_gram else self.o * self.m
         )
-        rows = max(1, _CHUNK // elements)
+        rows = max(1, self.sizes.chunk // elements)
         for start in range(0, batch, rows):
             part = slice(start, start + rows)
             x = [x[part] for x in images]
@@ -198,7 +222,8 @@ class KroneckerBlock:
             self.solve = _dense_solve(self.block, ridge, dtype)
             del self.block
         else:
-            self.solve = _kronecker_solve(self.left, self.right, self.tau, ridge, dtype)
+            diagonalized = max(self.o, self.m) <= self.sizes.diagonalized
+            self.solve = _kronecker_solve(self.left, self.right, self.tau, ridge, dtype, diagonalized)
             del self.left, self.right, self.tau
 
     def apply(self, vector: Tensor, out: Tensor) -> None:
@@ -224,6 +249,7 @@ class _Factor:
     groups, size : int
     like : Tensor
         Gives the dtype of what is added, and the device.
+    sizes : Sizes
 
     Attributes
     ----------
@@ -233,12 +259,12 @@ class _Factor:
         Omega.
     """
 
-    def __init__(self, groups: int, size: int, like: Tensor):
+    def __init__(self, groups: int, size: int, like: Tensor, sizes: Sizes):
         self.test = None
-        if size > _WHOLE_MAX:  # seeded by a constant: the same in all fits and processes
+        if size > sizes.whole:  # seeded by a constant: the same in all fits and processes
             generator = torch.Generator().manual_seed(0)
-            self.test = (torch.randn(size, _RANK, generator=generator) / math.sqrt(size)).to(like)
-        columns = size if self.test is None else _RANK
+            self.test = (torch.randn(size, sizes.rank, generator=generator) / math.sqrt(size)).to(like)
+        columns = size if self.test is None else sizes.rank
         self.sum = torch.zeros(groups, size, columns, dtype=torch.float64, device=like.device)
 
     @property
@@ -471,12 +497,12 @@ def _dense_solve(block: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[T
 
 
 def _kronecker_solve(
-    left: _Factor, right: _Factor, tau: Tensor, ridge: float, dtype: torch.dtype
+    left: _Factor, right: _Factor, tau: Tensor, ridge: float, dtype: torch.dtype, diagonalized: bool
 ) -> Callable[[Tensor], Tensor]:
     """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m), for tau (G,)."""
     o, m = left.sum.shape[1], right.sum.shape[1]
     norm = torch.where(tau > 0, tau, 1.0)  # zero where a layer is dead: the inverse is 1 / ridge there
-    if max(o, m) <= _EIGH_MAX:
+    if diagonalized:
         (l_values, l_basis), (r_values, r_basis) = _eigh(left.sum / norm.view(-1, 1, 1)), _eigh(right.sum)
         values = (1 / (l_values.unsqueeze(2) * r_values.unsqueeze(1) + ridge)).to(dtype)  # (G, o, m)
         l_basis, r_basis = l_basis.to(dtype), r_basis.to(dtype)

@@ -30,7 +30,6 @@ TARGET_SCALE = 15.0
 _DAMPING = 0.1  # of the trace for one output: it changes the path of the solver alone
 _EXACT_MAX = 256  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
 _ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
-_RIDGE_ROWS = 1000  # from which an automatic penalty is chosen, which costs the cube of their number
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,7 @@ def fit_paper(
     seed: int,
     multiplicity: np.ndarray | None = None,
     report: Callback | None = None,
+    ridge_rows: int = 1000,
 ) -> PaperFit:
     """Fit the model of the paper.
 
@@ -166,6 +166,8 @@ def fit_paper(
         How many identical images a row stands for, at least 1, in leave-one-out; None: weights above 1.
     report : callable or None
         Called with the number of each iteration, the relative gradient and d; true stops.
+    ridge_rows : int
+        From which an automatic penalty is chosen, which costs the cube of their number.
 
     Returns
     -------
@@ -191,7 +193,7 @@ def fit_paper(
     head = _random_head(targets.shape[1], network.split.n_features, generator)
     linearized = _linearized(network, head)
     multiplicity = np.maximum(weights, 1.0) if multiplicity is None else multiplicity
-    rows = _ridge_rows(len(targets)) if alpha == "auto" else np.arange(0)
+    rows = _some_rows(len(targets), ridge_rows) if alpha == "auto" else np.arange(0)
     offset, features = _evaluate(linearized, batches, rows)
     scaled = targets / unit
     residual, s = (torch.tensor(v).to(linearized.weight) for v in (scaled - offset, weights))
@@ -230,11 +232,11 @@ def _random_head(n_outputs: int, n_features: int, generator: torch.Generator) ->
     return (drawn / n_features**0.5).numpy()
 
 
-def _ridge_rows(n: int) -> np.ndarray:
-    """All rows, or as many of them as serve to choose a penalty, by a constant seed and in their order."""
-    if n <= _RIDGE_ROWS:
+def _some_rows(n: int, most: int) -> np.ndarray:
+    """All rows, or as many as there may be, by a constant seed and in their order."""
+    if n <= most:
         return np.arange(n)
-    return np.sort(np.random.default_rng(0).choice(n, _RIDGE_ROWS, replace=False))
+    return np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
 def _evaluate(

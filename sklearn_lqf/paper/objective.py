@@ -21,6 +21,7 @@ b       ``rhs``         (P,)       sum_i s_i J_i' t_i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,14 +30,34 @@ from ..images.cache import batch_sizes
 from ..network.linearize import LinearizedNetwork, Point
 from .kfac import KFAC, HeadBlock, KroneckerBlock, SmallBlock
 
-__all__ = ["Quadratic", "build_kfac"]
+__all__ = ["Budget", "Quadratic", "build_kfac"]
 
 Batch = Sequence[Tensor]
-_POINTS_BYTES = 1 << 30  # of activations kept between products, which are evaluated anew for the batches beyond
-_GRADIENTS = 1 << 28  # elements of the output gradients of all layers and probes held at once
-_OTHER_ROWS = 64  # images from which the curvature of parameters outside Linear and Conv2d is estimated
-_OTHER_ELEMENTS = 1 << 25  # elements of their Jacobians held at once
-_OTHER_PRODUCTS = 256  # of their gradients evaluated at once: each holds activations of its own
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What curvature may cost. Others: the parameters outside Linear and Conv2d.
+
+    Attributes
+    ----------
+    gradients : int
+        Elements of the output gradients of all layers and probes held at once.
+    other_rows : int
+        Images from which the curvature of others is estimated.
+    other_elements : int
+        Elements of Jacobians of others held at once.
+    other_products : int
+        Gradients of others evaluated at once: each holds activations of its own.
+    """
+
+    gradients: int = 1 << 28
+    other_rows: int = 64
+    other_elements: int = 1 << 25
+    other_products: int = 256
+
+
+_BUDGET = Budget()
 
 
 class Quadratic:
@@ -51,6 +72,8 @@ class Quadratic:
     weights : Tensor of shape (n,)
     alpha : float
         lambda > 0.
+    kept : int
+        Bytes of activations kept between products, which are evaluated anew for the batches beyond.
     """
 
     def __init__(
@@ -60,11 +83,12 @@ class Quadratic:
         targets: Tensor,
         weights: Tensor,
         alpha: float,
+        kept: int = 1 << 30,
     ):
         self.network, self.batches, self.alpha = network, batches, alpha
         self._points: dict[int, Point] = {}
         self._rhs: Tensor | None = None
-        self._free = _POINTS_BYTES
+        self._free = kept
         sizes = batch_sizes(batches)
         self.targets, self.weights = targets.split(sizes), weights.split(sizes)
 
@@ -111,7 +135,9 @@ class Quadratic:
         return total
 
 
-def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Tensor, probes: Tensor) -> KFAC:
+def build_kfac(
+    network: LinearizedNetwork, batches: Sequence[Batch], weights: Tensor, probes: Tensor, budget: Budget = _BUDGET
+) -> KFAC:
     """Accumulate the curvature of the quadratic's data term, one pass over the batches.
 
     Parameters
@@ -123,6 +149,7 @@ def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Te
     probes : Tensor of shape (K, C) or (K, n, C)
         Output directions, the same or others for each row, whose sum of outer products over k is the identity
         (exact) or has it as its expectation.
+    budget : Budget
 
     Returns
     -------
@@ -137,7 +164,7 @@ def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Te
     probes = (probes if probes.ndim == 3 else probes.unsqueeze(1)).expand(-1, len(weights), -1)
     # As many rows at once as the caller evaluates, if the gradients of all probes fit.
     largest = max(batch_sizes(batches))
-    limit = max(1, largest // len(probes), _GRADIENTS // (len(probes) * max(elements, 1)))
+    limit = max(1, largest // len(probes), budget.gradients // (len(probes) * max(elements, 1)))
     for piece, batch in _pieces(batches, limit):
         point = network.at(batch, gradients=bool(blocks))
         head.update(point.features, weights[piece])
@@ -146,7 +173,7 @@ def build_kfac(network: LinearizedNetwork, batches: Sequence[Batch], weights: Te
                 for name, inputs, gradients in _layer_gradients(point, blocks, probes[:, piece]):
                     blocks[name].update(inputs, gradients, weights[piece])
     if others:
-        _update_others(network, batches, weights, others, owners)
+        _update_others(network, batches, weights, others, owners, budget)
     return KFAC([*blocks.values(), *others, head])
 
 
@@ -219,16 +246,17 @@ def _update_others(
     weights: Tensor,
     blocks: list[SmallBlock],
     groups: list[list[str]],
+    budget: Budget,
 ) -> None:
     """Exact Jacobians of a few images, evenly spread over all n rows, scaled to all."""
     present = weights.nonzero().squeeze(1)
-    count = min(len(present), _OTHER_ROWS)
+    count = min(len(present), budget.other_rows)
     chosen = present[torch.arange(count, device=weights.device) * len(present) // count]
     scale = weights.sum() / weights[chosen].sum()
     names = [n for group in groups for n in group]
     n_outputs = network.weight.shape[0]
     size = sum(network.slices[n].stop - network.slices[n].start for n in names)
-    limit = max(1, min(_OTHER_PRODUCTS // n_outputs, _OTHER_ELEMENTS // (size * n_outputs)))
+    limit = max(1, min(budget.other_products // n_outputs, budget.other_elements // (size * n_outputs)))
     for piece, batch in _pieces(batches, len(weights)):
         mine = chosen[(chosen >= piece.start) & (chosen < piece.stop)] - piece.start
         for part in mine.split(limit) if len(mine) else ():
