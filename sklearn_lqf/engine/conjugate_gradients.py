@@ -57,9 +57,14 @@ class Course:
         return self.status is Status.CONVERGED
 
 
+def _the_same(values: Tensor) -> Tensor:
+    return values
+
+
 def conjugate_gradients(
-    product: Operator, rhs: Tensor, precondition: Operator, *, scale: Tensor, tol: float, max_iter: int
-) -> tuple[Tensor, Course]:
+    product: Operator, rhs: Tensor, precondition: Operator, *, scale: Tensor, tol: float, max_iter: int,
+    agreed: Operator = _the_same,
+) -> tuple[Tensor, Course]:  # fmt: skip
     """H X = R by runs side by side, each with step lengths of its own; those that are done rest.
 
     Parameters
@@ -75,6 +80,8 @@ def conjugate_gradients(
     tol : float
         It stops when each |R - H X| is at most this times its scale, in a residual computed anew.
     max_iter : int
+    agreed : callable
+        Norms of the residuals (C,) -> those by which all processes decide that share a product.
 
     Returns
     -------
@@ -90,7 +97,7 @@ def conjugate_gradients(
     size = torch.where(scale > 0, scale, 1.0)
     x, r, p, hp = torch.zeros_like(rhs), rhs.clone(), torch.zeros_like(rhs), torch.zeros_like(rhs)
     curvature, drifts = torch.full_like(size, math.inf), 0
-    relative = r.norm(dim=0) / size
+    relative = agreed(r.norm(dim=0) / size)
     errors, status = [_largest(relative)], _judge(relative, tol, drifts)
     while status is Status.MAX_ITER and len(errors) <= max_iter:
         on = (relative > tol).nonzero().squeeze(1)
@@ -103,11 +110,10 @@ def conjugate_gradients(
         p[:, on], hp[:, on] = direction, along
         x[:, on] += step * direction
         r[:, on] -= step * along
-        relative = r.norm(dim=0) / size
+        relative = agreed(r.norm(dim=0) / size)
         if len(errors) % _REFRESH == 0 or len(errors) == max_iter or bool((relative <= tol).all()):
             true = rhs - product(x)
-            relative = true.norm(dim=0) / size
-            drift = (true - r).norm(dim=0) / size
+            relative, drift = agreed(torch.stack([true.norm(dim=0), (true - r).norm(dim=0)]) / size)
             drifts += bool(((drift > _DRIFT * relative) & (relative > tol)).any())
             r = true
         errors.append(_largest(relative))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.memory import PIECE_BYTES
+from ..runtime.processes import ALONE, ProcessGroup
 from .centered import Features
 from .conjugate_gradients import Course, conjugate_gradients
 from .preconditioner import Block, KroneckerPreconditioner
@@ -28,10 +29,8 @@ class EstimatedForm(Factorization):
 
     Parameters
     ----------
-    features : Tensor or ndarray of shape (n, D)
-        Phi, each column times the root of its prior variance.
-    weights : Tensor of shape (n,)
-        s > 0.
+    features, weights, piece, group
+        As of a `Factorization`.
     blocks : sequence of Block
         Of the preconditioner.
     tol : float
@@ -41,8 +40,6 @@ class EstimatedForm(Factorization):
     multiplicity : Tensor of shape (n,), optional
         How many images a row stands for, one each by default: with it the variance is the same if rows are given as
         often instead.
-    piece : int
-        Bytes of the features that are held in float64 at once.
 
     Notes
     -----
@@ -70,16 +67,17 @@ class EstimatedForm(Factorization):
         max_iter: int,
         multiplicity: Tensor | None = None,
         piece: int = PIECE_BYTES,
+        group: ProcessGroup = ALONE,
     ):
-        super().__init__(features, weights, piece)
+        super().__init__(features, weights, piece, group)
         self._tol, self._max_iter = tol, max_iter
-        self._fraction = torch.ones_like(self.weights) if multiplicity is None else 1 / multiplicity.double()
+        self._fraction = torch.ones_like(self.weights) if multiplicity is None else 1 / multiplicity.to(self.weights)
         self._precondition = KroneckerPreconditioner(self._rows, blocks)
         self._freedom: float | None = None
 
     def _optimum(self, targets: Tensor) -> tuple[Tensor, Tensor, Course]:
         rows = self._rows
-        coef, course = self._iterate(rows.moment(targets), 2 * rows.norm(targets))
+        coef, course = self._iterate(rows.transposed(self.weights[:, None] * targets), 2 * rows.norm(targets))
         return coef, self.weights[:, None] * (targets - rows.fitted(coef)), course
 
     @property
@@ -109,8 +107,7 @@ class EstimatedForm(Factorization):
         """What the intercept leaves of the weights (n,) times q, and the preconditioner's odds (n,)."""
         weights = fraction * self.weights
         share = 1 - weights / self._rows.total
-        odds = [self._precondition.odds(phi, weights[rows], share[rows]) for rows, phi in self._rows]
-        return share, torch.cat(odds)
+        return share, self._rows.each(lambda rows, phi: self._precondition.odds(phi, weights[rows], share[rows]))
 
     def _factor(self, fraction: Tensor, share: Tensor, odds: Tensor) -> float:
         """The number times the odds with which the rows use up the degrees of freedom: by bisection of its log."""
@@ -136,5 +133,6 @@ class EstimatedForm(Factorization):
     def _iterate(self, rhs: Tensor, scale: Tensor) -> tuple[Tensor, Course]:
         """H^-1 times vectors (D, C), with residuals of at most ``tol`` times a scale (C,)."""
         return conjugate_gradients(
-            self._rows.product, rhs, self._precondition, scale=scale, tol=self._tol, max_iter=self._max_iter
-        )
+            self._rows.product, rhs, self._precondition, scale=scale, tol=self._tol, max_iter=self._max_iter,
+            agreed=self._rows.agreed,
+        )  # fmt: skip

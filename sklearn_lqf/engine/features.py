@@ -9,7 +9,7 @@ their scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ from ..network.rewrite import is_plain
 from ..network.statistics import Part
 from ..network.tails import TracedTail
 from ..network.tracing import Split
+from ..runtime.memory import PIECE_BYTES, pieces
+from ..runtime.processes import ALONE, ProcessGroup
 from .sketch import LayerSketch, draw_sketch
 
 __all__ = ["Group", "GroupFeatures", "Standardization", "draw_directions", "fit_standardization"]
@@ -296,23 +298,45 @@ class Standardization:
         return (features - self.shift) / self.scale
 
 
-def fit_standardization(features: np.ndarray, weights: np.ndarray, groups: Sequence[Group]) -> Standardization:
+def fit_standardization(
+    features: np.ndarray, weights: np.ndarray, groups: Sequence[Group], processes: ProcessGroup = ALONE,
+    piece: int = PIECE_BYTES,
+) -> Standardization:  # fmt: skip
     """Mean 0, and mean squared norm 1 of each group.
 
     Parameters
     ----------
     features : ndarray of shape (n, D)
+        Where processes share the rows, those of this process's share.
     weights : ndarray of shape (n,)
-        Not all zero.
+        Of the rows of all processes, not all zero.
     groups : sequence of Group
+    processes : ProcessGroup
+    piece : int
+        Bytes of the rows that are held in float64 at once.
+
+    Raises
+    ------
+    ValueError
+        Some features are not finite.
     """
-    s = weights / weights.sum()
-    blocks = np.array_split(np.arange(len(features)), max(1, features.size >> 24))  # bounded copies
-    mean, variance = np.zeros(features.shape[1]), np.zeros(features.shape[1])
-    for rows in blocks:
-        mean += s[rows] @ features[rows].astype(np.float64)
-    for rows in blocks:
-        variance += s[rows] @ np.square(features[rows] - mean)
+    s = (weights / weights.sum())[processes.share(len(weights))]
+    parts = pieces(len(features), 8 * features.shape[1], piece)
+
+    def mean_of(values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        found = np.zeros(features.shape[1])
+        for rows in parts:
+            found += s[rows] @ values(features[rows].astype(np.float64))
+        return processes.all_reduce(torch.from_numpy(found)).numpy()
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = mean_of(lambda x: x)
+    if not np.isfinite(mean).all():
+        raise ValueError(
+            "The backbone's features of the training images are not all finite: check its weights and preprocessing, "
+            "or use execution={'dtype': 'float64'}."
+        )
+    variance = mean_of(lambda x: np.square(x - mean))
     # The variance of constant features is rounding.
     noise = 10 * np.finfo(features.dtype).eps * np.abs(mean)
     scale, start = np.ones(len(mean)), 0

@@ -68,6 +68,7 @@ class KroneckerPreconditioner:
         for at, phi in rows:
             for block, found in zip(self._blocks, sums, strict=True):
                 _add_curvature(found, phi[:, block.columns], rows.weights[at], block.sides)
+        rows.reduce(found for block in sums for found in block)
         self._factors = [_factor(found, block.sides) for found, block in zip(sums, self._blocks, strict=True)]
 
     def __call__(self, vectors: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.processes import ALONE, ProcessGroup
+from .centered import ScaledFeatures
 from .estimate import EstimatedForm
 from .features import Group, Standardization, fit_standardization
 from .preconditioner import Block
@@ -34,7 +36,7 @@ class TrainingRows:
     Attributes
     ----------
     features : ndarray of shape (n, D)
-        Not standardized.
+        Not standardized. Where processes share a fit, those of this process's share.
     targets : ndarray of shape (n, C)
         In float64, in the units of y.
     given : ndarray of shape (n,)
@@ -174,6 +176,8 @@ class Problem:
     recipe : Recipe
     fitted : Solution or None
         Whose standardization and prior are taken instead of those that follow from the rows.
+    processes : ProcessGroup
+        That share the rows: each has the features of its own, and all else of all.
 
     Attributes
     ----------
@@ -190,22 +194,17 @@ class Problem:
         unit: np.ndarray,
         recipe: Recipe,
         fitted: Solution | None = None,
+        processes: ProcessGroup = ALONE,
     ):
-        self._rows, self.groups, self._recipe = rows, list(groups), recipe
-        if not np.isfinite(rows.features).all():
-            raise ValueError(
-                "The backbone's features of the training images are not all finite: check its weights and "
-                "preprocessing, or use execution={'dtype': 'float64'}."
-            )
+        self._rows, self.groups, self._recipe, self._processes = rows, list(groups), recipe, processes
         self.multiplicity = rows.multiplicity
         self.weights = weights * (self.multiplicity.sum() / weights.sum())
         self.targets = rows.targets / unit
         if fitted is None:
-            self.standardization = fit_standardization(rows.features, self.weights, groups)
+            self.standardization = fit_standardization(rows.features, self.weights, groups, processes)
         else:
             self.standardization = fitted.standardization
-        self._features = self.standardization(rows.features)  # (n, D)
-        self.variances = self._choose_prior() if fitted is None else fitted.variances
+        self.variances = processes.of_the_first(self._choose_prior()) if fitted is None else fitted.variances
 
     # ---------------------------------------------------------------------------------------------- prior
 
@@ -275,9 +274,12 @@ class Problem:
         return np.flatnonzero(np.isin(unit, chosen))
 
     def _kernels(self, sample: np.ndarray, used: np.ndarray) -> np.ndarray:
-        """Of each group in use between some rows, (used, n, n)."""
-        ends = np.cumsum([group.size for group in self.groups])
-        parts = [self._features[sample, end - g.size : end] for g, end in zip(self.groups, ends, strict=True)]
+        """Of each group in use between some rows in ascending order, (used, n, n)."""
+        own = self._processes.share(len(self._rows))
+        mine = sample[(sample >= own.start) & (sample < own.stop)] - own.start
+        seen = self._processes.all_gather_rows(torch.from_numpy(self._rows.features[mine])).numpy()
+        features, ends = self.standardization(seen), np.cumsum([group.size for group in self.groups])
+        parts = [features[:, end - g.size : end] for g, end in zip(self.groups, ends, strict=True)]
         return np.stack([x @ x.T for x, is_used in zip(parts, used, strict=True) if is_used])
 
     # ------------------------------------------------------------------------------------------- solution
@@ -290,17 +292,19 @@ class Problem:
 
     def factorization(self, variances: np.ndarray) -> Factorization:
         """What answers for these prior variances; in closed form where it fits."""
-        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
-        active = scale > 0
-        features = torch.from_numpy(self._features[:, active] * scale[active])
+        features = self._scaled(self._rows.features, variances)
         weights, recipe = torch.from_numpy(self.weights), self._recipe
-        fits = closed_form_fits(len(features), features.shape[1], recipe.budget)
+        fits = closed_form_fits(len(weights), features.shape[1], recipe.budget)
         if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
-            return factorize(features, weights, recipe.budget)
+            return factorize(features, weights, recipe.budget, group=self._processes)
         return EstimatedForm(
             features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter,
-            multiplicity=torch.from_numpy(self.multiplicity),
+            multiplicity=torch.from_numpy(self.multiplicity), group=self._processes,
         )  # fmt: skip
+
+    def _root(self, variances: np.ndarray) -> np.ndarray:
+        """Roots of the prior variances of the columns, (D,)."""
+        return np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
 
     def _blocks(self, variances: np.ndarray) -> list[Block]:
         """Of the preconditioner: a group, or a sketch of one layer, each."""
@@ -315,9 +319,11 @@ class Problem:
 
     def scaled(self, features: np.ndarray, variances: np.ndarray) -> torch.Tensor:
         """Raw features of new rows as a factorization takes them."""
-        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
-        active = scale > 0
-        return torch.from_numpy(self.standardization(features)[:, active] * scale[active])
+        return self._scaled(features, variances)[:]
+
+    def _scaled(self, features: np.ndarray, variances: np.ndarray) -> ScaledFeatures:
+        shift, scale, root = self.standardization.shift, self.standardization.scale, self._root(variances)
+        return ScaledFeatures(features, shift, root / scale, root > 0)
 
     def held_out(self, alpha: float | str) -> np.ndarray:
         """Outputs (n, C) by the solution without a row, or its group, at a penalty; scale and prior held fixed."""
@@ -334,7 +340,7 @@ class Problem:
         variances = self.variances_at(alpha)
         form = self.factorization(variances)
         found = form.solve(torch.from_numpy(self.targets))
-        scale = np.sqrt(np.repeat(variances, [g.size for g in self.groups]))
+        scale = self._root(variances)
         weight = np.zeros((len(scale), self.targets.shape[1]))
         weight[scale > 0] = found.coef.numpy() * scale[scale > 0][:, None]
         course: dict[str, Any] = {}

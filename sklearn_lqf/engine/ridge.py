@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.memory import PIECE_BYTES
+from ..runtime.processes import ALONE, ProcessGroup
 from .centered import CenteredRows, Features
 from .conjugate_gradients import Course
 
@@ -68,6 +69,8 @@ class Factorization:
         s > 0.
     piece : int
         Bytes of the features that are held in float64 at once.
+    group : ProcessGroup
+        The processes that share the rows: each has the features of its own, and the weights and targets of all.
 
     Attributes
     ----------
@@ -79,8 +82,8 @@ class Factorization:
 
     method: str
 
-    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES):
-        self._rows = CenteredRows(features, weights, piece)
+    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE):
+        self._rows = CenteredRows(features, weights, piece, group)
         self.weights = self._rows.weights
 
     def solve(self, targets: Tensor) -> Optimum:
@@ -89,7 +92,7 @@ class Factorization:
         coef, dual, course = self._optimum(y)
         intercept = mean - self._rows.mean @ coef
         # M 1 = 0: without the mean rounding errors are smaller.
-        return Optimum(coef, intercept, dual, targets.double(), float((y * dual).sum()), course)
+        return Optimum(coef, intercept, dual, targets.to(dual), float((y * dual).sum()), course)
 
     @property
     def diagonal(self) -> Tensor:
@@ -120,21 +123,21 @@ class Factorization:
 
 
 class RowForm(Factorization):
-    """M itself, of n rows and columns, and a copy of the features in float64."""
+    """M itself, of n rows and columns."""
 
     method = "rows"
 
-    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES):
-        super().__init__(features, weights, piece)
-        self._phi = self._rows.whole()
-        a = self._phi @ self._phi.T
+    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE):
+        super().__init__(features, weights, piece, group)
+        a = self._rows.kernel()
         a.diagonal().add_(1 / self.weights)
-        self._m = _inverse(a)
+        upper = _cholesky(a).mT
+        self._m = torch.cholesky_inverse(upper, upper=True, out=upper)
         self._m.addr_(self.weights, self.weights / self._rows.total, alpha=-1)
 
     def _optimum(self, targets: Tensor) -> tuple[Tensor, Tensor, None]:
         dual = self._m @ targets
-        return self._phi.T @ dual, dual, None
+        return self._rows.transposed(dual), dual, None
 
     @property
     def diagonal(self) -> Tensor:
@@ -147,74 +150,77 @@ class RowForm(Factorization):
 
     def hat(self, features: Features) -> Tensor:
         """The rows B_x of new rows (k, D): (k, n)."""
-        kernel = self._rows.center(features) @ self._phi.T
+        kernel = self._rows.fitted(self._rows.center(features).T).T
         return kernel @ self._m + self.weights / self._rows.total
 
     def variance(self, features: Features) -> Tensor:
         """Posterior variance of new rows (k, D) over that of the noise: (k,)."""
         z = self._rows.center(features)
-        kernel = z @ self._phi.T
+        kernel = self._rows.fitted(z.T).T
         rest = z.square().sum(1) - ((kernel @ self._m) * kernel).sum(1)
         return rest.clamp_min(0) + 1 / self._rows.total
 
 
 class ColumnForm(Factorization):
-    """H^-1, of D rows and columns, from sums over pieces of the rows."""
+    """The Cholesky factor of H, of D rows and columns, from sums over pieces of the rows."""
 
     method = "columns"
 
-    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES):
-        super().__init__(features, weights, piece)
-        h = torch.eye(features.shape[1], dtype=torch.float64, device=self.weights.device)
-        for rows, phi in self._rows:
-            h.addmm_((phi * self.weights[rows, None]).T, phi)
-        self._inverse = _inverse(h)
+    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE):
+        super().__init__(features, weights, piece, group)
+        h = self._rows.curvature()
+        h.diagonal().add_(1)
+        self._lower = _cholesky(h)
 
     def _optimum(self, targets: Tensor) -> tuple[Tensor, Tensor, None]:
-        coef = self._inverse @ self._rows.moment(targets)
+        coef = self._solve(self._rows.transposed(self.weights[:, None] * targets))
         return coef, self.weights[:, None] * (targets - self._rows.fitted(coef)), None
+
+    def _half(self, vectors: Tensor) -> Tensor:
+        """L^-1 V for V (D, C), H = L L'."""
+        return torch.linalg.solve_triangular(self._lower, vectors, upper=False)
+
+    def _solve(self, vectors: Tensor) -> Tensor:
+        """H^-1 V for V (D, C)."""
+        return torch.linalg.solve_triangular(self._lower.mT, self._half(vectors), upper=True)
 
     @property
     def diagonal(self) -> Tensor:
         """M_ii, (n,)."""
-        leverage = torch.cat([((phi @ self._inverse) * phi).sum(1) for _, phi in self._rows])
+        leverage = self._rows.each(lambda rows, phi: self._half(phi.T).square().sum(0))
         return self.weights - self.weights.square() * (leverage + 1 / self._rows.total)
 
     def block(self, rows: Tensor) -> Tensor:
-        """M_gg of some rows (k,): (k, k)."""
-        phi, s = self._rows.at(rows), self.weights[rows]
-        found = -(s[:, None] * (phi @ self._inverse @ phi.T + 1 / self._rows.total) * s)
+        """M_gg of some rows (k,) in ascending order: (k, k)."""
+        z, s = self._half(self._rows.at(rows).T), self.weights[rows]
+        found = -(s[:, None] * (z.T @ z + 1 / self._rows.total) * s)
         found.diagonal().add_(s)
         return found
 
     def hat(self, features: Features) -> Tensor:
         """The rows B_x of new rows (k, D): (k, n)."""
-        z = self._rows.center(features) @ self._inverse
-        return (self._rows.fitted(z.T).T + 1 / self._rows.total) * self.weights
+        z = self._solve(self._rows.center(features).T)
+        return (self._rows.fitted(z).T + 1 / self._rows.total) * self.weights
 
     def variance(self, features: Features) -> Tensor:
         """Posterior variance of new rows (k, D) over that of the noise: (k,)."""
-        z = self._rows.center(features)
-        return ((z @ self._inverse) * z).sum(1) + 1 / self._rows.total
+        return self._half(self._rows.center(features).T).square().sum(0) + 1 / self._rows.total
 
 
 def closed_form_fits(n: int, d: int, budget: int) -> bool:
-    """Whether the square matrix of the smaller form of n rows and d features takes at most ``budget`` bytes.
-
-    The features themselves, n by d in float64 in the form of rows, come on top.
-    """
+    """Whether the square matrix of the smaller form of n rows and d features takes at most ``budget`` bytes."""
     return _bytes(min(n, d)) <= budget
 
 
-def factorize(features: Features, weights: Tensor, budget: int, *, form: str = "auto") -> RowForm | ColumnForm:
+def factorize(
+    features: Features, weights: Tensor, budget: int, *, form: str = "auto", group: ProcessGroup = ALONE
+) -> RowForm | ColumnForm:
     """A closed form.
 
     Parameters
     ----------
-    features : Tensor or ndarray of shape (n, D)
-        Phi, each column times the root of its prior variance.
-    weights : Tensor of shape (n,)
-        s > 0.
+    features, weights, group
+        As of a `Factorization`.
     budget : int
         Bytes that the square matrix may take.
     form : {"auto", "rows", "columns"}, default="auto"
@@ -229,7 +235,7 @@ def factorize(features: Features, weights: Tensor, budget: int, *, form: str = "
     ValueError
         The form is unknown, its matrix does not fit, or it is not positive definite.
     """
-    n, d = features.shape
+    n, d = len(weights), features.shape[1]
     if form == "auto":
         form = "rows" if n <= d else "columns"
     if form not in ("rows", "columns"):
@@ -241,25 +247,26 @@ def factorize(features: Features, weights: Tensor, budget: int, *, form: str = "
             f"{_bytes(size) / 2**30:.3g} GiB, more than the {budget / 2**30:.3g} GiB meant for it: use solver='pcg' "
             "or 'auto', or fewer images or features."
         )
-    return RowForm(features, weights) if form == "rows" else ColumnForm(features, weights)
+    chosen = RowForm if form == "rows" else ColumnForm
+    return chosen(features, weights, group=group)
 
 
 def _bytes(size: int) -> int:
-    """Of a square matrix of float64, which is inverted in its place."""
+    """Of a square matrix of float64, which is factorized in its place."""
     return 8 * size**2
 
 
-def _inverse(matrix: Tensor) -> Tensor:
-    """Inverse of a symmetric positive definite matrix, in the memory of the matrix."""
-    matrix = matrix.mT  # the same by symmetry, and the order of memory of LAPACK, which then makes no copy
+def _cholesky(matrix: Tensor) -> Tensor:
+    """L of a symmetric positive definite matrix L L' whose lower triangle is given, in the memory of the matrix."""
+    upper = matrix.mT  # the order of memory of LAPACK, which then makes no copy
     info = torch.empty(0, dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
     if info:
         raise ValueError(
             f"The quadratic is not positive definite to rounding in row {int(info) - 1} of {len(matrix)}: check that "
             "features and weights are finite, or increase alpha, since the prior outweighs the noise beyond float64."
         )
-    return torch.cholesky_inverse(matrix, out=matrix)
+    return matrix
 
 
 # ----------------------------------------------------------------------------------------------- rows that are left out
@@ -285,7 +292,7 @@ def leave_one_out(form: Factorization, optimum: Optimum, multiplicity: Tensor) -
     -----
     The fraction q = 1 / m of the row's weight goes; the residual is then ``alpha_i / (q M_ii + (1 - q) s_i)``.
     """
-    return optimum.targets - _without(form, optimum, 1 / multiplicity.double())
+    return optimum.targets - _without(form, optimum, 1 / multiplicity.to(form.weights))
 
 
 def leave_sets_out(form: Factorization, optimum: Optimum, together: Tensor) -> Tensor:
@@ -310,7 +317,7 @@ def leave_sets_out(form: Factorization, optimum: Optimum, together: Tensor) -> T
     """
     outputs = optimum.targets.clone()
     for number in together.unique():
-        rows = (together == number).nonzero().squeeze(1)
+        rows = (together == number).nonzero().squeeze(1).to(outputs.device)
         outputs[rows] -= torch.linalg.solve(form.block(rows), optimum.dual[rows])
     return outputs
 
@@ -332,7 +339,7 @@ def removals(form: Factorization, optimum: Optimum, multiplicity: Tensor) -> Ten
     Tensor of shape (n, C)
         ``q alpha_i / (q M_ii + (1 - q) s_i)``: f(x) changes by ``-B_xi`` times this.
     """
-    q = 1 / multiplicity.double()
+    q = 1 / multiplicity.to(form.weights)
     return q[:, None] * _without(form, optimum, q)
 
 

@@ -265,7 +265,7 @@ class FittedMethods(Inputs):
         features, digests = self._evaluate(model.reader, inputs, keep)
         vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
         labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
-        return TrainingRows(features.numpy(), targets[keep], given[keep], digests.numpy(), vectors, labels), keep
+        return TrainingRows(features, targets[keep], given[keep], digests, vectors, labels), keep
 
     def _stored_rows(self) -> TrainingRows:
         """What is stored, or an error."""

@@ -21,6 +21,7 @@ from ..images.sources import first_image, image_elements, labels_of_dataset, pla
 from ..io.archive import digest
 from ..network.prepared import PreparedNetwork
 from ..runtime.memory import Recent, with_smaller_batches
+from ..runtime.tables import RowTable
 from .parameters import Parameters
 from .progress import Bars
 
@@ -192,7 +193,7 @@ class Inputs(Parameters):
 
     def _evaluate(
         self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Bars | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Raw features (n, D) and digests (n, 16) of some rows."""
         seen = Fingerprint(len(chosen))
 
@@ -203,7 +204,7 @@ class Inputs(Parameters):
 
         size = reader.network.rows_at_once(self._execution.batch_size)
         features = evaluate_rows(reader.reading(self._execution.folder), inputs, chosen, size, see)
-        return torch.from_numpy(features), seen.images
+        return features, seen.images.numpy()
 
     def _given_weights(self, sample_weight: Any, n: int) -> np.ndarray:
         """Weights of n rows, not all zero."""
@@ -260,20 +261,22 @@ def evaluate_rows(
 ) -> np.ndarray:
     """A function of images (B, ...) for some rows, in their order; batches are smaller where memory does not suffice.
 
-    ``see`` is called with the place of the first row of each batch, and its images.
+    ``see`` is called with the place of the first row of each batch, and its images. What does not fit into the memory
+    meant for it is mapped from a temporary file.
     """
-    found, start = [], 0
-    while start < len(chosen):
-        images = select_rows(rows, chosen[start : start + batch_size])
-        see(start, images)
+    start = 0
+    with RowTable(len(chosen)) as table:
+        while start < len(chosen):
+            images = select_rows(rows, chosen[start : start + batch_size])
+            see(start, images)
 
-        def work(size: int, images: Tensor = images) -> tuple[np.ndarray, int]:
-            return np.concatenate([evaluate(part) for part in images.split(size)]), size
+            def work(size: int, images: Tensor = images) -> tuple[np.ndarray, int]:
+                return np.concatenate([evaluate(part) for part in images.split(size)]), size
 
-        part, batch_size = with_smaller_batches(work, batch_size)
-        found.append(part)
-        start += len(images)
-    return np.concatenate(found)
+            part, batch_size = with_smaller_batches(work, batch_size)
+            table.append(part)
+            start += len(images)
+        return table.finish()
 
 
 def select_rows(rows: Any, chosen: np.ndarray) -> Tensor:

@@ -140,8 +140,8 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
                 return
             # Evaluate.
             own = keep[group.share(len(keep))]
-            found = group.together(self._evaluate, reader, inputs, own, progress)
-            features, digests = (group.all_gather_rows(v).numpy() for v in found)
+            features, mine = group.together(self._evaluate, reader, inputs, own, progress)
+            digests = group.all_gather_rows(torch.from_numpy(mine)).numpy()
             vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
             rows_of_fit = TrainingRows(features, targets[keep], given[keep], digests, vectors, labels)
             # Pose and solve.
@@ -183,7 +183,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         weights = self._weigh_classes(rows.targets, rows.given)
         unit = self._target_unit(rows.targets, weights)
         with bars.step("prior"):
-            problem = Problem(rows, reader.groups, weights, unit, recipe)
+            problem = Problem(rows, reader.groups, weights, unit, recipe, processes=group)
         place = np.arange(len(rows)) if keep is None else keep
         with bars.step("solving"):
             alpha = self._choose_alpha(problem, recipe, rows, reader, place, n or len(rows))
@@ -238,7 +238,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         # Its outputs for the training images know their labels; those of the ridge regression without the image do not.
         reader = FeatureReader.draw(network, 0, None, seed, ("identity",))
         features, digests = self._evaluate(reader, inputs, keep)
-        rows = TrainingRows(features.numpy(), targets, given, digests.numpy(), groups=groups)
+        rows = TrainingRows(features, targets, given, digests, groups=groups)
         unit = self._target_unit(targets, weights)
         probe = Problem(rows, reader.groups, weights, unit, replace(recipe, prior="last", solver="auto"))
         self._learn_from_held_out(probe.held_out("auto") * unit, rows, weights)
@@ -327,7 +327,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             network = reader.network.standardized(rows.vectors, weights)
             reader = FeatureReader.draw(network, len(reader.directions), reader.sketch_size, reader.seed, reader.views)
             features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)))
-            rows = replace(rows, features=features.numpy())
+            rows = replace(rows, features=features)
         with Bars(self.verbose) as bars:
             twin._solve(reader, model.recipe, rows, True, bars)
         self.__dict__.update(vars(twin))

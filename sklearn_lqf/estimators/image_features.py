@@ -173,7 +173,7 @@ class ImageFeatures(TransformerMixin, Inputs):
         given = self._given_weights(sample_weight, len(rows))
         every = np.arange(len(rows))
         self._model = self._reader(backbone, rows, every, given, device)
-        features = self._evaluate(self._model, rows, every)[0].numpy()
+        features = self._evaluate(self._model, rows, every)[0]
         self._standardization = fit_standardization(features, given, self._model.groups)
         self._set_groups(np.ones(len(self._model.groups)))
         return features

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime.memory import device_budget, disk_budget, memory_budget, with_smaller_batches
+from ..runtime.tables import RowFile, TemporaryFileError, amount
 from .digests import DIGEST, image_digest, tensor_bytes
 
 __all__ = ["SharedActivations", "TrunkCache", "batch_sizes"]
@@ -82,24 +81,23 @@ class TrunkCache(Sequence[Activations]):
             self.kind = "disk" if size <= (disk_budget() if disk is None else disk) else "none"
             if self.kind == "none":
                 _warn_of_no_cache(size, "for which neither memory nor the folder of temporary files has room")
-        self._store: _Held | _File | None = None
+        self._store: _Held | _Files | None = None
         if self.kind == "none":
             return
         try:
             on_disk = self.kind == "disk"
             self._store = (
-                _File(first) if on_disk else _Held(first, n_rows, self.device if on_device else torch.device("cpu"))
+                _Files(first) if on_disk else _Held(first, n_rows, self.device if on_device else torch.device("cpu"))
             )
             self._fill(first, report)
-        except _UnwritableError as failure:
-            error = failure.error
+        except TemporaryFileError as error:
             if kind == "auto":
                 _warn_of_no_cache(size, f"and the file for them could not be written ({error.strerror or error})")
                 self.kind, self._store = "none", None
                 return
             raise OSError(
                 error.errno,
-                f"The trunk activations of {n_rows} rows take {_amount(size)}, and the temporary file for them could "
+                f"The trunk activations of {n_rows} rows take {amount(size)}, and the temporary file for them could "
                 f"not be written ({error.strerror}): make room, point TMPDIR elsewhere, or set cache='none'.",
             ) from error
 
@@ -150,7 +148,7 @@ class TrunkCache(Sequence[Activations]):
 
 def _warn_of_no_cache(size: int, cause: str) -> None:
     warnings.warn(
-        f"The trunk activations take {_amount(size)}, {cause}. They are evaluated anew each time, which is slower: "
+        f"The trunk activations take {amount(size)}, {cause}. They are evaluated anew each time, which is slower: "
         "make room, or point TMPDIR elsewhere.",
         UserWarning,
         stacklevel=3,
@@ -188,65 +186,36 @@ class _Held:
         return [z[start:stop].permute(_inverse(o)) for z, o in zip(self._tensors, self._orders, strict=True)]
 
 
-class _UnwritableError(Exception):
-    """A temporary file cannot be written; no error of reading the images, which has other remedies."""
-
-    def __init__(self, error: OSError):
-        super().__init__(str(error))
-        self.error = error
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _UnwritableError(error) from error
-
-
-class _File:
-    """Activations in files without a name, which vanish with the process, however it ends."""
+class _Files:
+    """Activations in files without a name."""
 
     def __init__(self, first: Activations):
-        self._orders = [_axes(z) for z in first]
-        self._files: list[Any] = []
+        self._orders, self._files = [_axes(z) for z in first], list[RowFile]()
+        self._arrays: list[np.ndarray] = []
         try:
-            with _writing():
-                for _ in first:
-                    self._files.append(tempfile.TemporaryFile(prefix="sklearn_lqf-"))  # noqa: SIM115, see finish
-        except _UnwritableError:
+            for z, order in zip(first, self._orders, strict=True):
+                shape = tuple(z.shape[a] for a in order[1:])
+                self._files.append(RowFile(shape, z[:0].cpu().numpy().dtype))
+        except TemporaryFileError:
             self.discard()
             raise
-        pairs = zip(first, self._orders, strict=True)
-        self._shapes = [tuple(z.shape[a] for a in order[1:]) for z, order in pairs]
-        self._arrays: list[np.ndarray] = []
-        self._dtypes = [z[:0].cpu().numpy().dtype for z in first]
 
     def append(self, part: Activations) -> None:
-        # Written, not mapped: a full disk is then an error and not a signal that kills the process.
         for z, order, file in zip(part, self._orders, self._files, strict=True):
-            values = z.permute(order).contiguous().cpu().numpy().data
-            with _writing():
-                file.write(values)
+            file.append(z.permute(order).contiguous().cpu().numpy())
 
     def finish(self) -> None:
         """Map the files into memory."""
-        for file, dtype, shape in zip(self._files, self._dtypes, self._shapes, strict=True):
-            with _writing():
-                file.flush()
-                # Copied when written to: what changes its input in place leaves the file alone.
-                self._arrays.append(np.memmap(cast(Any, file), dtype, "c").reshape(-1, *shape))
-                file.close()
+        self._arrays = [file.finish() for file in self._files]
 
     def discard(self) -> None:
         """Close what cannot be written to the end."""
         for file in self._files:
-            with suppress(OSError):  # of what is still to be written
-                file.close()
+            file.discard()
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         pairs = zip(self._arrays, self._orders, strict=True)
-        return [torch.from_numpy(np.asarray(z[start:stop])).permute(_inverse(order)) for z, order in pairs]
+        return [torch.from_numpy(z[start:stop]).permute(_inverse(order)) for z, order in pairs]
 
 
 def _axes(z: Tensor) -> list[int]:
@@ -257,15 +226,6 @@ def _axes(z: Tensor) -> list[int]:
 
 def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
-
-
-def _amount(size: float) -> str:
-    """Bytes in a unit that can be read."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 # ------------------------------------------------------------------------------------------ shared between fits

@@ -6,7 +6,8 @@ The only module that knows torch.distributed. Of one process alone, every operat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +17,19 @@ from torch import Tensor
 __all__ = ["ALONE", "ProcessGroup", "default_group"]
 
 T = TypeVar("T")
+
+
+@contextmanager
+def _communicating() -> Iterator[None]:
+    """An error that says what it means where a process ended, or did not answer in time."""
+    try:
+        yield
+    except RuntimeError as error:  # of each backend a kind of its own
+        raise RuntimeError(
+            "The processes of this fit could not communicate: one of them ended, or did not answer within the time "
+            "limit of the process group (timeout of torch.distributed.init_process_group, by default 30 minutes with "
+            f"gloo and 10 with NCCL). All of them have to be started again. ({error})"
+        ) from error
 
 
 class ProcessGroup:
@@ -43,7 +57,8 @@ class ProcessGroup:
         if self.size == 1:
             return tensor
         message = tensor.to(self._device).contiguous()
-        dist.all_reduce(message)
+        with _communicating():
+            dist.all_reduce(message)
         return tensor if message is tensor else tensor.copy_(message)
 
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
@@ -58,7 +73,8 @@ class ProcessGroup:
         parts[self.rank].copy_(tensor)
         for rank, part in enumerate(parts):  # all_gather wants equal numbers of rows
             if len(part):
-                dist.broadcast(part, rank)
+                with _communicating():
+                    dist.broadcast(part, rank)
         return out.to(tensor.device)
 
     def of_the_first(self, value: T) -> T:
@@ -66,7 +82,8 @@ class ProcessGroup:
         if self.size == 1:
             return value
         found = [value if self.rank == 0 else None]
-        dist.broadcast_object_list(found, 0, device=self._device)
+        with _communicating():
+            dist.broadcast_object_list(found, 0, device=self._device)
         return cast(T, found[0])
 
     def together(self, function: Callable[..., T], *args: Any) -> T:

@@ -56,13 +56,27 @@ def test_without_room_on_the_disk_activations_are_computed_again(monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     expected = classifier(execution={"batch_size": 2}, **PAPER).fit(X, Y)
-    monkeypatch.setattr(memory, "machine_memory", lambda: 0)
+    monkeypatch.setattr(memory, "machine_memory", lambda: 4 << 10)  # enough for features alone
     monkeypatch.setattr(tempfile, "TemporaryFile", fails)
-    clf = classifier(execution={"batch_size": 2}, **PAPER)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        clf.fit(X, Y)
+    with pytest.warns(UserWarning, match="evaluated anew each time"):
+        clf = classifier(execution={"batch_size": 2}, **PAPER).fit(X, Y)
     assert np.array_equal(clf.coef_, expected.coef_)
+
+
+def test_features_beyond_the_memory_are_on_the_disk(monkeypatch, tmp_path):
+    everything = {"store_data": True, "solver": "closed", "prior": "last"}
+    expected = classifier(**everything).fit(X, Y)
+    opened, make = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: opened.append(make(**options)) or opened[-1])
+    monkeypatch.setattr(memory, "machine_memory", lambda: 4 << 9)  # enough for square matrices alone
+    clf = classifier(**everything).fit(X, Y)
+    assert opened and not any(tmp_path.iterdir())
+    np.testing.assert_allclose(clf.coef_, expected.coef_, rtol=1e-10)
+    again = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_array_equal(again.leave_one_out(), clf.leave_one_out())
+    again.forget([0])
+    np.testing.assert_allclose(again.coef_, expected.forget([0]).coef_, rtol=1e-9)
 
 
 @pytest.mark.parametrize("fault", ["broken", "absent"])

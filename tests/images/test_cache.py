@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_lqf.images import cache
 from sklearn_lqf.images.cache import SharedActivations, TrunkCache, batch_sizes
 
 N = 11
@@ -113,11 +112,6 @@ def test_full_disk(monkeypatch):
         batches = TrunkCache(Evaluate(), N, 4, "auto", lambda _: None, memory=0)
     assert batches.kind == "none"
     assert_holds_all(batches)
-
-
-@pytest.mark.parametrize(("size", "text"), [(12, "12 bytes"), (3 << 20, "3 MiB"), (5 << 31, "10.0 GiB")])
-def test_amounts(size, text):
-    assert cache._amount(size) == text
 
 
 # ----------------------------------------------------------------------------------------------- out of memory

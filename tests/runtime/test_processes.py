@@ -1,11 +1,14 @@
-"""Fits shared by two processes against those of one; grid searches on a Dask cluster.
+"""Fits shared by two and four processes against those of one; grid searches on a Dask cluster.
 
-The second process is started once. It and the test process, which is rank 0, run all cases in the same order.
+The other processes are started once for each number of them. They and the test process, which is rank 0, run all cases
+in the same order.
 """
 
 import contextlib
 import multiprocessing
+import os
 import pickle
+import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -31,7 +34,8 @@ CASES = {
     "directions": ({"tangents": "both", "tangent_layers": "all", "sketch_size": 4}, len(X), True),
     "views and weights": ({"views": BOTH, "class_weight": "balanced", "prior": "evidence"}, len(X), True),
     "conjugate gradients": ({"solver": "pcg", "tol": 1e-10}, len(X), False),
-    "two images": ({}, 2, False),
+    "more rows than features": ({"prior": "last"}, len(X), True),
+    "few images": ({}, 4, False),
     "vectors": ({"backbone": "auto"}, len(X), True),
     "float32": ({"execution": {"dtype": "float32"}, "views": BOTH}, len(X), True),
 }
@@ -127,32 +131,83 @@ ERRORS = {
 }
 
 
-def run_all(rank: int, folder) -> dict:
-    """Everything that needs two processes; called by each."""
-    dist.init_process_group(
-        "gloo", init_method=(folder / "group").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+@contextlib.contextmanager
+def process_group(rank: int, folder, size: int, seconds: float = 60):
+    store = dist.FileStore(str(folder / "group"), size)
+    store.set(str(rank), "is there")  # a process may take longer to start than the time limit is
+    store.wait([str(i) for i in range(size)], timedelta(seconds=60))
+    store = dist.PrefixStore("fit", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_all(rank: int, folder, size: int) -> dict:
+    """Everything that needs several processes; called by each."""
+    with process_group(rank, folder, size):
         found = {case: answer(case, fit(case, execution={"distributed": True})) for case in CASES}
+        if size > 2:
+            return found
         found |= {f.__name__: f(rank, folder) for f in (group_operations, bars)}
         found[a_file_that_one_cannot_read.__name__] = a_file_that_one_cannot_read(rank, folder)
         found |= {f"error: {name}": _message(lambda call=call: call(rank)) for name, call in ERRORS.items()}
         found["afterwards"] = answer("float64", fit("float64", execution={"distributed": True}))
-    finally:
-        dist.destroy_process_group()
     return found
 
 
-def _rank_one(folder) -> None:
+class Ends(torch.nn.Module):
+    """A backbone that ends its process, or makes it wait, when it sees images on rank 1."""
+
+    def __init__(self, seconds: float | None = None):
+        super().__init__()
+        self.net, self.seconds = tiny_net(), seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 4 and dist.is_initialized() and dist.get_rank() == 1:  # not when it is prepared
+            if self.seconds is None:
+                os._exit(1)
+            time.sleep(self.seconds)
+        return self.net(x)
+
+
+def fail(rank: int, folder, size: int) -> dict:
+    """A fit of which one process ends, or is slower than the time limit; whether all others see it."""
+    seconds = float((folder / "seconds").read_text())
+    backbone, start = Ends(None if seconds == 0 else seconds), time.monotonic()
+    with process_group(rank, folder, size, seconds=2), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a network that cannot be traced
+        message = _message(lambda: classifier(backbone=backbone, execution={"distributed": True}).fit(X, Y))
+    return {"message": message, "seconds": time.monotonic() - start}
+
+
+def _other_rank(rank: int, folder, size: int, work) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
     warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
     try:
-        found = run_all(1, folder)
+        found = work(rank, folder, size)
     except BaseException:
         found = traceback.format_exc()
-    (folder / "found.pkl").write_bytes(pickle.dumps(found))
+    (folder / f"found-{rank}.pkl").write_bytes(pickle.dumps(found))
+
+
+def on_processes(size: int, folder, work) -> list:
+    """What ``work(rank, folder, size)`` returns in each process; None of one that ended."""
+    start = multiprocessing.get_context("spawn").Process
+    others = [start(target=_other_rank, args=(rank, folder, size, work)) for rank in range(1, size)]
+    for process in others:
+        process.start()
+    try:
+        found = [work(0, folder, size)]
+    finally:
+        for process in others:
+            process.join(60)
+            process.kill()
+    paths = [folder / f"found-{rank}.pkl" for rank in range(1, size)]
+    return found + [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,32 +225,39 @@ def ranks(tmp_path_factory):
     for i in range(12):
         Image.fromarray(X[i]).save(folder / f"{i}.png")
     (folder / "11.png").write_bytes(b"no image")
-    process = multiprocessing.get_context("spawn").Process(target=_rank_one, args=(folder,))
-    process.start()
-    try:
-        mine = run_all(0, folder)
-    finally:
-        process.join(60)
-        process.kill()
-        other = pickle.loads((folder / "found.pkl").read_bytes()) if (folder / "found.pkl").exists() else None
-        if not isinstance(other, dict):
-            print(f"rank 1: {other}")
-    assert isinstance(other, dict), other
-    return mine, other
+    first, second = on_processes(2, folder, run_all)
+    assert isinstance(second, dict), second
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    """What each of four processes found."""
+    return on_processes(4, tmp_path_factory.mktemp("four"), run_all)
 
 
 # ---------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.parametrize("processes", ["ranks", "four_ranks"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_find_the_model_of_one(ranks, case):
-    first, second = (found[case] for found in ranks)
+def test_several_processes_find_the_model_of_one(request, processes, case):
+    first, *others = (found[case] for found in request.getfixturevalue(processes))
     for name, value in first.items():  # the solution of the first process is that of all
-        assert np.array_equal(value, second[name]), f"{name} differs between the processes"
+        assert all(np.array_equal(value, other[name]) for other in others), f"{name} differs between the processes"
     # The search for the prior magnifies rounding, as it does for another batch_size on one process.
     tolerance = 1e-3 if case == "float32" else 1e-6
     for name, value in answer(case, fit(case)).items():
         np.testing.assert_allclose(first[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("seconds", "others"), [(0, [0, 2]), (6, [0, 2])], ids=["ended", "slow"])
+def test_a_process_that_ends_or_is_slow_is_an_error_on_all_others(tmp_path, seconds, others):
+    (tmp_path / "seconds").write_text(str(seconds))
+    found = on_processes(3, tmp_path, fail)
+    for rank in others:
+        assert "could not communicate: one of them ended, or did not answer" in found[rank]["message"]
+        assert found[rank]["seconds"] < 15
 
 
 def test_operations_of_a_group(ranks):
