@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 from support.data import make_images, tiny_net
+from support.networks import Other
 from support.oracle import jacobian, least_squares
 from torch import Tensor, nn
 
@@ -18,18 +19,17 @@ from sklearn_lqf.backbones.loading import load_backbone
 from sklearn_lqf.images.cache import TrunkCache
 from sklearn_lqf.network.prepared import PreparedNetwork
 from sklearn_lqf.network.tracing import remove_head
-from sklearn_lqf.paper import model as paper
 from sklearn_lqf.paper.model import TARGET_SCALE, PaperFit, PaperModel, fit_paper
 
 N, C, F64, CPU = 12, 3, torch.float64, torch.device("cpu")
 X, Y = make_images(N)
-IMAGES = torch.from_numpy(X).permute(0, 3, 1, 2) / 255
+IMAGES, NEW = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 for images in (X, make_images(4, seed=1)[0]))
 TARGETS = (Y[:, None] == np.unique(Y)).astype(float)
 WEIGHTS = np.linspace(0.5, 2.0, N)
 UNIT = np.full(C, 1 / TARGET_SCALE)
 for array in (TARGETS, WEIGHTS, UNIT):
     array.setflags(write=False)  # as arrays of joblib may be
-NOISY = TARGETS + 1.5 * np.random.default_rng(0).standard_normal((N, C))  # for which leave-one-out wants a penalty
+NOISY = TARGETS + 3 * np.random.default_rng(0).standard_normal((N, C))  # for which leave-one-out wants a penalty
 
 
 def prepared(tangent_layers=1, dtype: torch.dtype = F64) -> PreparedNetwork:
@@ -62,8 +62,9 @@ class Reference:
         self.network = network
         self.weight, self.bias = torch.from_numpy(head), torch.zeros(len(head), dtype=F64)
         # Of the prepared graph: where a BatchNorm is folded, the convolution's parameters are in other units.
-        self.module = nn.Sequential(network.split.trunk, _Spread(network.split.tail))
-        self.names = [f"1.tail.{name}" for name in network.split.tangent]
+        split = network.split
+        self.module = Other(lambda m, x: m.tail(*m.trunk(x)), trunk=split.trunk, tail=split.tail)
+        self.names = [f"tail.{name}" for name in split.tangent]
 
     def jacobian(self, images: Tensor = IMAGES) -> Tensor:
         return jacobian(self.module, self.names, self.weight, self.bias, self._normalized(images))
@@ -79,17 +80,6 @@ class Reference:
         return self.network.preprocessing.normalize(images.to(F64))
 
 
-class _Spread(nn.Module):
-    """A tail as a function of the tuple that the trunk returns."""
-
-    def __init__(self, tail: nn.Module):
-        super().__init__()
-        self.tail = tail
-
-    def forward(self, inputs):
-        return self.tail(*inputs)
-
-
 def close(found, expected, tolerance: float = 1e-9) -> None:
     found, expected = np.asarray(found), np.asarray(expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
@@ -97,12 +87,6 @@ def close(found, expected, tolerance: float = 1e-9) -> None:
 
 def unit_of_alpha(j: Tensor, weights: np.ndarray = WEIGHTS) -> float:
     return float(weights @ j.square().sum((1, 2)).numpy() / (C * weights.sum()))
-
-
-@pytest.fixture
-def without_floor(monkeypatch):
-    """An automatic penalty is that of the ridge regression, however small."""
-    monkeypatch.setattr(paper, "_ALPHA_MIN", 0.0)
 
 
 # ------------------------------------------------------------------------------------------- the solution
@@ -121,8 +105,9 @@ def test_is_the_dense_optimum(tangent_layers, solver):
     targets = TARGET_SCALE * torch.tensor(TARGETS) - offset
     expected = least_squares(j, targets, torch.tensor(WEIGHTS), found.alpha)
     close(found.model.coef, expected, 1e-7)
-    outputs = (offset + j @ expected) / TARGET_SCALE
-    close(found.model.evaluator(None)(IMAGES), outputs, 1e-7)
+    outputs = found.model.evaluator(None)(NEW)
+    assert outputs.dtype == np.float64
+    close(outputs, (reference.offset(NEW) + reference.jacobian(NEW) @ expected) / TARGET_SCALE, 1e-7)
 
 
 def test_batches_do_not_matter():
@@ -136,30 +121,30 @@ def test_batches_do_not_matter():
 
 
 @pytest.mark.parametrize("alpha", ["auto", 0.1])
-def test_order_of_rows_does_not_matter_and_a_weight_of_two_is_a_row_given_twice(alpha, without_floor):
+def test_order_of_rows_does_not_matter_and_a_weight_of_two_is_a_row_given_twice(alpha):
     network, order = prepared(), np.random.default_rng(0).permutation(N)
-    ones, double = np.ones(N), np.ones(N)
+    double = np.ones(N)
     double[[2, 5]] = 2
     pairs = [
         ({"rows": order}, {}),
-        ({"rows": np.append(np.arange(N), [2, 5]), "weights": ones}, {"weights": double}),
+        ({"rows": np.append(np.arange(N), [2, 5]), "weights": np.ones(N)}, {"weights": double}),
     ]
     for found, expected in pairs:
         found, expected = (fit(network, **kind, targets=NOISY, alpha=alpha) for kind in (found, expected))
         assert found.alpha == pytest.approx(expected.alpha, rel=1e-6)  # to which its search is the same
         close(found.model.coef, expected.model.coef, 1e-5)
+        np.testing.assert_array_equal(found.model.head, expected.model.head)  # which sees no data
 
 
-def test_the_head_is_random_and_label_free():
-    network = prepared()
-    first, other, seeded = fit(network), fit(network, np.arange(N - 1, -1, -1).copy()), fit(network, seed=1)
-    assert first.model.head.shape == (C, 16)
-    np.testing.assert_array_equal(first.model.head, other.model.head)
-    assert not np.allclose(first.model.head, seeded.model.head)
-    # 60000 draws: standard errors are 0.4% of the deviation and 0.6% of the variance.
-    drawn = paper._random_head(200, 300, torch.Generator().manual_seed(0))
-    assert abs(drawn.mean()) < 4 * 300**-0.5 / 60000**0.5
-    assert (drawn**2).sum(1).mean() == pytest.approx(1.0, rel=0.03)
+def test_the_head_is_drawn_by_a_seed():
+    network = prepared("head")
+    head, again, other = (PaperModel.at(network, seed, np.ones(4000), torch.zeros(0)).head for seed in (0, 0, 1))
+    np.testing.assert_array_equal(fit(network, tol=1.0).model.head, head[:C])
+    np.testing.assert_array_equal(again, head)
+    assert not np.isclose(head, other).any(1).all()
+    # 64000 draws: standard errors are 0.4% of the deviation and 0.6% of the variance.
+    assert abs(head.mean()) < 4 * 16**-0.5 / 64000**0.5
+    assert (head**2).sum(1).mean() == pytest.approx(1.0, rel=0.03)
 
 
 def test_units_of_outputs():
@@ -184,68 +169,56 @@ def leave_one_out_error(x: np.ndarray, y: np.ndarray, s: np.ndarray, m: np.ndarr
     return total
 
 
-def test_penalty_with_the_smallest_leave_one_out_error():
-    rng = np.random.default_rng(0)
-    x, s = 3 * rng.standard_normal((40, 6)) + 5, rng.uniform(0.5, 3, 40)
-    y, m = x[:, :3] + 6 * rng.standard_normal((40, 3)), np.maximum(s, 1)
-    found = paper._ridge_alpha(x, y, s, m)
-    errors = [leave_one_out_error(x, y, s, m, factor * found) for factor in (0.2, 0.5, 1.0, 2.0, 5.0)]
+class Pixels:
+    """A network whose last features are its input, with rows, targets that depend on them, and weights."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        backbone = load_backbone(nn.Sequential(nn.Flatten(), nn.Linear(6, 5)), "auto")
+        self.network = PreparedNetwork(backbone, (3, 1, 2), "head", 0.0, False, None, F64, CPU)
+        self.x, self.weights = 3 * rng.standard_normal((40, 6)) + 5, rng.uniform(0.5, 3, 40)
+        self.targets = (self.x[:, :C] + 6 * rng.standard_normal((40, C))) / TARGET_SCALE
+
+    def fit(self, rows=slice(None), **options) -> PaperFit:
+        inputs = [(x,) for x in torch.from_numpy(self.x[rows]).split(15)]
+        options = {**OPTIONS, "alpha": "auto", "tol": 1e-3, **options}
+        return fit_paper(self.network, inputs, self.targets[rows], self.weights[rows], UNIT, **options)
+
+
+def test_automatic_penalty_has_the_smallest_leave_one_out_error_on_the_last_features():
+    data = Pixels()
+    found, multiplicity = data.fit(), np.maximum(data.weights, 1)
+    errors = [
+        leave_one_out_error(data.x, data.targets, data.weights, multiplicity, factor * found.alpha)
+        for factor in (0.2, 0.5, 1.0, 2.0, 5.0)
+    ]
     # The hyper-prior of the scale moves the minimum a little.
     assert errors[2] <= min(errors) and errors[2] < 0.999 * min(errors[0], errors[4])
+    unit = np.average((data.x**2).sum(1) + 1, weights=data.weights)
+    assert found.relative_alpha == pytest.approx(found.alpha / unit, rel=1e-9)
 
 
-def last_features(network: PreparedNetwork) -> np.ndarray:
-    with torch.no_grad():
-        return np.concatenate([network.split.tail(*z).numpy() for z in batches(network)])
-
-
-@pytest.mark.parametrize("limit", [None, 7])  # of the rows that are seen
-def test_automatic_penalty_is_that_of_the_last_features(limit, monkeypatch, without_floor):
-    if limit:
-        monkeypatch.setattr(paper, "_RIDGE_ROWS", limit)
-    network, some = prepared(), paper._ridge_rows(N)
-    assert len(set(some)) == (limit or N) and (np.diff(some) > 0).all()
-    found = fit(network, targets=NOISY, alpha="auto", tol=1e-3)
-    weights = WEIGHTS[some]
-    expected = paper._ridge_alpha(last_features(network)[some], NOISY[some], weights, np.maximum(weights, 1))
-    unit = unit_of_alpha(Reference(network, found.model.head).jacobian())
-    assert found.alpha == pytest.approx(expected, rel=1e-6)
-    assert found.relative_alpha == pytest.approx(expected / unit, rel=1e-6)
+def test_automatic_penalty_may_be_chosen_from_some_rows():
+    data, some = Pixels(), np.sort(np.random.default_rng(0).choice(40, 20, replace=False))
+    assert data.fit(ridge_rows=20).alpha == pytest.approx(data.fit(some).alpha, rel=1e-9)
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e4])
-def test_the_scale_of_weights_is_that_of_an_automatic_penalty(factor, without_floor):
-    network, ones = prepared(), np.ones(N)
-    options = {"alpha": "auto", "multiplicity": ones, "targets": NOISY}
+def test_the_scale_of_weights_is_that_of_an_automatic_penalty(factor):
+    network, options = prepared(), {"alpha": "auto", "multiplicity": np.ones(N), "targets": NOISY}
     expected = fit(network, **options)
     found = fit(network, weights=factor * WEIGHTS, **options)
     assert found.alpha == pytest.approx(factor * expected.alpha, rel=1e-6)
     close(found.model.coef, expected.model.coef, 1e-5)
 
 
-def test_automatic_penalty_has_a_floor(monkeypatch):
-    network = prepared()
-    monkeypatch.setattr(paper, "_ridge_alpha", lambda *arguments: 1e-12)
-    found = fit(network, alpha="auto", tol=1e-3)
-    assert found.relative_alpha == pytest.approx(1e-3 * WEIGHTS.sum() / np.maximum(WEIGHTS, 1).sum())
-
-
-def test_constant_features_choose_nothing():
-    assert paper._ridge_alpha(np.full((5, 2), 3.0), np.eye(5), np.ones(5), np.ones(5)) == 0.0
+@pytest.mark.parametrize("rows", [np.zeros(4, dtype=int), np.arange(N)])  # of features that are constant, and others
+def test_automatic_penalty_has_a_floor(rows):
+    found = fit(prepared(), rows, targets=np.ones((N, C)), weights=np.full(N, 0.5), alpha="auto", tol=1e-3)
+    assert found.relative_alpha == pytest.approx(0.5e-3)  # follows the scale of weights
 
 
 # ------------------------------------------------------------------------------------------- what is fitted
-
-
-def test_outputs_are_the_offset_and_the_tangent():
-    network = prepared("all")
-    new = torch.from_numpy(make_images(4, seed=1)[0]).permute(0, 3, 1, 2) / 255
-    model = fit(network, tol=1e-3).model
-    reference = Reference(network, model.head)
-    expected = reference.offset(new) + reference.jacobian(new) @ torch.from_numpy(model.coef)
-    found = model.evaluator(None)(new)
-    assert found.dtype == np.float64 and found.shape == (4, C)
-    close(found, UNIT * expected.numpy())
 
 
 def test_a_model_is_a_value(tmp_path):
@@ -298,11 +271,13 @@ def test_what_is_not_finite_gives_no_model():
         fit(network, targets=targets)
 
 
-def test_one_probe_for_each_row_changes_the_path_alone(monkeypatch):
-    network = prepared()
-    expected = fit(network)
-    monkeypatch.setattr(paper, "_EXACT_MAX", 0)
-    found = fit(network, alpha=1.0)
-    found = fit(network, alpha=expected.alpha / found.alpha)  # the unit is an estimate then
-    assert found.alpha == pytest.approx(expected.alpha, rel=1e-12)
-    close(found.model.coef, expected.model.coef, 1e-7)
+def test_one_probe_for_each_row_changes_the_path_alone():
+    """As for many outputs of many rows; the unit of the penalty is an estimate then."""
+    images = torch.from_numpy(make_images(90)[0]).permute(0, 3, 1, 2) / 255
+    network, targets, weights = prepared(), np.eye(C)[np.arange(90) % C], np.ones(90)
+    found = fit_paper(network, batches(network, images, 45), targets, weights, UNIT, **OPTIONS)
+    reference = Reference(network, found.model.head)
+    j, offset = reference.jacobian(images), reference.offset(images)
+    assert found.alpha == pytest.approx(0.3 * unit_of_alpha(j, weights), rel=0.2)
+    expected = least_squares(j, TARGET_SCALE * torch.tensor(targets) - offset, torch.tensor(weights), found.alpha)
+    close(found.model.coef, expected, 1e-7)

@@ -9,25 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
+from support.networks import Other
 from support.oracle import as_matrix, gauss_newton, jacobian, least_squares
+from support.splits import rand
 from torch import Tensor, nn
 
 from sklearn_lqf.engine.conjugate_gradients import Status
 from sklearn_lqf.network.linearize import LinearizedNetwork
 from sklearn_lqf.network.tracing import split_network
-from sklearn_lqf.paper import objective
 from sklearn_lqf.paper.kfac import KFAC, SmallBlock
-from sklearn_lqf.paper.objective import Quadratic, build_kfac
+from sklearn_lqf.paper.objective import Budget, Quadratic, build_kfac
 from sklearn_lqf.paper.solvers import SolverResult, pcg, sgd
 
 F64 = torch.float64
 N, C = 11, 3
 # In units of the mean squared norm of the Jacobian of an output: penalty, and damping, which saves iterations.
 PENALTY, DAMPING = 0.05, 0.5
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def convolutional() -> nn.Module:
@@ -40,63 +37,51 @@ def convolutional() -> nn.Module:
     )  # fmt: skip
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """Parameters outside Linear and Conv2d: a position embedding, a scalar and LayerNorm."""
 
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(2, 5, 4, 4)
-        self.position = nn.Parameter(torch.zeros(4, 5))
-        self.scale = nn.Parameter(torch.ones(()))
-        self.norm = nn.LayerNorm(5)
-        self.mix = nn.Linear(5, 4)
+    def forward(m, x):
+        x = m.patches(x).flatten(2).transpose(1, 2) + m.position  # (B, T, 5)
+        return F.gelu(m.mix(m.scale * m.norm(x))).mean(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2) + self.position  # (B, T, 5)
-        return F.gelu(self.mix(self.scale * self.norm(x))).mean(1)
+    net = Other(forward, patches=nn.Conv2d(2, 5, 4, 4), norm=nn.LayerNorm(5), mix=nn.Linear(5, 4))
+    net.position, net.scale = nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.ones(()))
+    return net
 
 
-class Uncommon(nn.Module):
-    """A Linear on tokens before images, one that is read but not called, and one on windows of an image."""
+def uncommon() -> nn.Module:
+    """A Linear on windows of an image, two on tokens before images, and one that is read but not called."""
 
-    def __init__(self):
-        super().__init__()
-        self.stem, self.turned = nn.Linear(8, 4), nn.Linear(4, 4)
-        self.read, self.windows = nn.Linear(4, 4), nn.Linear(4, 4)
+    def forward(m, x):
+        x = torch.tanh(m.stem(x.mean(1)))  # (B, 8, 4)
+        x = torch.tanh(m.windows(x.reshape(-1, 2, 4))).reshape(-1, 8, 4)
+        x = torch.tanh(m.turned(x.transpose(0, 1)).transpose(0, 1))
+        x = torch.tanh(m.odd(x[:, 1:].transpose(0, 1)).transpose(0, 1))  # an odd number of tokens
+        return torch.tanh(F.linear(x, m.read.weight, m.read.bias)).mean(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.stem(x.mean(1)))  # (B, 8, 4)
-        x = torch.tanh(self.turned(x.transpose(0, 1)).transpose(0, 1))
-        x = torch.tanh(F.linear(x, self.read.weight, self.read.bias))
-        return torch.tanh(self.windows(x.reshape(-1, 2, 4))).reshape(-1, 8, 4).mean(1)
+    names = ("windows", "turned", "odd", "read")
+    return Other(forward, stem=nn.Linear(8, 4), **{name: nn.Linear(4, 4) for name in names})
 
 
-class Twice(nn.Module):
+def twice() -> nn.Module:
     """One layer evaluated twice."""
 
-    def __init__(self):
-        super().__init__()
-        self.stem, self.shared = nn.Conv2d(2, 3, 4, 4), nn.Conv2d(3, 3, 3, padding=1)
+    def forward(m, x):
+        return m.shared(torch.tanh(m.shared(torch.tanh(m.stem(x))))).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared(torch.tanh(self.shared(torch.tanh(self.stem(x))))).mean((2, 3))
+    return Other(forward, stem=nn.Conv2d(2, 3, 4, 4), shared=nn.Conv2d(3, 3, 3, padding=1))
 
 
-class ReadOutside(nn.Module):
+def outside() -> nn.Module:
     """A layer whose weight has a second part in the output, and a depthwise one."""
 
-    def __init__(self):
-        super().__init__()
-        self.depthwise, self.linear, self.last = nn.Conv2d(2, 2, 3, groups=2), nn.Linear(2, 4), nn.Linear(2, 2)
+    def forward(m, x):
+        return m.last(m.linear(m.depthwise(x).tanh().mean((2, 3))).tanh() @ m.linear.weight)
 
-    def forward(self, x):
-        hidden = self.linear(self.depthwise(x).tanh().mean((2, 3))).tanh()
-        return self.last(hidden @ self.linear.weight)
+    return Other(forward, depthwise=nn.Conv2d(2, 2, 3, groups=2), linear=nn.Linear(2, 4), last=nn.Linear(2, 2))
 
 
-NETWORKS = {
-    "convolutional": convolutional, "tokens": Tokens, "uncommon": Uncommon, "twice": Twice, "outside": ReadOutside,
-}  # fmt: skip
+NETWORKS = {f.__name__: f for f in (convolutional, tokens, uncommon, twice, outside)}
 
 
 @dataclass
@@ -120,15 +105,15 @@ class Problem:
     def batches(self, sizes: Sequence[int] | int = 4) -> list[tuple[Tensor, ...]]:
         return list(zip(*(z.split(sizes) for z in self.inputs), strict=True))
 
-    def quadratic(self, sizes: Sequence[int] | int = 4) -> Quadratic:
-        return Quadratic(self.network, self.batches(sizes), self.targets, self.weights, self.alpha)
+    def quadratic(self, sizes: Sequence[int] | int = 4, **options) -> Quadratic:
+        return Quadratic(self.network, self.batches(sizes), self.targets, self.weights, self.alpha, **options)
 
-    def kfac(self, sizes: Sequence[int] | int = 4, probes: Tensor | None = None) -> KFAC:
+    def kfac(self, sizes: Sequence[int] | int = 4, probes: Tensor | None = None, **options) -> KFAC:
         probes = torch.eye(C, dtype=F64) if probes is None else probes
-        return build_kfac(self.network, self.batches(sizes), self.weights, probes)
+        return build_kfac(self.network, self.batches(sizes), self.weights, probes, **options)
 
-    def preconditioner(self, sizes: Sequence[int] | int = 4) -> KFAC:
-        return self.kfac(sizes).factorize(DAMPING * self.unit, F64)
+    def preconditioner(self, sizes: Sequence[int] | int = 4, **options) -> KFAC:
+        return self.kfac(sizes, **options).factorize(DAMPING * self.unit, F64)
 
     def optimum(self) -> Tensor:
         return least_squares(self.j, self.targets, self.weights, self.alpha)
@@ -196,8 +181,9 @@ def test_products_equal_the_dense_quadratic(problem):
 @pytest.mark.parametrize(("kept", "counts"), [(0, [3, 6, 9, 12]), (1, [3, 5, 7, 9]), (3, [3, 3, 3, 3])])
 def test_points_are_kept_within_the_memory_meant_for_them(problem, kept, counts, monkeypatch):
     """How often the tail has been evaluated on three batches, after each of three products and a value."""
-    monkeypatch.setattr(objective, "_POINTS_BYTES", kept * problem.network.at(problem.batches()[0]).nbytes)
-    seen, primal, quadratic = [], problem.network.tail.primal, problem.quadratic()
+    one, size = problem.network.at(problem.batches(1)[0]).nbytes, problem.network.at(problem.batches()[0]).nbytes
+    assert problem.inputs[0][:1].numel() * 8 < one < size <= 4 * one  # grows with the rows
+    seen, primal, quadratic = [], problem.network.tail.primal, problem.quadratic(kept=kept * size)
     monkeypatch.setattr(problem.network.tail, "primal", lambda z: (seen.append(1), primal(z))[1])
     d, found = rand(problem.network.n_parameters, seed=7), []
     for _ in range(3):
@@ -207,19 +193,14 @@ def test_points_are_kept_within_the_memory_meant_for_them(problem, kept, counts,
     assert [*found, len(seen)] == counts
 
 
-def test_bytes_of_a_point_grow_with_its_rows(problem):
-    one, two = (problem.network.at(problem.batches(size)[0]).nbytes for size in (1, 2))
-    assert one > problem.inputs[0][:1].numel() * 8
-    assert one < two <= 2 * one
-
-
 # ------------------------------------------------------------------------------------------- the optimum
 
 
 def test_pcg_with_kfac_equals_least_squares(problem):
-    result = solve(problem, problem.quadratic(), problem.preconditioner())
-    assert result.status is Status.CONVERGED
-    close(result.x, problem.optimum(), 1e-8)
+    for case in (problem, make("convolutional", ["9"])):  # all, and the last layer alone
+        result = solve(case, case.quadratic(), case.preconditioner())
+        assert result.status is Status.CONVERGED
+        close(result.x, case.optimum(), 1e-8)
 
 
 @pytest.mark.parametrize("sizes", [1, N, [2, 9]])
@@ -251,12 +232,6 @@ def test_head_alone_is_ridge():
     ridge = Ridge(problem.alpha, fit_intercept=False).fit(x, problem.targets, problem.weights)
     _, weight, bias = problem.network.views(result.x)
     close(torch.cat([weight, bias.unsqueeze(1)], 1), torch.from_numpy(ridge.coef_), 1e-8)
-
-
-def test_last_layers_alone():
-    problem = make("convolutional", ["9"])
-    assert problem.network.names == ["9.weight", "9.bias"]
-    close(solve(problem, problem.quadratic(), problem.preconditioner()).x, problem.optimum(), 1e-8)
 
 
 @pytest.mark.parametrize("name", ["convolutional", "tokens"])
@@ -292,56 +267,44 @@ def test_kfac_has_the_trace_and_is_symmetric_positive_definite_and_owns_every_pa
     assert bool((covered == 1).all())
 
 
-def small_blocks(problem: Problem, sizes: int = 4) -> dict[str, SmallBlock]:
-    """Blocks of parameters outside Linear and Conv2d, by the names of their parameters."""
-    names = {(s.start, s.stop): name for name, s in problem.network.slices.items()}
-    blocks = [b for b in problem.kfac(sizes).blocks if isinstance(b, SmallBlock)]
-    return {",".join(names[s.start, s.stop] for s in b.slices): b for b in blocks}
+def check_small_blocks(problem: Problem, names: list[str], expected: Tensor, sizes: int = 4, **options) -> None:
+    """The blocks outside Linear and Conv2d have these parameters and are those of a dense matrix."""
+    starts = {s.start: name for name, s in problem.network.slices.items()}
+    blocks = [b for b in problem.kfac(sizes, **options).blocks if isinstance(b, SmallBlock)]
+    assert sorted(",".join(starts[s.start] for s in b.slices) for b in blocks) == names
+    for block in blocks:
+        own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
+        close(block.block, expected[own][:, own])
 
 
-def test_other_parameters_have_exact_blocks():
-    # Also layers whose rows are not images, or which are read and not called.
-    expected = {
-        "tokens": ["norm.weight,norm.bias", "position", "scale"],
-        "uncommon": ["read.weight,read.bias", "turned.weight,turned.bias"],
-    }
-    for name, found in expected.items():
-        problem = make(name)
-        blocks, full = small_blocks(problem), gauss_newton(problem.j, problem.weights)
-        assert sorted(blocks) == found
-        for block in blocks.values():
-            own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
-            close(block.block, full[own][:, own])
+SMALL = {
+    "tokens": ["norm.weight,norm.bias", "position", "scale"],
+    # Layers whose rows are not images, or which are read and not called.
+    "uncommon": ["odd.weight,odd.bias", "read.weight,read.bias", "turned.weight,turned.bias"],
+}
 
 
-def test_rows_of_one_image_are_told_from_images():
-    x = rand(3, 2)
-    assert objective._halves_agree(torch.cat([x, x + 1e-9]))
-    assert not objective._halves_agree(x.repeat_interleave(2, 0))
-    assert not objective._halves_agree(x)  # an odd number of tokens before the images
-    assert not objective._halves_agree(torch.full((2, 2), torch.nan))
+@pytest.mark.parametrize("name", SMALL)
+def test_other_parameters_have_exact_blocks(name):
+    problem = make(name)
+    check_small_blocks(problem, SMALL[name], gauss_newton(problem.j, problem.weights))
 
 
-def test_other_parameters_are_estimated_from_some_images(monkeypatch):
-    monkeypatch.setattr(objective, "_OTHER_ROWS", 4)
+@pytest.mark.parametrize("sizes", [4, 1])  # with one image a batch, some batches have none of them
+def test_other_parameters_are_estimated_from_some_images(sizes):
     problem = make("tokens")
     chosen = torch.tensor([0, 2, 5, 8])  # evenly spread over 11
     scale = problem.weights.sum() / problem.weights[chosen].sum()
     estimate = gauss_newton(problem.j[chosen], problem.weights[chosen] * scale)
-    for sizes in (4, 1):  # with one image a batch, some batches have none of them
-        for block in small_blocks(problem, sizes).values():
-            own = torch.cat([torch.arange(s.start, s.stop) for s in block.slices])
-            close(block.block, estimate[own][:, own])
+    check_small_blocks(problem, SMALL["tokens"], estimate, sizes, budget=Budget(other_rows=4))
 
 
 @pytest.mark.parametrize("name", ["convolutional", "tokens"])
-def test_limits_of_memory_do_not_change_the_curvature(name, monkeypatch):
+@pytest.mark.parametrize("limit", ["gradients", "other_elements", "other_products"])
+def test_limits_of_memory_do_not_change_the_curvature(name, limit):
     problem = make(name)
-    expected, d = problem.preconditioner(N), rand(problem.network.n_parameters, seed=7)
-    for constant in ("_GRADIENTS", "_OTHER_ELEMENTS", "_OTHER_PRODUCTS"):
-        with monkeypatch.context() as limits:
-            limits.setattr(objective, constant, 1)
-            close(problem.preconditioner(N)(d), expected(d))
+    d = rand(problem.network.n_parameters, seed=7)
+    close(problem.preconditioner(N, budget=Budget(**{limit: 1}))(d), problem.preconditioner(N)(d))
 
 
 @pytest.mark.parametrize("name", ["convolutional", "twice"])
