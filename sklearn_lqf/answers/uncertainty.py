@@ -1,4 +1,4 @@
-"""How sure a fitted model is: the posterior of an output, and the temperature of probabilities."""
+"""Uncertainty of a fitted model: the posterior variance of an output, and the temperature of probabilities."""
 
 from __future__ import annotations
 
@@ -12,62 +12,92 @@ from ..runtime.memory import PIECE_BYTES, pieces
 
 __all__ = ["THRESHOLD", "fit_temperature", "output_variance"]
 
-THRESHOLD = 0.5  # of an estimated indicator
-_TEMPERATURES = (0.05, 10.0)  # the lower one when all held-out images are right: no probability is 0
+THRESHOLD = 0.5  # of an estimated indicator, above which its label is predicted
+_TEMPERATURES = (0.05, 10.0)  # bounds; the lower one is reached when all left-out images are right: no probability is 0
 
 
 def output_variance(
     model: FittedModel, rows: TrainingRows, weights: np.ndarray, features: np.ndarray, budget: int = PIECE_BYTES
 ) -> np.ndarray:
-    """Posterior variance of an output for new rows, over the square of its unit.
+    """Posterior variance of an output for new rows, in units of the square of ``model.unit``.
 
     Parameters
     ----------
     model : FittedModel
+        Its scale of the features, its prior and its variance of the noise are held fixed.
     rows : TrainingRows
         The n rows of the fit, in any order.
-    weights : ndarray of shape (n,)
-        Those of their classes included.
+    weights : ndarray of shape (n,), float64
+        Weights of the rows, those of their classes included.
     features : ndarray of shape (m, D)
-        Raw features of the new rows.
+        Raw features of the new rows, before they are standardized.
     budget : int
-        Bytes of an intermediate result.
+        Bytes that an intermediate result may take.
 
     Returns
     -------
-    ndarray of shape (m,)
-        Of the indicators of classes before they add up to one.
+    ndarray of shape (m,), float64
+        The same for all outputs, without the noise of a new target. For indicators of classes this is the variance as
+        if they were independent; that they add up to one is left to the caller.
+
+    Raises
+    ------
+    ValueError
+        The rows or weights are not those of the fit.
+
+    Notes
+    -----
+    ``v (k_xx - k_x' A^-1 k_x + (1 - 1' A^-1 k_x)^2 / (1' A^-1 1))``, the intercept having a flat prior. With
+    `estimate.EstimatedForm` it is an estimate.
+
+    References
+    ----------
+    C. E. Rasmussen and C. K. I. Williams, "Gaussian Processes for Machine Learning", 2006, section 2.7.
     """
     problem, variances = model.problem(rows, weights), model.solution.variances
     form = problem.factorization(variances)
     parts = pieces(len(features), 8 * max(features.shape[1], len(rows)), budget)
-    found = [form.variance(problem.scaled(features[p], variances)).numpy() for p in parts]
+    found = [form.variance(problem.scaled(features[p], variances)).cpu().numpy() for p in parts]
     return model.solution.noise * np.concatenate(found)
 
 
 def fit_temperature(
     outputs: np.ndarray, values: np.ndarray, weights: np.ndarray, count: float, multilabel: bool = False
 ) -> float:
-    """The temperature with the smallest log-loss of held-out outputs.
+    """Temperature with the smallest log-loss of leave-one-out outputs.
 
     Parameters
     ----------
-    outputs, values : ndarray of shape (n, C)
-        Held-out outputs; indicators of the classes, or of labels.
+    outputs : ndarray of shape (n, C)
+        Outputs for each row by the model without it.
+    values : ndarray of shape (n, C)
+        0 or 1: indicators of the classes, C >= 2, or of labels.
     weights : ndarray of shape (n,)
+        Weights of the rows in the log-loss.
     count : float
-        How many images the rows stand for.
+        N, the number of images that the rows stand for.
     multilabel : bool, default=False
+        Whether an image may have several labels: logistic function instead of softmax.
 
     Returns
     -------
     float
-        From 0.05 to 10.
+        T, from 0.05 to 10.
 
     Notes
     -----
-    As if one of two images more had another label (Platt, "Probabilistic outputs for support vector machines", 1999,
-    section 2.2): few held-out images that are all right do not make probabilities of 0 and 1.
+    Minimizes the log-loss ``-sum_i w_i sum_c t_ic log p_ic`` over log T, with p the softmax of f / T [2]_. The target t
+    of the class of an image is 1 - d, and those of the other classes share d = 1 / (N + 2): as if there were two images
+    more, one of them with another label [1]_. So a few left-out images that are all right do not lead to probabilities
+    of 0 and 1. For several labels the log-loss is that of the logistic function of (f - 1/2) / T, summed over the
+    labels, with the targets 1 - d and d.
+
+    References
+    ----------
+    .. [1] J. C. Platt, "Probabilistic outputs for support vector machines and comparisons to regularized likelihood
+       methods", 1999, section 2.2.
+    .. [2] C. Guo, G. Pleiss, Y. Sun and K. Q. Weinberger, "On calibration of modern neural networks", ICML 2017,
+       section 4.2.
     """
     doubt = 1 / (count + 2)
     values = (1 - doubt) * values + doubt * (1 - values) / (1 if multilabel else values.shape[1] - 1)

@@ -228,7 +228,9 @@ class FittedModel:
                 "X, y and sample_weight are not the data that this model was fitted on: give all rows of fit, in "
                 "any order."
             )
-        return Problem(rows, self.reader.groups, weights, self.unit, self.recipe, fitted=self.solution)
+        return Problem(
+            rows, self.reader.groups, weights, self.unit, self.recipe, fitted=self.solution, device=self.network.device
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("weight", "bias")}

@@ -12,13 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.memory import device_budget
 from ..runtime.processes import ALONE, ProcessGroup
 from .centered import ScaledFeatures
 from .estimate import EstimatedForm
 from .features import Group, Standardization, fit_standardization
 from .preconditioner import Block
 from .prior import CRITERIA, Rows, learn_prior, scale_prior
-from .ridge import Factorization, Optimum, closed_form_fits, factorize, leave_one_out, leave_sets_out, noise_variance
+from .ridge import (
+    Factorization,
+    Optimum,
+    closed_form_fits,
+    factorize,
+    leave_one_out,
+    leave_sets_out,
+    noise_variance,
+    removals,
+)
 
 __all__ = ["PRIORS", "Problem", "Recipe", "Solution", "TrainingRows"]
 
@@ -26,6 +36,7 @@ PRIORS = (*CRITERIA, "equal", "last")
 _PRIOR_ROWS = 500  # from which a prior is learned: more hardly change it, and cost the cube of their number
 _PRIOR_ROWS_A_CLASS, _PRIOR_ROWS_MAX = 4, 2000  # of many classes
 _ALONG = " directions"  # ends the names of groups of tangents that take backward passes
+_CPU = torch.device("cpu")
 _DEVIATION = 1.0  # of the log of a variance under the hyper-prior: see the study in docs/accuracy.md
 
 
@@ -178,6 +189,8 @@ class Problem:
         Whose standardization and prior are taken instead of those that follow from the rows.
     processes : ProcessGroup
         That share the rows: each has the features of its own, and all else of all.
+    device : torch.device
+        Of the network. The algebra is done there where it has float64 at speed, else on the CPU.
 
     Attributes
     ----------
@@ -195,7 +208,9 @@ class Problem:
         recipe: Recipe,
         fitted: Solution | None = None,
         processes: ProcessGroup = ALONE,
+        device: torch.device = _CPU,
     ):
+        self._device = device if device.type == "cuda" else _CPU
         self._rows, self.groups, self._recipe, self._processes = rows, list(groups), recipe, processes
         self.multiplicity = rows.multiplicity
         self.weights = weights * (self.multiplicity.sum() / weights.sum())
@@ -292,15 +307,28 @@ class Problem:
 
     def factorization(self, variances: np.ndarray) -> Factorization:
         """What answers for these prior variances; in closed form where it fits."""
-        features = self._scaled(self._rows.features, variances)
-        weights, recipe = torch.from_numpy(self.weights), self._recipe
-        fits = closed_form_fits(len(weights), features.shape[1], recipe.budget)
+        features, recipe = self._scaled(self._rows.features, variances), self._recipe
+        weights, budget = self._on_device(self.weights), recipe.budget
+        if self._device.type != "cpu":
+            budget = min(budget, device_budget(self._device))
+        fits = closed_form_fits(len(weights), features.shape[1], budget)
         if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
-            return factorize(features, weights, recipe.budget, group=self._processes)
+            return factorize(features, weights, budget, group=self._processes)
         return EstimatedForm(
             features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter,
-            multiplicity=torch.from_numpy(self.multiplicity), group=self._processes,
+            multiplicity=self._on_device(self.multiplicity), group=self._processes,
         )  # fmt: skip
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def optimum(self, form: Factorization) -> Optimum:
+        """The solution for the targets."""
+        return form.solve(self._on_device(self.targets))
+
+    def removals(self, form: Factorization) -> torch.Tensor:
+        """What has to be taken from the targets of a row for the effect of leaving it out, (n, C)."""
+        return removals(form, self.optimum(form), self._on_device(self.multiplicity))
 
     def _root(self, variances: np.ndarray) -> np.ndarray:
         """Roots of the prior variances of the columns, (D,)."""
@@ -328,27 +356,27 @@ class Problem:
     def held_out(self, alpha: float | str) -> np.ndarray:
         """Outputs (n, C) by the solution without a row, or its group, at a penalty; scale and prior held fixed."""
         form = self.factorization(self.variances_at(alpha))
-        return self._held_out(form, form.solve(torch.from_numpy(self.targets)))
+        return self._held_out(form, self.optimum(form))
 
     def _held_out(self, form: Factorization, optimum: Optimum) -> np.ndarray:
         if (sets := self._rows.sets) is not None:
-            return leave_sets_out(form, optimum, torch.from_numpy(sets)).numpy()
-        return leave_one_out(form, optimum, torch.from_numpy(self.multiplicity)).numpy()
+            return leave_sets_out(form, optimum, torch.from_numpy(sets)).cpu().numpy()
+        return leave_one_out(form, optimum, self._on_device(self.multiplicity)).cpu().numpy()
 
     def solve(self, alpha: float | str) -> tuple[Solution, np.ndarray]:
         """The solution at a penalty, and its leave-one-out outputs (n, C), scale and prior held fixed."""
         variances = self.variances_at(alpha)
         form = self.factorization(variances)
-        found = form.solve(torch.from_numpy(self.targets))
+        found = self.optimum(form)
         scale = self._root(variances)
         weight = np.zeros((len(scale), self.targets.shape[1]))
-        weight[scale > 0] = found.coef.numpy() * scale[scale > 0][:, None]
+        weight[scale > 0] = found.coef.cpu().numpy() * scale[scale > 0][:, None]
         course: dict[str, Any] = {}
         if found.course is not None:
             advice = None if found.course.converged else str(found.course.status.value)
             course = {"n_iter": found.course.n_iter, "residual_norms": found.course.errors, "advice": advice}
         noise = noise_variance(found, torch.from_numpy(self.multiplicity), self._recipe.free)
         solution = Solution(
-            self.standardization, variances, weight, found.intercept.numpy(), noise, form.method, **course
+            self.standardization, variances, weight, found.intercept.cpu().numpy(), noise, form.method, **course
         )  # fmt: skip
         return solution, self._held_out(form, found)

@@ -183,7 +183,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         weights = self._weigh_classes(rows.targets, rows.given)
         unit = self._target_unit(rows.targets, weights)
         with bars.step("prior"):
-            problem = Problem(rows, reader.groups, weights, unit, recipe, processes=group)
+            problem = Problem(rows, reader.groups, weights, unit, recipe, processes=group, device=reader.network.device)
         place = np.arange(len(rows)) if keep is None else keep
         with bars.step("solving"):
             alpha = self._choose_alpha(problem, recipe, rows, reader, place, n or len(rows))
