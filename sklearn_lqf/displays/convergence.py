@@ -1,4 +1,4 @@
-"""How a fit converged: what `tol` bounds, after each iteration."""
+"""Display of the convergence of an iterative solver: the quantity that `tol` bounds, by iteration."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .figures import axes_of, check_estimator, legend, pyplot
 
 __all__ = ["ConvergenceDisplay"]
 
-_TOL_GID = "sklearn_lqf.tol"  # marks the line of tol, which displays on one Axes share
+_TOL_GID = "sklearn_lqf.tol"  # marks the line of tol, which all displays on one Axes share
 
 
 class ConvergenceDisplay:
-    """Convergence of the solver: what ``tol`` bounds, against iterations.
+    """Convergence of an iterative solver: the quantity that ``tol`` bounds, against iterations.
 
     It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes. Several
     displays on one Axes compare solvers.
@@ -22,19 +22,20 @@ class ConvergenceDisplay:
     Parameters
     ----------
     residual_norms : array-like of shape (n_iter + 1,)
-        What ``tol`` bounds, before the first and after each iteration: the error of the outputs, relative to the
-        deviation of the targets; with ``model="paper"`` the norm of the gradient, relative to its value at zero.
+        Values before the first and after each iteration. They are a bound on the root mean squared error of the outputs
+        for the training images, relative to the standard deviation of the targets, the largest over the outputs; with
+        ``model="paper"`` the norm of the gradient, relative to its value at zero.
     tol : float, default=None
-        Where the solver stops. None or 0: no line is drawn for it.
+        Value at which the solver stops. None or 0: no line is drawn for it.
     estimator_name : str, default=None
         Name in the legend.
 
     Attributes
     ----------
     line_ : matplotlib Line2D
-        The bounds.
+        Curve of ``residual_norms``.
     tol_line_ : matplotlib Line2D or None
-        The line of ``tol``; displays with one ``tol`` on one Axes share it.
+        Line at ``tol``; displays with the same ``tol`` on one Axes share it.
     ax_ : matplotlib Axes
         Axes with the curve.
     figure_ : matplotlib Figure
@@ -73,6 +74,11 @@ class ConvergenceDisplay:
         -------
         display : ConvergenceDisplay
             The display itself.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
         """
         ax = axes_of("ConvergenceDisplay.plot", ax)
         from matplotlib.ticker import MaxNLocator
@@ -106,7 +112,7 @@ class ConvergenceDisplay:
         Parameters
         ----------
         estimator : estimator instance
-            Fitted, with ``residual_norms_`` and ``tol``, such as `LQFClassifier`.
+            A fitted estimator with ``residual_norms_`` and ``tol``, such as `LQFClassifier`.
         ax : matplotlib Axes, default=None
             Axes to draw on. None: those of a new figure.
         name : str, default=None
@@ -122,9 +128,13 @@ class ConvergenceDisplay:
         Raises
         ------
         TypeError
-            The estimator is of another kind.
+            The estimator has no ``residual_norms_`` or ``tol``.
         ValueError
-            Its solution is in closed form.
+            The solution of the estimator is in closed form.
+        sklearn.exceptions.NotFittedError
+            The estimator is not fitted.
+        ImportError
+            matplotlib is not installed.
         """
         pyplot("ConvergenceDisplay.from_estimator")
         check_estimator(cls, estimator, "residual_norms_", "tol")

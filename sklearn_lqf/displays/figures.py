@@ -1,4 +1,4 @@
-"""What all displays share: matplotlib is imported by the functions that draw."""
+"""Functions that all displays share. matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 

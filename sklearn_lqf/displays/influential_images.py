@@ -1,6 +1,6 @@
-"""Which training images made a prediction, as pictures.
+"""Display of the training images that support or oppose a prediction.
 
-Hides how images in all their forms become pictures; they are read as the estimator reads them.
+Hides how images in all forms of ``X`` become pixels to be drawn; they are read as the estimator reads them.
 """
 
 from __future__ import annotations
@@ -20,42 +20,44 @@ from .figures import check_estimator, pyplot
 __all__ = ["InfluenceDisplay"]
 
 _SHOWN_MAX = 512  # pixels of the longer side of an image that is drawn; larger ones are made smaller
-_HELPFUL, _HARMFUL = "tab:blue", "tab:red"  # told apart by color-blind eyes too
+_HELPFUL, _HARMFUL = "tab:blue", "tab:red"  # color-blind readers can tell them apart
 
 
 class InfluenceDisplay:
     """One image, the training images that help its prediction most, and those that harm it most.
 
-    Without a label of the image: those that raise the output of the predicted class most, and those that lower it.
+    If the label of the image is not given, the training images are those that raise the output of the predicted class
+    most, and those that lower it most.
 
-    It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes. Images are
-    what ``imshow`` takes: (H, W) or (H, W, 3), of uint8 or of floats in 0..1.
+    It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes. Images have
+    a form that matplotlib's ``imshow`` takes: (H, W) or (H, W, 3), uint8 in 0..255 or floats in 0..1.
 
     Parameters
     ----------
     image : array-like of shape (H, W) or (H, W, 3)
         The image to be explained.
     label : object
-        Its label, or None. It decides what ``effect`` is, as in ``influence``.
+        Label or target of ``image``, or None. It decides what ``effect`` is, as in ``influence``.
     predicted : object
-        Its predicted label.
+        Predicted label or target of ``image``.
     effect : array-like of shape (k,)
-        Effect of leaving out each of k training images. With a ``label``: change of the squared loss of ``image``,
-        positive where the training image helps. Without: change of the output of the predicted class (of a regressor:
-        of the output), negative where the training image raises it. Images without an effect are not drawn.
+        Effect of leaving out each of k training images. With a ``label`` it is the change of the squared loss of
+        ``image``, positive where the training image helps. Without it is the change of the output of the predicted
+        class (of a regressor: of the output), negative where the training image raises that output. Images whose
+        effect is 0 are not drawn.
     images : sequence of k arrays
         The training images.
     labels : array-like of shape (k,)
-        Their labels.
+        Labels or targets of the training images.
     indices : array-like of shape (k,), default=None
-        Their rows in X.
+        Rows of the training images in X.
 
     Attributes
     ----------
     images_ : list of matplotlib AxesImage
-        ``image``, the helpful images from the most helpful on, then the harmful ones from the most harmful on.
+        ``image``, then the helpful images in order of decreasing effect, then the harmful ones likewise.
     axes_ : ndarray of shape (2, columns)
-        Axes of the helpful images, and below of the harmful ones; None where there are fewer.
+        Axes of the helpful images in the first row, and of the harmful ones in the second; None where there is no image.
     ax_ : matplotlib Axes
         Axes of ``image``.
     figure_ : matplotlib Figure
@@ -105,9 +107,10 @@ class InfluenceDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Axes whose place the images take; it is turned off. None: a new figure.
+            Axes of a grid, as from ``plt.subplots``. The images are drawn in its place, and it is turned off. None: a
+            new figure.
         colors : pair of colors, default=("tab:blue", "tab:red")
-            Frames of helpful and of harmful images.
+            Colors of the frames of helpful and of harmful images.
         **imshow_kw : dict
             Passed to matplotlib's ``imshow``, such as ``cmap`` for grayscale images.
 
@@ -115,6 +118,13 @@ class InfluenceDisplay:
         -------
         display : InfluenceDisplay
             The display itself.
+
+        Raises
+        ------
+        ValueError
+            ``ax`` is not one of a grid.
+        ImportError
+            matplotlib is not installed.
         """
         plt = pyplot("InfluenceDisplay.plot")
         rows = _by_effect(self.effect, self.label, len(self.images))
@@ -167,39 +177,45 @@ class InfluenceDisplay:
         Parameters
         ----------
         estimator : estimator instance
-            Fitted on images, with ``influence``, such as `LQFClassifier`.
+            An estimator with ``influence`` that was fitted on images, such as `LQFClassifier`.
         X : array-like or sequence of images
             The n images of `fit`, in any form that `fit` takes.
         y : array-like of shape (n,) or (n, n_targets)
-            Their labels or targets.
+            Labels or targets of the n images.
         x_test : image, or array-like or sequence with one image
             The image to be explained: an array, a raveled row, a path or a PIL image; or an ``X`` of one row.
         y_test : object, default=None
-            Its label: draws effects on its squared loss. None: effects on the output of the predicted class (of a
-            regressor: on its output).
+            Label or target of ``x_test``; the effects are then those on its squared loss. None: the effects are those
+            on the output of the predicted class (of a regressor: on its output).
         sample_weight : array-like of shape (n,), default=None
             Weights of the training images in `fit`.
         n_images : int, default=4
-            How many helpful and how many harmful images are drawn at most.
+            Largest number of helpful images, and of harmful images, that are drawn; at least 1.
         ax : matplotlib Axes, default=None
-            Axes whose place the images take; it is turned off. None: a new figure.
+            Axes of a grid, as from ``plt.subplots``. The images are drawn in its place, and it is turned off. None: a
+            new figure.
         colors : pair of colors, default=("tab:blue", "tab:red")
-            Frames of helpful and of harmful images.
+            Colors of the frames of helpful and of harmful images.
         **imshow_kw : dict
             Passed to matplotlib's ``imshow``, such as ``cmap`` for grayscale images.
 
         Returns
         -------
         display : InfluenceDisplay
-            The display, drawn. It keeps the images that are drawn, no others.
+            The display, drawn. It keeps only the images that are drawn.
 
         Raises
         ------
         TypeError
-            The estimator is of another kind.
+            The estimator has no ``influence``.
         ValueError
-            It was fitted on vectors, ``x_test`` is not one image, several targets have no ``y_test``, or ``influence``
-            refuses the data.
+            The estimator was fitted on vectors or with ``model="paper"``, ``x_test`` is not one image, ``n_images`` is
+            not at least 1, ``y_test`` is missing although there are several targets, or the training data are not those
+            of `fit`.
+        sklearn.exceptions.NotFittedError
+            The estimator is not fitted.
+        ImportError
+            matplotlib is not installed.
         """
         pyplot("InfluenceDisplay.from_estimator")
         check_estimator(cls, estimator, "influence", "image_shape_")

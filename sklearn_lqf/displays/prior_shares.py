@@ -1,4 +1,4 @@
-"""What a model reads of the network: the learned prior over its depth."""
+"""Display of the learned prior: the share of each group of features, over the depth of the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .figures import check_estimator, pyplot
 
 __all__ = ["PriorDisplay"]
 
-# Label and color of each kind of features: those of several models can be compared.
+# Label and color of each kind of features, the same in all figures, so that models can be compared.
 _KINDS = {
     "last": ("last features", "tab:blue"), "tangents": ("local tangents", "tab:orange"),
     "deviation": ("deviations", "tab:green"), "directions": ("tangents along directions", "tab:red"),
@@ -19,22 +19,22 @@ _KINDS = {
 
 
 class PriorDisplay:
-    """What a model reads of its network: shares of the prior variance of an output, over the depth of the network.
+    """Shares of the groups of features in the prior variance of an output, over the depth of the network.
 
     It is recommended to use `from_estimator` to create a display. All parameters are stored as attributes.
 
     Parameters
     ----------
     prior : dict of str to float
-        Share of each group of features, as ``prior_`` of an estimator: names are ``"last"``, or that of the last module
-        of a stage and ``"tangents"``, ``"deviation"`` or ``"directions"``.
+        Share of each group of features, not negative, as ``prior_`` of an estimator. A name is ``"last"``, or the name
+        of the last module of a stage, a space, and ``"tangents"``, ``"deviation"`` or ``"directions"``.
     estimator_name : str, default=None
-        Title.
+        Title of the figure.
 
     Attributes
     ----------
     bars_ : dict of str to matplotlib BarContainer
-        Of each kind of features.
+        Bars of each kind of features that ``prior`` has.
     ax_ : matplotlib Axes
         Axes with the bars.
     figure_ : matplotlib Figure
@@ -73,6 +73,13 @@ class PriorDisplay:
         -------
         display : PriorDisplay
             The display itself.
+
+        Raises
+        ------
+        ValueError
+            ``prior`` has a name of another kind.
+        ImportError
+            matplotlib is not installed.
         """
         plt = pyplot("PriorDisplay.plot")
         kinds = _by_kind(self.prior)
@@ -108,7 +115,7 @@ class PriorDisplay:
         Parameters
         ----------
         estimator : estimator instance
-            Fitted, with ``prior_``, such as `LQFClassifier`.
+            A fitted estimator with ``prior_``, such as `LQFClassifier`.
         ax : matplotlib Axes, default=None
             Axes to draw on. None: those of a new figure.
         name : str, default=None
@@ -124,9 +131,13 @@ class PriorDisplay:
         Raises
         ------
         TypeError
-            The estimator is of another kind.
+            The estimator has no ``prior_``.
         ValueError
-            It was fitted with ``model="paper"``, which has no prior of groups.
+            The estimator was fitted with ``model="paper"``, which has no prior of groups.
+        sklearn.exceptions.NotFittedError
+            The estimator is not fitted.
+        ImportError
+            matplotlib is not installed.
         """
         pyplot("PriorDisplay.from_estimator")
         check_estimator(cls, estimator, "prior_")

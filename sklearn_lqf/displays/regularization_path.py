@@ -1,4 +1,4 @@
-"""How scores depend on the penalty."""
+"""Display of a search over the penalty: scores against ``alpha``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RegularizationPathDisplay:
     Parameters
     ----------
     alphas : array-like of shape (n_alphas,)
-        Penalties, in any order.
+        Penalties, positive, in any order.
     scores : array-like of shape (n_alphas,)
-        Mean score of each.
+        Mean score of each penalty.
     best_alpha : float, default=None
-        The penalty chosen. None: no marker is drawn.
+        The penalty that was chosen. None: no marker is drawn.
     score_name : str, default="Score"
         Label of the axis of the scores.
     scores_std : array-like of shape (n_alphas,), default=None
@@ -36,11 +36,11 @@ class RegularizationPathDisplay:
     Attributes
     ----------
     line_ : matplotlib Line2D
-        The scores.
+        Curve of the scores.
     fill_between_ : matplotlib PolyCollection or None
-        The band of one standard deviation.
+        Band of one standard deviation on each side of the curve.
     best_ : matplotlib Line2D or None
-        The marker at ``best_alpha``.
+        Marker at ``best_alpha``.
     ax_ : matplotlib Axes
         Axes with the curve.
     figure_ : matplotlib Figure
@@ -92,6 +92,11 @@ class RegularizationPathDisplay:
         -------
         display : RegularizationPathDisplay
             The display itself.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
         """
         ax = axes_of("RegularizationPathDisplay.plot", ax)
         order = np.argsort(self.alphas)
@@ -124,15 +129,15 @@ class RegularizationPathDisplay:
         Parameters
         ----------
         estimator : estimator instance
-            A fitted `LQFClassifierCV`, or a search of scikit-learn over ``alpha`` (of a step of a pipeline, too). Of
-            several parameters the others are held at the best combination; values of ``alpha`` that are no number,
-            such as ``"auto"``, are left out.
+            A fitted `LQFClassifierCV`, or a fitted search of scikit-learn over ``alpha``, also of a step of a pipeline.
+            If the search has further parameters, they are held at the best combination. Values of ``alpha`` that are
+            not numbers, such as ``"auto"``, are left out.
         ax : matplotlib Axes, default=None
             Axes to draw on. None: those of a new figure.
         name : str, default=None
-            Name in the legend; none if None.
+            Name in the legend. None: no name.
         score_name : str, default=None
-            Label of the axis of the scores. None: the name of the scoring.
+            Label of the axis of the scores. None: the name of the score.
         **line_kw : dict
             Passed to matplotlib's ``plot``.
 
@@ -144,9 +149,14 @@ class RegularizationPathDisplay:
         Raises
         ------
         TypeError
-            The estimator is of another kind.
+            The estimator has no ``cv_results_``.
         ValueError
-            The search had no ``alpha``, several of them, or no numeric value of it.
+            The search has no ``alpha``, several of them, or no numeric value of it; or it has several scores and
+            ``refit`` names none of them.
+        sklearn.exceptions.NotFittedError
+            The estimator is not fitted.
+        ImportError
+            matplotlib is not installed.
         """
         pyplot("RegularizationPathDisplay.from_estimator")
         check_estimator(cls, estimator, "cv_results_")
