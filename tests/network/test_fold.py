@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import Other
 from support.splits import EXAMPLE, TOKENS, VECTORS, of_type, rand, randomized, split_checked
 from torch import nn
 
@@ -39,40 +40,18 @@ def test_folding_is_more_exact_than_the_precision_in_use():
     assert torch.equal(weight, exact.float())
 
 
-def test_batch_norm_is_folded_into_other_layers():
-    net = randomized(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)))
-    assert split_checked(net, x=VECTORS).folded == 1
-    net = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.BatchNorm1d(4), nn.Flatten())
-    assert split_checked(randomized(net), x=VECTORS).folded == 1
-    net = nn.Sequential(nn.Conv3d(3, 2, 3), nn.BatchNorm3d(2), nn.Flatten())
-    assert split_checked(randomized(net), x=rand(3, 3, 4, 4, 4)).folded == 1
-
-
-class Shared(nn.Module):
-    """A convolution, its norm, and other uses of one of the two."""
-
-    def __init__(self, use):
-        super().__init__()
-        self.conv, self.norm, self.use = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), use
-
-    def forward(self, x):
-        return self.use(self, x).flatten(1)
-
-
-NOT_FOLDED = {
-    "the output has another user": lambda m, x: m.norm(h := m.conv(x)) + h,
-    "the convolution is called twice": lambda m, x: m.conv(m.norm(m.conv(x))),
-    "the norm is called twice": lambda m, x: m.norm(m.conv(x)) + m.norm(x),
-    "another operation is between": lambda m, x: m.norm(m.conv(x).relu()),
-    "the norm comes first": lambda m, x: m.conv(m.norm(x)),
+OTHERS = {
+    "linear": (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)), VECTORS, 1),
+    "one dimension": (nn.Sequential(nn.Conv1d(4, 4, 2), nn.BatchNorm1d(4), nn.Flatten()), TOKENS, 1),
+    "three dimensions": (nn.Sequential(nn.Conv3d(3, 2, 3), nn.BatchNorm3d(2), nn.Flatten()), rand(3, 3, 4, 4, 4), 1),
+    # It normalizes the tokens, not the features that the Linear makes: here there are four of both.
+    "tokens": (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Flatten()), TOKENS, 0),
 }
 
 
-@pytest.mark.parametrize("use", NOT_FOLDED.values(), ids=NOT_FOLDED)
-def test_batch_norm_is_not_folded(use):
-    split = split_checked(randomized(Shared(use)))
-    assert split.folded == 0
-    assert len(of_type(split, nn.BatchNorm2d)) == 1
+@pytest.mark.parametrize(("net", "x", "folded"), OTHERS.values(), ids=OTHERS)
+def test_batch_norm_behind_other_layers(net, x, folded):
+    assert split_checked(randomized(net), x=x).folded == folded
 
 
 class ActivatedNorm(nn.BatchNorm2d):
@@ -80,9 +59,32 @@ class ActivatedNorm(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
-def test_other_batch_norms_are_not_folded():
-    split = split_checked(randomized(nn.Sequential(nn.Conv2d(3, 4, 3), ActivatedNorm(4), nn.Flatten())))
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+NOT_FOLDED = {
+    "the output has another user": (lambda m, x: m.norm(h := m.conv(x)) + h, {}),
+    "the convolution is called twice": (lambda m, x: m.conv(m.norm(m.conv(x))), {}),
+    "the norm is called twice": (lambda m, x: m.norm(m.conv(x)) + m.norm(x), {}),
+    "another operation is between": (lambda m, x: m.norm(m.conv(x).relu()), {}),
+    "the norm comes first": (lambda m, x: m.conv(m.norm(x)), {}),
+    "the norm is of another kind": (lambda m, x: m.norm(m.conv(x)), {"norm": ActivatedNorm(3)}),
+    "the convolution is of another kind": (lambda m, x: m.norm(m.conv(x)), {"conv": Standardized(3, 3, 3)}),
+}
+
+
+@pytest.mark.parametrize(("use", "layers"), NOT_FOLDED.values(), ids=NOT_FOLDED)
+def test_batch_norm_is_not_folded(use, layers):
+    """A convolution, its norm, and other uses of one of the two, or other forms."""
+    layers = {"conv": nn.Conv2d(3, 3, 3, padding=1), "norm": nn.BatchNorm2d(3), **layers}
+    split = split_checked(randomized(Other(lambda m, x: use(m, x).flatten(1), **layers)))
     assert split.folded == 0
+    assert len(of_type(split, type(layers["norm"]))) == 1
+
+
+def test_batch_norm_without_statistics_is_not_folded():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
     assert split_network(randomized(net), EXAMPLE, "all").folded == 0
 
@@ -93,19 +95,3 @@ def test_a_batch_norm_that_is_named_stays():
     assert (split.folded, split.tangent) == (0, ["1.weight", "1.bias"])
     split = split_checked(net, ["0", "1"])
     assert (split.folded, split.tangent) == (1, ["0.weight", "0.bias"])
-
-
-def test_batch_norm_over_tokens_is_not_folded():
-    # It normalizes the tokens, not the features that the Linear makes: here there are four of both.
-    net = randomized(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Flatten()))
-    assert split_checked(net, x=TOKENS).folded == 0
-
-
-def test_batch_norm_of_a_convolution_with_own_forward_is_not_folded():
-    class Standardized(nn.Conv2d):
-        def forward(self, x):
-            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-            return F.conv2d(x, weight, self.bias)
-
-    net = randomized(nn.Sequential(Standardized(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()))
-    assert split_checked(net).folded == 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from support.networks import Other, uninitialized
 from torch import nn
 
@@ -16,78 +17,49 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
 
 
-def example(size):
-    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+def of_torchvision(name, **options):
+    return lambda: uninitialized(name, **options)
 
 
-# name: (options, size of the images, head, features)
-TORCHVISION = {
-    "resnet18": ({}, 32, Head("fc"), 512),
-    "vgg11": ({}, 32, Head("classifier.6"), 4096),
-    "densenet121": ({}, 32, Head("classifier"), 1024),
-    "mobilenet_v3_small": ({}, 32, Head("classifier.3"), 1024),
-    "mobilenet_v2": ({}, 32, Head("classifier.1"), 1280),
-    "efficientnet_b0": ({}, 32, Head("classifier.1"), 1280),
-    "shufflenet_v2_x0_5": ({}, 32, Head("fc"), 1024),
-    "squeezenet1_1": ({}, 32, Head("classifier.1", "classifier.2"), 512),
-    "convnext_tiny": ({}, 32, Head("classifier.2"), 768),
-    "swin_t": ({}, 32, Head("head"), 768),
-    "googlenet": ({"init_weights": False}, 32, Head("fc"), 1024),
+def of_timm(name):
+    return lambda: pytest.importorskip("timm").create_model(name)
+
+
+def vision_transformer():
+    net = torchvision.models.VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
+    net.heads.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))  # torchvision starts at zero
+    return net
+
+
+# name: (network, size of the images, head, features)
+LIBRARIES = {
+    "resnet18": (of_torchvision("resnet18"), 32, Head("fc"), 512),
+    "densenet121": (of_torchvision("densenet121"), 32, Head("classifier"), 1024),
+    "mobilenet_v3_small": (of_torchvision("mobilenet_v3_small"), 32, Head("classifier.3"), 1024),
+    "squeezenet1_1": (of_torchvision("squeezenet1_1"), 32, Head("classifier.1", "classifier.2"), 512),
+    "convnext_tiny": (of_torchvision("convnext_tiny"), 32, Head("classifier.2"), 768),
+    "swin_t": (of_torchvision("swin_t"), 32, Head("head"), 768),
+    "googlenet": (of_torchvision("googlenet", init_weights=False), 32, Head("fc"), 1024),
+    "vit": (vision_transformer, 32, Head("heads.head"), 8),
+    "timm:resnet18": (of_timm("resnet18"), 32, Head("fc"), 512),
+    "timm:tf_efficientnet_lite0": (of_timm("tf_efficientnet_lite0"), 32, Head("classifier"), 1280),
+    "timm:convnext_atto": (of_timm("convnext_atto"), 32, Head("head.fc"), 320),
+    "timm:vit_tiny_patch16_224": (of_timm("vit_tiny_patch16_224"), 224, Head("head"), 192),
 }
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_heads_of_torchvision(name):
-    options, size, head, n_features = TORCHVISION[name]
-    net, x = uninitialized(name, **options), example(size)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_heads_of_libraries(name):
+    make, size, head, n_features = LIBRARIES[name]
+    net, x = make().eval(), torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     assert find_head(net, x) == head
     with torch.no_grad():
-        logits = net(x)
-        last = net.get_submodule(head.name)
+        logits, last = net(x), net.get_submodule(head.name)
         remove_head(net, x)
         features = net(x)
         assert features.shape == (2, n_features)
         if isinstance(last, nn.Linear):  # on the features it gives the logits
             torch.testing.assert_close(last(features), logits)
-
-
-def test_head_of_a_vision_transformer():
-    vit = pytest.importorskip("torchvision").models.VisionTransformer
-    net = vit(32, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8).eval()
-    net.heads.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))  # torchvision starts at zero
-    assert find_head(net, IMAGES) == Head("heads.head")
-    remove_head(net, IMAGES)
-    assert net(IMAGES).shape == (2, 8)
-
-
-TIMM = {
-    "resnet18": (32, Head("fc"), 512),
-    "tf_efficientnet_lite0": (32, Head("classifier"), 1280),
-    "mobilenetv3_small_050": (32, Head("classifier"), 1024),
-    "convnext_atto": (32, Head("head.fc"), 320),
-    "vit_tiny_patch16_224": (224, Head("head"), 192),
-}
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_heads_of_timm(name):
-    timm = pytest.importorskip("timm")
-    size, head, n_features = TIMM[name]
-    net = timm.create_model(name).eval()
-    assert find_head(net, example(size)) == head
-    remove_head(net, example(size))
-    assert net(example(size)).shape == (2, n_features)
-
-
-class ByFunction(nn.Module):
-    """A chain of two layers whose output passes through a function."""
-
-    def __init__(self, function, last=None):
-        super().__init__()
-        self.first, self.last, self.function = nn.Linear(6, 5), last or nn.Linear(5, 4), function
-
-    def forward(self, x):
-        return self.function(self.last(self.first(x).tanh()), self)
 
 
 HEADS = {
@@ -133,6 +105,11 @@ def two():
     return {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)}
 
 
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 REFUSED = {
     "two heads, joined": (Other(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), **two()), r"is 'b' \(Linear\)"),
     "two heads, added": (Other(lambda m, x: m.a(x) + m.b(x), **two()), r"last layer evaluated is 'b' \(Linear\)"),
@@ -146,6 +123,8 @@ REFUSED = {
     "tuple": (Other(lambda m, x: (m.a(x), m.b(x)), **two()), r"must return one tensor .* returns tuple"),
     "dict": (Other(lambda m, x: {"out": m.a(x)}, **two()), "returns dict"),
     "tokens": (Other(lambda m, x: m.a(x)[:, None], **two()), r"returns a tensor of shape \(2, 1, 4\)"),
+    "not finite": (Other(lambda m, x: m.a(x) / 0, **two()), "not finite"),
+    "subclass with another result": (Other(lambda m, x: m.a(x)[0], a=Pair(6, 4)), r"'a' \(Pair\)"),
 }  # fmt: skip
 
 
@@ -155,41 +134,25 @@ def test_network_without_one_head_is_refused(net, message):
         find_head(net.eval(), VECTORS)
 
 
-def test_output_that_is_not_finite():
-    net = nn.Linear(6, 4).eval()
-    net.bias.data[1] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        find_head(nn.Sequential(net), VECTORS)
+# The head is found, as its result is pooled; its input is not.
+NO_VECTORS = {
+    "map": (nn.Conv2d(3, 4, 1), lambda x: x.mean((2, 3)), IMAGES, r"head 'a' must be one vector .* \(2, 3, 32, 32\)"),
+    "pair": (nn.Linear(6, 4), lambda x: x, VECTORS, "head the network returns tuple"),
+}
 
 
-def test_subclass_of_linear_with_another_result():
-    class Pair(nn.Linear):
-        def forward(self, x):
-            return super().forward(x), x
-
-    net = Other(lambda m, x: m.a(x)[0], a=Pair(6, 4))
-    with pytest.raises(ValueError, match=r"'a' \(Pair\)"):
-        find_head(net.eval(), VECTORS)
-
-
-def test_features_must_be_one_vector_for_each_image():
-    def pooled(m, x):
+@pytest.mark.parametrize(("head", "pooled", "x", "message"), NO_VECTORS.values(), ids=NO_VECTORS)
+def test_features_must_be_one_vector_for_each_image(head, pooled, x, message):
+    def forward(m, x):
         x = m.a(x)
-        return x.mean((2, 3)) if x.shape[1] == 4 else x
+        if x.shape[1] == 4:
+            return pooled(x)
+        return x if x.ndim == 4 else (x, x)
 
-    # The head is found, as its result is pooled; its input is not.
-    net = Other(pooled, a=nn.Conv2d(3, 4, 1)).eval()
-    assert find_head(net, IMAGES) == Head("a")
-    with pytest.raises(ValueError, match=r"head 'a' must be one vector for each image; .* \(2, 3, 32, 32\)"):
-        remove_head(net, IMAGES)
-
-    def paired(m, x):
-        x = m.a(x)
-        return x if x.shape[1] == 4 else (x, x)
-
-    pair = Other(paired, a=nn.Linear(6, 4)).eval()
-    with pytest.raises(ValueError, match="head the network returns tuple"):
-        remove_head(pair, VECTORS)
+    net = Other(forward, a=head).eval()
+    assert find_head(net, x) == Head("a")
+    with pytest.raises(ValueError, match=message):
+        remove_head(net, x)
 
 
 def test_the_search_leaves_the_network_as_it_is():
@@ -224,20 +187,21 @@ class Record:
     hidden: torch.Tensor
 
 
-TWO = {"b": nn.Linear(5, 4), "c": nn.Linear(5, 4)}
+B = {"b": nn.Linear(5, 4)}
+TWO = {**B, "c": nn.Linear(5, 4)}
 HEADS_TOO = {"b": nn.Linear(5, 4), "c": nn.Linear(5, 3)}
 # name: a network whose vector is the one of `vector`
 TAKEN = {
     "no classifier": Other(vector, **body()),
-    "classifier": Other(lambda m, x: m.b(vector(m, x)), **body(b=nn.Linear(5, 4))),
+    "classifier": Other(lambda m, x: m.b(vector(m, x)), **body(**B)),
     "tuple": Other(lambda m, x: (vector(m, x), x[:, None]), **body()),
     "tuple of a named kind": Other(lambda m, x: Named(vector(m, x), x[:, None]), **body()),
-    "scores and others": Other(lambda m, x: (m.b(vector(m, x)), x[:, None]), **body(b=nn.Linear(5, 4))),
+    "scores and others": Other(lambda m, x: (m.b(vector(m, x)), x[:, None]), **body(**B)),
     "dict that names it": Other(lambda m, x: {"x": x, "pooler_output": vector(m, x)}, **body()),
     "nested": Other(lambda m, x: {"out": [{"features": vector(m, x)}], "x": x}, **body()),
     "map of one pixel": Other(lambda m, x: {"pooler_output": vector(m, x)[..., None, None], "x": x}, **body()),
-    "dict of scores": Other(lambda m, x: {"logits": m.b(vector(m, x)), "x": x}, **body(b=nn.Linear(5, 4))),
-    "record of scores": Other(lambda m, x: Record(m.b(vector(m, x)), x), **body(b=nn.Linear(5, 4))),
+    "dict of scores": Other(lambda m, x: {"logits": m.b(vector(m, x)), "x": x}, **body(**B)),
+    "record of scores": Other(lambda m, x: Record(m.b(vector(m, x)), x), **body(**B)),
     "heads, averaged": Other(lambda m, x: (m.b(v := vector(m, x)) + m.c(v)) / 2, **body(**TWO)),
     "heads, several": Other(lambda m, x: (m.b(v := vector(m, x)), m.c(v)), **body(**HEADS_TOO)),
     "heads, by name": Other(lambda m, x: {"age": m.b(v := vector(m, x)), "kind": m.c(v)}, **body(**HEADS_TOO)),

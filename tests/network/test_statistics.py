@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from support.data import tiny_net
+from support.networks import Other, built
+from support.splits import rand
 from torch import nn
 
 from sklearn_lqf.network.statistics import Statistics
@@ -17,10 +19,6 @@ CASES = {
     "tokens": ((3, 7, 4), True, (1,)),
     "sequence": ((3, 4, 7), False, (2,)),
 }
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,25 +75,20 @@ def test_means_of_inputs_are_gradients_of_the_mean_output():
     torch.testing.assert_close(Statistics(last=False)(x)[0, :4], gradient[0, :, 0, 0])
 
 
-class Shared(nn.Module):
+def shared():
     """Two layers that read one activation, and vectors behind the positions."""
 
-    def __init__(self):
-        super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)
-        self.squeeze, self.expand = nn.Linear(6, 2), nn.Linear(2, 6)
+    def forward(m, x):
+        x = m.stem(x)
+        z = (m.a(x) * m.b(x)).mean((2, 3))
+        return m.expand(m.squeeze(z).relu()) + z
 
-    def forward(self, x):
-        x = self.stem(x)
-        z = (self.a(x) * self.b(x)).mean((2, 3))
-        return self.expand(self.squeeze(z).relu()) + z
+    convolutions = {"stem": nn.Conv2d(3, 4, 3), "a": nn.Conv2d(4, 6, 3), "b": nn.Conv2d(4, 6, 3)}
+    return Other(forward, **convolutions, squeeze=nn.Linear(6, 2), expand=nn.Linear(2, 6))
 
 
 def test_an_input_is_read_once_and_vectors_have_no_deviation():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = Shared().double().eval()
-    x = rand(3, 3, 8, 8)
+    net, x = built(shared).double().eval(), rand(3, 3, 8, 8)
     split = split_network(net, x, "all", read_stages=True)
     sizes = [(p.name.rpartition(" ")[2], p.size) for p in split.parts]
     assert sizes == [("last", 6), ("tangents", 4), ("deviation", 4), ("tangents", 6), ("tangents", 2)]
