@@ -55,9 +55,9 @@ class InfluenceDisplay:
     Attributes
     ----------
     images_ : list of matplotlib AxesImage
-        ``image``, then the helpful images in order of decreasing effect, then the harmful ones likewise.
+        ``image``, then the helpful images, most helpful first, then the harmful images, most harmful first.
     axes_ : ndarray of shape (2, columns)
-        Axes of the helpful images in the first row, and of the harmful ones in the second; None where there is no image.
+        Axes of the helpful images in the first row, of the harmful ones in the second; None where there is no image.
     ax_ : matplotlib Axes
         Axes of ``image``.
     figure_ : matplotlib Figure
