@@ -1,6 +1,7 @@
-"""One file of a header and tensors: written as a whole or not at all, and read only as it was written.
+"""Files with a header and tensors: written as a whole or not at all, and refused if they were changed since.
 
-Hides safetensors, which knows no checksum, and the ways in which a file can be broken. Nothing in a file is ever run.
+Hides safetensors, which has no checksum, and the ways in which a file can be broken. Loading never runs code from a
+file.
 """
 
 from __future__ import annotations
@@ -21,12 +22,24 @@ from ..versions import __version__
 
 __all__ = ["FORMAT", "digest", "read_archive", "refusal", "write_archive"]
 
-FORMAT = 2  # of the header; 1 was that of version 0.1, whose model was another
+FORMAT = 2  # of the header; version 0.1, which had another model, wrote format 1
 _HEADER, _DIGEST = "sklearn_lqf", "digest"  # keys of the metadata of safetensors
 
 
 def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
-    """BLAKE2b of texts, and of names, dtypes, shapes and bytes of tensors, in hexadecimal digits."""
+    """BLAKE2b digest of texts, and of the names, dtypes, shapes and bytes of tensors.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        On any device; their order does not matter.
+    *texts : str
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
     found = hashlib.blake2b(digest_size=32)
     for text in texts:
         found.update(f"{len(text)}:{text}".encode())
@@ -39,9 +52,29 @@ def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
 
 
 def write_archive(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a header, of what JSON can hold, and tensors.
+    """Write a file with a header and tensors.
 
-    A file that is there is replaced at the end, and is as it was when anything fails before.
+    A file of this name is replaced at the end. If anything fails before, it stays as it was.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder must exist. If it is a link, the file that it leads to is replaced.
+    content : mapping of str to value
+        The header, of values that JSON can hold. ``"format"`` and ``"version"`` are added.
+    tensors : mapping of str to Tensor
+        On any device.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder.
+    ImportError
+        The package safetensors is missing.
+    OSError
+        The file cannot be written.
+    ValueError
+        The header has a number that is not finite.
     """
     header = json.dumps({"format": FORMAT, "version": __version__, **content}, allow_nan=False)
     save_file = _safetensors().save_file
@@ -72,7 +105,7 @@ def write_archive(path: Path, content: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name outlast a loss of power, where the system can."""
+    """Make the new name survive a power failure, on systems that can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -100,7 +133,28 @@ def refusal(path: Path, why: str) -> Iterator[None]:
 
 
 def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file that is what `save` has written."""
+    """Read a file that `write_archive` has written.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    header : dict
+        The header, with ``"format"`` and ``"version"``.
+    tensors : dict of str to Tensor
+        On the CPU.
+
+    Raises
+    ------
+    ValueError
+        The file is not one of `write_archive`, is damaged or was changed, or has another format.
+    FileNotFoundError
+        There is no such file.
+    ImportError
+        The package safetensors is missing.
+    """
     load = _safetensors().load
     content = path.expanduser().read_bytes()
     with refusal(path, "it is no safetensors file, or it is broken"):

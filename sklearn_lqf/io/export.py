@@ -1,7 +1,7 @@
-"""The fitted model as one module of torch, for programs that know nothing of scikit-learn.
+"""The fitted model as one module of torch, for programs that do not use scikit-learn.
 
-Hides trunk, tail, gradients and the linear map, and how gradients get into an exported program: programs hold forward
-operations alone, so the backward passes are traced into such operations when the module is exported.
+Hides trunk, tail, gradients and the linear map, and how gradients get into an exported program. An exported program has
+forward operations only, so the backward passes are traced into such operations when the module is exported.
 """
 
 from __future__ import annotations
@@ -35,35 +35,37 @@ from ..runtime.arithmetic import DUAL_NUMBERS, ordinary_arithmetic
 __all__ = ["LinearizedModule", "to_module"]
 
 _aten = torch.ops.aten
-_ROWS = 3  # of the inputs of a trace; any number but 0 and 1, which torch takes for constants
+_ROWS = 3  # of the inputs of a trace: any number except 0 and 1, which torch treats as constants
 
 
 class LinearizedModule(nn.Module):
     """A fitted model: images (B, C, H, W) in [0, 1], or vectors (B, n_features), to outputs (B, n_outputs).
 
-    Made by `to_module`. It shares nothing with the model; all its numbers are in its ``state_dict``.
+    `to_module` makes it. It shares nothing with the model; all its numbers are in its ``state_dict``.
 
     Parameters
     ----------
     trunk : nn.Module
-        (B, ...) -> tuple of activations.
+        Maps inputs (B, ...) to a tuple of activations, each (B, ...).
     features : nn.Module
-        Activations to what the outputs are linear in, (B, D).
+        Maps these activations to the features (B, D) that the outputs are linear in.
     preprocessing : Preprocessing or None
         None for vectors.
     views : sequence of str
         Views of an image over which features are averaged.
     weight : Tensor of shape (n_outputs, D)
+        Weights on the features, in the units of y.
     bias : Tensor of shape (n_outputs,)
+        In the units of y.
 
     Notes
     -----
-    Tangent features take backward passes, which autograd makes here, under ``torch.no_grad`` and
-    ``torch.inference_mode`` too; the outputs require no gradient. ``torch.export.export`` with ``strict=False`` makes a
-    program without autograd of it, for any number of images. The program holds the operations of each backward pass:
-    with many layers the export takes several seconds for each direction. A network whose forward depends on the values
-    of its input cannot be exported. Under the model of the paper, a network with layers whose tangent has no rule, such
-    as LayerNorm, is exported for one number of images.
+    Features along directions need backward passes, for which the module uses autograd, also under ``torch.no_grad`` and
+    ``torch.inference_mode``; the outputs require no gradient. ``torch.export.export`` with ``strict=False`` makes a
+    program without autograd from the module, for any number of images. The program contains the operations of each
+    backward pass; with many layers the export takes several seconds for each direction. A network whose control flow
+    depends on the values of its input cannot be exported. With the model of the paper, a network with layers whose
+    tangent has no rule, such as LayerNorm, is exported for one number of images.
     """
 
     weight: Tensor
@@ -102,7 +104,7 @@ class LinearizedModule(nn.Module):
 
 
 class _Tail(nn.Module):
-    """A tail of its own, with what walks over it."""
+    """A tail that the module owns, and its walker, which evaluates and differentiates it."""
 
     def __init__(self, split: Split):
         super().__init__()
@@ -113,7 +115,7 @@ class _Tail(nn.Module):
         self._walker, _ = walker(self._split)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_walker"}  # has nodes of the graph for keys
+        return {k: v for k, v in self.__dict__.items() if k != "_walker"}  # its keys are nodes of the graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,12 +132,12 @@ class _GroupFeatures(_Tail):
             name: replace(sketch, layer=layers[name], **self._kept(f"sketch_{i}", vars(sketch)))
             for i, (name, sketch) in enumerate(fitted._sketches.items())
         }
-        # Without what evaluates the fitted network, which is put in the place of it at each call.
+        # The walker and the sketches are those of the fitted network: each call puts in those of this module.
         self._fitted = copy.copy(fitted)
         vars(self._fitted).update(self._kept("features", vars(fitted)), _tail=None, _sketches={})
 
     def _kept(self, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Register the tensors of an object as buffers; nothing in their place."""
+        """Register the tensors of an object as buffers; returns empty tensors to replace them."""
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
             self.register_buffer(f"{prefix}_{name.strip('_')}", _own(value))
@@ -158,7 +160,7 @@ class _GroupFeatures(_Tail):
 
     def exported(self, *activations: Tensor) -> Tensor:
         """The same as ``forward`` in operations without autograd, within a trace of torch.export."""
-        activations = tuple(z.contiguous() for z in activations)  # as they are in the trace that is made here
+        activations = tuple(z.contiguous() for z in activations)  # like those of the trace that is made here
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         with _disable_current_modes(), torch._C.DisableTorchFunction():  # the modes of that trace
             program = _without_autograd(self, state, activations)
@@ -181,11 +183,11 @@ class _WalkedFeatures(_Tail):
         direction = {name: self.get_buffer(f"change_{i}") for i, name in enumerate(self._names)}
         if not direction:
             return torch.cat([features, torch.zeros_like(features)], 1)
-        # Without switches of autograd's mode, which would be part of a program, where there is such a walk.
+        # A traced tail has a walk without switches of autograd's mode, which would become part of the program.
         walk: Any = walker.walk if isinstance(walker, TracedTail) else walker.tangents
         return torch.cat([features, walk(values, direction)], 1)
 
-    exported = forward  # the change is a constant, so that forward operations are all there is
+    exported = forward  # the change is a constant, so the tangent needs forward operations only
 
 
 # ------------------------------------------------------------------------------------------------- construction
@@ -202,8 +204,13 @@ def to_module(model: Any) -> LinearizedModule:
     Returns
     -------
     LinearizedModule
-        A copy, on the device and in the dtype of the network. Dot products of float32 differ from those of
-        ``model.outputs``, which are of float64, by about 1e-6 of the sum of the absolute values of their terms.
+        A copy, on the device and in the dtype of the network. Its dot products in float32 differ from those of
+        ``model.outputs``, which are in float64, by about 1e-6 of the sum of the absolute values of their terms.
+
+    Raises
+    ------
+    TypeError
+        The model is of another type.
     """
     raise TypeError(f"There is no module for a {type(model).__name__}.")
 
@@ -230,7 +237,7 @@ def _(model: PaperModel) -> LinearizedModule:
 
 
 def _own(value: Tensor) -> Tensor:
-    """A copy, laid out as stored programs ask for."""
+    """A copy, contiguous, as stored programs require."""
     return value.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -239,7 +246,7 @@ def _copied(split: Split) -> Split:
         trunk, tail = copy.deepcopy((split.trunk, split.tail))
     for module in (trunk, tail):
         module.eval().requires_grad_(False)
-        module.to(memory_format=torch.contiguous_format)  # the one that exported programs keep
+        module.to(memory_format=torch.contiguous_format)  # exported programs keep this format
     return replace(split, trunk=trunk, tail=tail)
 
 
@@ -249,9 +256,9 @@ def _copied(split: Split) -> Split:
 def _without_autograd(
     module: nn.Module, state: dict[str, Tensor], inputs: Sequence[Tensor]
 ) -> Callable[[dict[str, Tensor], Sequence[Tensor]], Tensor]:
-    """A function (state, inputs) of forward operations that computes a module with gradients, for any first dimension.
+    """A module that uses gradients as a function (state, inputs) of forward operations, for any number of rows.
 
-    Only shapes, dtypes and devices of the tensors are read.
+    Only shapes, dtypes and devices of the tensors are used.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
 

@@ -1,7 +1,7 @@
-"""Fitted estimators as files that hold tensors and JSON, and as pickles that know their version.
+"""Fitted estimators as files of tensors and JSON, and as pickles that state their version.
 
-Hides what of an estimator is written. The network is built again from the parameters of the estimator, and takes its
-weights from the file: nothing that a file holds is run.
+Hides which parts of an estimator are written. Loading builds the network again from the parameters of the estimator,
+and takes its weights from the file. It never runs code from a file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["load_estimator", "pickled_state", "save_estimator", "unpickled_state
 
 _WEIGHT = "weights."  # begins the names of the backbone's tensors
 _VERSION = "_sklearn_lqf_version"  # in pickles
-# Neither parameters nor results: the model, which is written apart, and what scikit-learn puts there.
+# Attributes that are neither parameters nor results: the model, which is written apart, and those of scikit-learn.
 _APART = {"_model", "_metadata_request", "_skl_callbacks"}
 _LOCAL = {"memory", "device"}  # items of `execution` that belong to a machine
 
@@ -42,7 +42,23 @@ Estimator = TypeVar("Estimator")
 
 
 def save_estimator(estimator: Any, path: Any, include_backbone: bool) -> None:
-    """Write a fitted estimator to a file; documented with its method ``save``."""
+    """Write a fitted estimator to a file.
+
+    Parameters
+    ----------
+    estimator : estimator
+        A fitted estimator of this package.
+    path : str or path
+    include_backbone : bool
+        Whether the file holds the pre-trained weights. The built-in network for vectors is always in the file.
+
+    Raises
+    ------
+    TypeError
+        ``path`` is neither a str nor a path, or a value of the estimator cannot be written as JSON and tensors.
+    ImportError, OSError
+        As `archive.write_archive`.
+    """
     path = _checked_path(path)
     tensors: dict[str, Tensor] = {}
     header = _header(estimator, include_backbone, tensors)
@@ -56,7 +72,38 @@ def _checked_path(path: Any) -> Path:
 
 
 def load_estimator(cls: type[Estimator], path: Any, place: torch.device, device: Any, backbone: Any) -> Estimator:
-    """Read an estimator from a file to a device, which becomes the parameter as given."""
+    """Read an estimator from a file.
+
+    Parameters
+    ----------
+    cls : type
+        Class of the estimator.
+    path : str or path
+    place : torch.device
+        Device of the model.
+    device : str or torch.device
+        Becomes the item ``"device"`` of ``execution``, unless it is ``"auto"``.
+    backbone : nn.Module, callable, str or None
+        Replaces the parameter ``backbone``; needed if that was a module or a callable.
+
+    Returns
+    -------
+    cls
+        The estimator, fitted.
+
+    Raises
+    ------
+    TypeError
+        ``path`` is neither a str nor a path.
+    ValueError
+        The file is broken, was changed, has another format or another class, or the backbone is not that of the fit.
+    FileNotFoundError
+        There is no such file.
+    ImportError
+        The package safetensors is missing, or one that the backbone needs.
+    RuntimeError
+        The file has no backbone, and its weights cannot be downloaded.
+    """
     path = _checked_path(path)
     header, tensors = read_archive(path)
     with refusal(path, "its content is not what save writes"):
@@ -69,12 +116,18 @@ def load_estimator(cls: type[Estimator], path: Any, place: torch.device, device:
 
 
 def pickled_state(state: Any) -> dict[str, Any]:
-    """The state of an estimator, and by which version it was pickled."""
+    """The state of an estimator for a pickle, with the version of this package."""
     return {**state, _VERSION: __version__}
 
 
 def unpickled_state(cls: type, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an estimator from a pickle, with defaults of parameters that it lacks."""
+    """The state of an estimator from a pickle, with the defaults of parameters that it lacks.
+
+    Warns
+    -----
+    UserWarning
+        Another version of this package wrote the pickle.
+    """
     state = dict(state)
     version = state.pop(_VERSION, "an earlier version")
     if version != __version__:
@@ -97,10 +150,10 @@ def _signature(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _header(estimator: Any, include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What the file says, in JSON; tensors are collected."""
+    """Header of the file, as JSON; its tensors are put into ``tensors``."""
     parameters = estimator.get_params(deep=False)
     kept = {k: v for k, v in vars(estimator).items() if _is_fitted(k) and k not in parameters and k not in _APART}
-    # Folds and scorers that have no text are in no file: the parameters of the loaded estimator serve.
+    # Folds and scorers that cannot be written as text are left out; the loaded estimator takes its parameters instead.
     kept["_fitted_with"] = {k: v for k, v in kept["_fitted_with"].items() if _has_text(v)}
     backbone = parameters["backbone"]
     return {
@@ -121,7 +174,7 @@ def _is_fitted(name: str) -> bool:
 
 
 def _model_fields(model: FittedModel | PaperModel) -> dict[str, Any]:
-    """What belongs to the fitted model beside its network."""
+    """The fields of the fitted model except its network."""
     if isinstance(model, PaperModel):
         return {"kind": "paper", "head": model.head, "coef": model.coef, "unit": model.unit}
     return {
@@ -142,7 +195,7 @@ def _parameter(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if name == "execution" and value is not None:
         value = {k: v for k, v in value.items() if k not in _LOCAL}
     if name == "weights" and isinstance(value, enum.Enum):
-        return value.name  # of torchvision's, which takes the name as well
+        return value.name  # of torchvision, which also takes the name
     try:
         return encode(value, f"parameters.{name}", tensors)
     except TypeError as error:
@@ -161,14 +214,14 @@ def _has_text(value: Any) -> bool:
 
 
 def _requests(estimator: Any) -> dict[str, dict[str, Any]]:
-    """What was said by ``set_fit_request`` and the like."""
+    """Requests of metadata, as set by ``set_fit_request`` and similar methods."""
     known = getattr(estimator, "_metadata_request", None)
     return {} if known is None else known._serialize()
 
 
 def _network_header(network: PreparedNetwork, include_backbone: bool, tensors: dict[str, Tensor]) -> dict[str, Any]:
     weights = _weights(network.source)
-    included = bool(include_backbone) or isinstance(network.source, VectorNetwork)  # it holds the scale of the data
+    included = bool(include_backbone) or isinstance(network.source, VectorNetwork)  # which has the scale of the data
     if included:
         tensors |= {_WEIGHT + name: value for name, value in weights.items()}
     fitted = {
@@ -186,13 +239,13 @@ def _network_header(network: PreparedNetwork, include_backbone: bool, tensors: d
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that a state dict leaves out as well; a tied one under each of its names."""
+    """Parameters and buffers, also those that a state dict leaves out; a tied one under each of its names."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: value.detach() for name, value in named}
 
 
 def _fields(instance: Any, without: list[str] | None = None) -> dict[str, Any]:
-    """The fields of a dataclass, not copied."""
+    """Values of the fields of a dataclass by name, not copied."""
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.name not in (without or [])}
 
 
@@ -201,20 +254,20 @@ def _fields(instance: Any, without: list[str] | None = None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _SavedNetwork:
-    """What a file says about the network.
+    """The network as a file describes it.
 
     Attributes
     ----------
     code : str or None
         Type of the backbone, unless it was given by name.
     names : list of str
-        Its weights.
+        Names of its parameters and buffers.
     digest : str
-        Of these.
+        Digest of these.
     weights : dict of str to Tensor, or None
-        None when they are not in the file.
+        None if they are not in the file.
     shape, options, preprocessing, dtype
-        As `PreparedNetwork` takes them.
+        As in `PreparedNetwork`.
     """
 
     code: str | None
@@ -239,7 +292,7 @@ def _saved_network(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def _without_network(cls: Any, header: Mapping[str, Any], tensors: Mapping[str, Tensor], device: Any) -> Any:
-    """The estimator but for its network and its data."""
+    """The estimator without its model."""
     if header["class"] != cls.__name__:
         raise ValueError(f"it holds an estimator of class {header['class']}: use {header['class']}.load")
     parameters = {k: decode(v, tensors) for k, v in header["parameters"].items()}
@@ -266,7 +319,7 @@ def _without_network(cls: Any, header: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> Backbone:
-    """The backbone with the weights of the fit; what is given takes the place of the parameter."""
+    """The backbone with the weights of the fit; ``given`` replaces the parameter."""
     if given is None and estimator.backbone is None:
         raise ValueError(
             f"The model in {str(path)!r} was fitted with a backbone of type {saved.code}, which is code that the file "
@@ -277,9 +330,9 @@ def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> B
     of_name = other and named and not isinstance(given, str)
     found = load_backbone(
         given if other else estimator.backbone,
-        "auto" if of_name else estimator.weights,  # those of a name are not a module's
+        "auto" if of_name else estimator.weights,  # the weights of a name do not apply to a module
         vector_features=saved.shape[0] if len(saved.shape) == 1 else None,
-        random_state=copy.deepcopy(estimator.random_state),  # a RandomState is advanced
+        random_state=copy.deepcopy(estimator.random_state),  # drawing would change a RandomState
         download=estimator._execution.download,
         architecture_only=saved.weights is not None,
         image_size=saved.shape[1:] if len(saved.shape) == 3 else None,
@@ -304,7 +357,7 @@ def _backbone(estimator: Any, saved: _SavedNetwork, path: Path, given: Any) -> B
 
 
 def _become(estimator: Any, found: Backbone, saved: _SavedNetwork, named: bool) -> None:
-    """Set the parameters so that the estimator, its clones and searches are fitted from the weights of the file."""
+    """Set the parameters so that later fits of the estimator and its clones start from the weights of the file."""
     if isinstance(found.module, VectorNetwork):  # whose weights are drawn by random_state
         estimator.backbone = "vector"
         return
@@ -318,7 +371,7 @@ def _become(estimator: Any, found: Backbone, saved: _SavedNetwork, named: bool) 
 
 
 def _fits(own: Tensor, name: str, saved: _SavedNetwork) -> bool:
-    """Whether a weight can be taken from the file; when it is not there, its digest decides."""
+    """Whether a weight can be taken from the file; if the file has no weights, their digest decides later."""
     if saved.weights is None:
         return True
     return (own.shape, own.dtype) == (saved.weights[name].shape, saved.weights[name].dtype)
@@ -326,7 +379,7 @@ def _fits(own: Tensor, name: str, saved: _SavedNetwork) -> bool:
 
 def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> PreparedNetwork:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said at fit
+        warnings.simplefilter("ignore", UserWarning)  # shown at fit
         network = PreparedNetwork(
             backbone, saved.shape, **saved.options, preprocessing=saved.preprocessing, dtype=saved.dtype, device=device
         )
@@ -340,7 +393,7 @@ def _model(network: PreparedNetwork, fields: dict[str, Any]) -> FittedModel | Pa
     """The fitted model of a network."""
     if fields["kind"] == "paper":
         paper = PaperModel(network, fields["head"], fields["coef"], fields["unit"])
-        _ = paper.linearized  # which is compared with the weights
+        _ = paper.linearized  # raises if the change and the network do not agree
         return paper
     reader = FeatureReader(network, **fields["reader"])
     solution = Solution(Standardization(**fields["standardization"]), **fields["solution"])

@@ -1,4 +1,4 @@
-"""Python values as JSON and named tensors, and back, without running anything that the file says.
+"""Python values as JSON and named tensors, and back. Decoding never runs code from a file.
 
 Hides how strings, tuples, dicts with any keys, arrays of labels and random states are written.
 """
@@ -24,12 +24,27 @@ _SUPPORTED = (
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON; arrays and tensors are put into ``tensors`` under names that begin with ``name``.
+    """Write a value as JSON; arrays and tensors are put apart.
+
+    Parameters
+    ----------
+    value : object
+        None, bool, int, float, str, path, list, tuple, mapping, RandomState, torch.device, Tensor, scalar of numpy, or
+        ndarray of numbers, strings or objects of these kinds.
+    name : str
+        Name of the value, with which the names of its tensors begin; also that in error messages.
+    tensors : dict of str to Tensor
+        Takes the arrays and tensors; it is changed.
+
+    Returns
+    -------
+    object
+        Of what JSON can hold. Paths and devices become str.
 
     Raises
     ------
     TypeError
-        The value, or one inside, is of another kind; the message says which.
+        The value, or one inside it, is of another kind; the message names it.
     """
     if type(value) in _PLAIN:
         return value
@@ -74,12 +89,24 @@ def _encode_array(value: np.ndarray, name: str, tensors: dict[str, Tensor]) -> A
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `encode` was given.
+    """Read a value that `encode` has written.
+
+    Parameters
+    ----------
+    value : object
+        JSON, as `encode` returned it.
+    tensors : mapping of str to Tensor
+        The arrays and tensors of the value, by their names.
+
+    Returns
+    -------
+    object
+        The value that `encode` was given; paths and devices as str, scalars of numpy as such.
 
     Raises
     ------
     ValueError, KeyError, TypeError
-        JSON that `encode` does not write.
+        The JSON is not what `encode` writes.
     """
     if isinstance(value, (*_PLAIN, float)):
         return value
@@ -116,6 +143,6 @@ def _objects(items: list[Any], shape: list[int]) -> np.ndarray:
 
 
 def _random_state(state: Any) -> np.random.RandomState:
-    found = np.random.RandomState()  # the kind that scikit-learn takes
+    found = np.random.RandomState()  # scikit-learn takes this kind
     found.set_state(state)
     return found
