@@ -1,7 +1,7 @@
-"""The state of torch: its settings while the package computes, its devices, and what only one thread may use.
+"""The state of torch: its settings while the package computes, its devices, and locks for what one thread may use.
 
-Hides that torch keeps most of these for the whole process, so that the caller's settings would change the answers, and
-that fits and predictions in several threads would leave them changed, or meet each other's traces and dual numbers.
+Hides that torch keeps most settings for the whole process. Without this module the caller's settings would change the
+answers, and several threads could leave settings changed, or mix up their traces and dual numbers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that `choose_devic
 
 
 def shared_by_threads(setting: Setting) -> Setting:
-    """Let any number of threads be in a context, which the first of them enters and the last one leaves.
+    """Share a context between threads: the first thread enters it, and the last one leaves it.
 
     Parameters
     ----------
     setting : callable
-        Returns the context manager that changes a setting of the process and puts it back.
+        Returns the context manager that changes a setting of the process and restores it.
+
+    Returns
+    -------
+    callable
+        Returns a context manager for any number of threads.
     """
     lock, undo, inside = threading.RLock(), ExitStack(), 0
 
@@ -64,10 +69,11 @@ def shared_by_threads(setting: Setting) -> Setting:
 def ordinary_arithmetic() -> Iterator[None]:
     """Compute as torch does by default, in full precision, whatever the caller has set.
 
-    Inside, tensors may have gradients and keep their own precision: inference mode, no_grad, autocast and a default
-    device do not count, which torch keeps for each thread. The default dtype is float32, and TF32 and bfloat16 are off
-    in products of float32; torch keeps these for the process, so that they are changed only where they differ, and put
-    back when the last thread has left. Deterministic algorithms stay as the caller wants them.
+    Inside, tensors may have gradients and keep their own precision: inference mode, no_grad, autocast and the default
+    device of the caller, which torch keeps for each thread, have no effect. The default dtype is float32, and TF32 and
+    bfloat16 are off in products of float32. torch keeps these settings for the process, so they are changed only if
+    they differ, and restored when the last thread has left. The setting of deterministic algorithms stays that of the
+    caller.
     """
     with ExitStack() as stack:
         stack.enter_context(_settings_of_the_process())
@@ -82,7 +88,7 @@ def ordinary_arithmetic() -> Iterator[None]:
 
 
 def in_ordinary_arithmetic(method: Method) -> Method:
-    """Make a method compute in `ordinary_arithmetic`: a decorator."""
+    """Decorate a method so that it computes in `ordinary_arithmetic`."""
 
     @wraps(method)
     def computed(*args: Any, **kwargs: Any) -> Any:
@@ -97,8 +103,8 @@ def in_ordinary_arithmetic(method: Method) -> Method:
 def full_precision() -> Iterator[None]:
     """Switch off TF32 and bfloat16 in products of float32, and restore the caller's settings.
 
-    torch has an old and a new interface to the same settings, and refuses to read the old one where the caller has used
-    the new one; so each is kept and restored as far as it is there and can be read.
+    torch has an old and a new interface to the same settings, and refuses to read the old one if the caller has used
+    the new one. Therefore each setting is kept and restored if it exists and can be read.
     """
     with ExitStack() as undo:
         for read, write, wanted in _precisions():
@@ -113,9 +119,9 @@ def full_precision() -> Iterator[None]:
 
 
 def _precisions() -> list[tuple[Callable[[], Any], Callable[[Any], Any], Any]]:
-    """How to read and write each setting of the precision of products of float32, and the value that is wanted.
+    """How to read and write each setting of the precision of products of float32, and the value to set.
 
-    Each one is followed by those that overwrite it.
+    Each setting comes before those that overwrite it.
     """
     cuda, cudnn, mkldnn = torch.backends.cuda, cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
     owners: list[Any] = []
@@ -131,7 +137,7 @@ def _precisions() -> list[tuple[Callable[[], Any], Callable[[Any], Any], Any]]:
 @shared_by_threads
 @contextmanager
 def _settings_of_the_process() -> Iterator[None]:
-    """What torch keeps for the process: precision, and the default dtype."""
+    """The settings that torch keeps for the process: precision, and the default dtype."""
     dtype = torch.get_default_dtype()
     with full_precision():
         try:
@@ -147,9 +153,22 @@ def _settings_of_the_process() -> Iterator[None]:
 
 
 def choose_device(device: Any) -> torch.device:
-    """The device named, or the accelerator of this machine for ``"auto"``; else an error that lists what is there.
+    """The device to compute on.
 
-    Accelerators are those of torch.accelerator: CUDA and ROCm, and MPS and XPU, which are untested.
+    Parameters
+    ----------
+    device : str or torch.device
+        ``"auto"``: the accelerator of this machine, or the CPU if there is none. Accelerators are those of
+        torch.accelerator: CUDA and ROCm, and MPS and XPU, which are untested.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ValueError
+        It is no device, or not one of this machine; the message lists those that are.
     """
     present, fastest = ["cpu"], "cpu"
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -1,7 +1,7 @@
-"""How much memory a computation may take, and what is done where it does not suffice.
+"""How much memory a computation may take, and how it goes on if memory does not suffice.
 
-Hides how much the machine, its container, a device and the folder of temporary files have. Functions that need room
-take the bytes as an argument, whose default is one of these budgets.
+Hides how much memory the machine, its container and a device have, and how much room the folder of temporary files has.
+Functions that need room take the number of bytes as an argument, whose default is one of these budgets.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = [
 
 T = TypeVar("T")
 
-BATCH_BYTES = 1 << 28  # of activations of one batch on a CPU, which larger batches slow down
-PIECE_BYTES = 1 << 27  # of an intermediate result that is made in pieces of rows, which larger pieces hardly speed up
+BATCH_BYTES = 1 << 28  # of activations of one batch on a CPU; larger batches are slower
+PIECE_BYTES = 1 << 27  # of an intermediate result that is made in pieces of rows; larger pieces are hardly faster
 
-_MEMORY_PART = 0.25  # of the memory of the machine for one large object; the rest is for the others and the user
+_MEMORY_PART = 0.25  # of the memory of the machine, for one large object; the rest is for other objects and the user
 _DEVICE_PART = 0.5  # of the free memory of a device
 _DISK_PART = 0.5  # of the free space for temporary files
-_UNKNOWN_MEMORY = 4 << 30  # bytes taken for the memory of a machine that does not tell
+_UNKNOWN_MEMORY = 4 << 30  # bytes assumed for a machine whose memory cannot be read
 
 
 def machine_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Bytes of memory of the machine, or of the container, whose limit is in a file."""
+    """Bytes of memory of the machine, or of the container if it has less; ``limit`` is the file with its limit."""
     try:
         found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
@@ -52,12 +52,12 @@ def memory_budget() -> int:
 
 
 def device_budget(device: torch.device) -> int:
-    """Bytes that one large object may take on a device of its own memory; 0 of the CPU."""
+    """Bytes that one large object may take in the memory of a CUDA device; 0 for other devices."""
     return int(_DEVICE_PART * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 
 def disk_budget() -> int:
-    """Bytes that temporary files may take; 0 without a folder for them."""
+    """Bytes that temporary files may take; 0 if there is no folder for them."""
     try:
         return int(_DISK_PART * shutil.disk_usage(tempfile.gettempdir()).free)
     except OSError:
@@ -65,27 +65,33 @@ def disk_budget() -> int:
 
 
 def pieces(count: int, row_bytes: int, budget: int = PIECE_BYTES) -> list[slice]:
-    """Rows in pieces whose intermediate results take at most a budget, or of one row.
+    """Split rows into pieces whose intermediate results fit into a budget; a piece has at least one row.
 
     Parameters
     ----------
     count : int
-        Of the rows.
+        Number of rows.
     row_bytes : int
-        That an intermediate result takes for each.
+        Bytes of the intermediate result for each row.
     budget : int
+        Bytes of the intermediate result for each piece.
+
+    Returns
+    -------
+    list of slice
+        In order.
     """
     step = max(1, budget // max(row_bytes, 1))
     return [slice(a, min(a + step, count)) for a in range(0, count, step)]
 
 
 class Recent:
-    """The last values that were made, by their keys; several threads may ask.
+    """A cache of the values that were used last, by their keys; it may be used from several threads.
 
     Parameters
     ----------
     most : int
-        Values that are kept.
+        Number of values that are kept.
     """
 
     def __init__(self, most: int):
@@ -93,7 +99,7 @@ class Recent:
         self._values: OrderedDict[Hashable, tuple[Any, list[warnings.WarningMessage]]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of a key, made if it is not there; warnings of its making are repeated."""
+        """The value of a key, computed by ``make`` if it is not kept; the warnings of ``make`` are shown each time."""
         with self._lock:
             known = self._values.get(key)
             if known is not None:
@@ -113,18 +119,24 @@ class Recent:
 
 
 def with_smaller_batches(work: Callable[[int], T], batch_size: int) -> T:
-    """``work(batch_size)``, repeated with half the size as long as memory does not suffice.
+    """``work(batch_size)``, repeated with half the batch size as long as memory does not suffice.
 
     Parameters
     ----------
     work : callable
-        What is lost and done again is for it to keep small: one batch rather than all.
+        Takes a batch size. It should do little at a time (one batch instead of all), since it is repeated as a whole.
     batch_size : int
+        At least 1.
+
+    Returns
+    -------
+    object
+        What ``work`` returned.
 
     Raises
     ------
     MemoryError
-        When it does not suffice for single rows.
+        Memory does not suffice even for a batch of one row.
     """
     while True:
         try:
@@ -137,13 +149,13 @@ def with_smaller_batches(work: Callable[[int], T], batch_size: int) -> T:
                     f"There is not enough memory even for batches of one row ({error}). Remedies: a smaller "
                     "image_size, fewer tangent_layers, execution={'device': 'cpu'}, or a device with more memory."
                 ) from error
-        if torch.cuda.is_available():  # the frames that held the tensors are gone only here
+        if torch.cuda.is_available():  # here the frames that held the tensors are gone
             torch.cuda.empty_cache()
         batch_size = max(1, batch_size // 2)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left."""
+    """Whether the error says that a device, or the host, had no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator of the CPU
     )

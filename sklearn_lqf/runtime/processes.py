@@ -1,6 +1,6 @@
-"""Processes that share a fit: who holds which rows, and their sums.
+"""Processes that share a fit: which process holds which rows, and sums over all of them.
 
-The only module that knows torch.distributed. Of one process alone, every operation returns what it is given.
+This is the only module that imports torch.distributed. With one process every operation returns its argument.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ def _communicating() -> Iterator[None]:
 
 
 class ProcessGroup:
-    """Processes that call the same operations in the same order.
+    """A group of processes, each of which must call the same operations in the same order.
 
     Parameters
     ----------
     size : int
         Number of processes.
     rank : int
-        Number of this one, from 0.
+        Number of this process, from 0 to size - 1.
     device : torch.device or None
-        Where tensors are while they are communicated; not used by one process alone.
+        Device of tensors while they are communicated; not used with one process.
     """
 
     def __init__(self, size: int = 1, rank: int = 0, device: torch.device | None = None):
         self.size, self.rank, self._device = size, rank, device
 
     def share(self, n: int) -> slice:
-        """The rows of this process among n: in the order of ranks, their numbers differing by at most one."""
+        """The rows of this process among n: shares follow the order of ranks, and differ by at most one row."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the processes, in place; the same bits everywhere."""
+        """Sum a tensor over the processes, in place; the result is the same to the last bit on all of them."""
         if self.size == 1:
             return tensor
         message = tensor.to(self._device).contiguous()
@@ -78,7 +78,7 @@ class ProcessGroup:
         return out.to(tensor.device)
 
     def of_the_first(self, value: T) -> T:
-        """The value of the first process on all: rounding may differ between them, decisions may not."""
+        """The value of process 0, on all processes: so decisions agree even if rounding differs between them."""
         if self.size == 1:
             return value
         found = [value if self.rank == 0 else None]
@@ -87,9 +87,9 @@ class ProcessGroup:
         return cast(T, found[0])
 
     def together(self, function: Callable[..., T], *args: Any) -> T:
-        """The value of ``function(*args)``; when it raises on one process, an error on all instead of a wait.
+        """Call ``function(*args)`` on each process; if it raises on one of them, an error is raised on all.
 
-        The function itself must not communicate.
+        Otherwise the other processes would wait for ever. The function itself must not communicate.
         """
         if self.size == 1:
             return function(*args)
@@ -106,12 +106,12 @@ class ProcessGroup:
         return cast(T, value)
 
     def check_same(self, values: Mapping[str, str | Iterable[Tensor]]) -> None:
-        """Raise ValueError on every process unless all have the same values, by their digests.
+        """Raise ValueError on every process unless all have the same values; their digests are compared.
 
         Parameters
         ----------
         values : mapping of str to str or iterable of Tensor
-            The keys name the values in the message, and are the same everywhere.
+            The keys name the values in the message, and must be the same on all processes.
         """
         if self.size == 1:
             return
@@ -134,7 +134,7 @@ def default_group(device: torch.device) -> ProcessGroup:
     Parameters
     ----------
     device : torch.device
-        Of the tensors of this process.
+        Device of the tensors of this process.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def default_group(device: torch.device) -> ProcessGroup:
     Raises
     ------
     ValueError
-        There is none, or it cannot communicate tensors of that device.
+        There is no default process group, or it cannot communicate tensors of that device.
     """
     if not dist.is_available():
         raise ValueError("distributed=True needs torch.distributed, which this build of torch lacks.")
@@ -156,7 +156,7 @@ def default_group(device: torch.device) -> ProcessGroup:
 
 
 def _message_device(device: torch.device) -> torch.device:
-    """The device itself where a backend of its own serves it, such as NCCL; else the CPU."""
+    """The device itself if it has a backend of its own, such as NCCL; else the CPU."""
     backends = dict(pair.split(":") for pair in str(dist.get_backend_config()).split(","))  # "cpu:gloo,cuda:nccl"
     if backends.get(device.type, "gloo") != "gloo":
         return device
@@ -169,7 +169,7 @@ def _message_device(device: torch.device) -> torch.device:
 
 
 def _digest(value: str | Iterable[Tensor]) -> int:
-    """Digest of 64 bits, signed."""
+    """Digest of a text or of tensors, as a signed int of 64 bits."""
     found = hashlib.blake2b(digest_size=8)
     if isinstance(value, str):
         found.update(value.encode())

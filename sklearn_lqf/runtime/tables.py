@@ -1,6 +1,6 @@
-"""Rows that come batch by batch, in memory as far as there is room, else in a temporary file.
+"""Tables whose rows come batch by batch, kept in memory if there is room, else in a temporary file.
 
-Hides where the rows lie. Files have no name, so they vanish with the process, however it ends.
+Hides where the rows are. The files have no name, so they vanish with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["RowFile", "RowTable", "TemporaryFileError", "amount"]
 
 
 class TemporaryFileError(OSError):
-    """A temporary file cannot be written; no error of reading the images, which has other remedies."""
+    """A temporary file cannot be written. It differs from an error of reading images, which has other remedies."""
 
 
 @contextmanager
@@ -31,18 +31,18 @@ def _writing() -> Iterator[None]:
 
 
 class RowFile:
-    """Rows in a file without a name.
+    """Rows in a temporary file without a name.
 
     Parameters
     ----------
     shape : tuple of int
-        Of a row.
+        Shape of a row.
     dtype : dtype of numpy
 
     Raises
     ------
     TemporaryFileError
-        The file cannot be made or written.
+        The file cannot be created or written.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any):
@@ -57,7 +57,7 @@ class RowFile:
             self._file.write(np.ascontiguousarray(rows, self._dtype).data)
 
     def finish(self) -> np.ndarray:
-        """All rows (n, ...), mapped into memory; changes of the array do not reach the file."""
+        """All rows (n, ...), mapped into memory; changes of the array do not change the file."""
         with _writing():
             self._file.flush()
             found = np.memmap(cast(Any, self._file), self._dtype, "c").reshape(-1, *self._shape)
@@ -65,20 +65,20 @@ class RowFile:
         return np.asarray(found)
 
     def discard(self) -> None:
-        """Close what cannot be written to the end."""
+        """Close the file without finishing it."""
         with suppress(OSError):  # of what is still to be written
             self._file.close()
 
 
 class RowTable:
-    """A number of rows that is known, of a width that the first batch tells; a context manager.
+    """A table with a given number of rows, whose shape and dtype are those of the first batch; a context manager.
 
     Parameters
     ----------
     n : int
-        Rows.
+        Number of rows.
     memory, disk : int or None
-        Bytes that the rows may take there; None: the budgets of this machine.
+        Bytes that the rows may take in memory, and in the folder of temporary files; None: the budgets of this machine.
 
     Raises
     ------
@@ -103,7 +103,7 @@ class RowTable:
             self._file.discard()
 
     def append(self, rows: np.ndarray) -> None:
-        """Take the next rows (k, ...)."""
+        """Add the next rows (k, ...)."""
         if self._rows is None and self._file is None:
             self._begin(rows)
         if self._rows is not None:
@@ -146,7 +146,7 @@ class RowTable:
 
 
 def amount(size: float) -> str:
-    """Bytes in a unit that can be read."""
+    """A number of bytes as text, such as ``"3.2 GiB"``."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"
