@@ -77,7 +77,8 @@ def first_image(elements: Any) -> Any:
         first = elements[0]
     except Exception:  # of the user's data set; whoever reads it says so
         return None
-    return unwrap(first[0] if is_dataset(elements) and isinstance(first, (list, tuple)) and first else first)
+    image = unwrap(first[0] if is_dataset(elements) and isinstance(first, (list, tuple)) and first else first)
+    return image.item() if isinstance(image, np.generic) else image  # numpy's strings have a shape, too
 
 
 def is_dataset(X: Any) -> bool:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from support.data import tiny_net
 from support.images import as_files, encoded, whole
 
-from sklearn_lqf import ImageReader, load_image_folder
+from sklearn_lqf import ImageReader, LQFClassifier, load_image_folder
 
 
 @pytest.fixture
@@ -38,6 +39,16 @@ def test_paths_and_classes(folder, color, n_jobs):
     assert np.array_equal(paths, data.paths)
     assert np.array_equal(target, data.target)
     assert ImageReader(4).fit_transform(data.paths).shape == (6, 4, 4, 3)
+
+
+def test_images_of_several_sizes_are_fitted(folder, color):
+    for index in range(3):
+        (folder / "cat" / f"wide{index}.png").write_bytes(encoded(np.repeat(color[index], 1 + index, axis=1)))
+    net = tiny_net()
+    net.pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    data = load_image_folder(folder)
+    clf = LQFClassifier(net).fit(data.paths, data.target)
+    assert np.array_equal(clf.predict(data.paths.tolist()), clf.predict(data.paths))
 
 
 def test_some_classes_and_extensions(folder, color):

@@ -121,6 +121,7 @@ def test_array_like(color):
 def test_first_image():
     for X in ([PICTURE, 1], Pairs([PICTURE]), Column([{"image": PICTURE}])):
         assert first_image(X) is PICTURE
+    assert type(first_image(np.array(["a.png"]))) is str  # not numpy's, which has a shape as arrays of pixels do
     assert first_image(Pairs([PICTURE], lambda image: 1 / 0)) is None
 
 
