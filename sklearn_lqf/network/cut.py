@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def cut(graph: fx.GraphModule, tangent: Collection[str], example: Tensor) -> tup
     later = _dependent(graph, set(tangent))
     crossing = [n for n in graph.graph.nodes if n not in later and any(u in later for u in n.users)]
     values = _Values(graph, example)
-    cached = [n for n in crossing if values.batched(n)]
+    # Where nothing is linearized the features alone cross, which have one row for each image.
+    cached = [n for n in crossing if not tangent or values.batched(n)]
     tail = _tail(graph, later, crossing, cached, values)
     if len(cached) == 1 and cached[0].op == "placeholder":
         return NoTrunk().eval(), tail
@@ -81,13 +83,23 @@ def _dependent(graph: fx.GraphModule, tangent: set[str]) -> set[fx.Node]:
 
 
 class _Values:
-    """The value of every node for two batches, from which is seen how it depends on the batch."""
+    """The value of every node for two batches, from which is seen how it depends on the batch.
+
+    The graph is evaluated when a value is first asked for.
+    """
 
     def __init__(self, graph: fx.GraphModule, example: Tensor):
         self.size = example.shape[0]
-        self._first = node_values(graph, example)
+        self._graph, self._example = graph, example
+
+    @cached_property
+    def _first(self) -> dict[fx.Node, Any]:
+        return node_values(self._graph, self._example)
+
+    @cached_property
+    def _longer(self) -> dict[fx.Node, Any]:
         # The added row is none of the others: reductions over the batch change.
-        self._longer = node_values(graph, torch.cat([example, -example[:1]]))
+        return node_values(self._graph, torch.cat([self._example, -self._example[:1]]))
 
     def of(self, node: fx.Node) -> tuple[Any, Any]:
         """Value for B rows and for B + 1 rows."""

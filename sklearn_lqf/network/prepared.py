@@ -38,9 +38,19 @@ PREPARED_OTHERWISE = (
 
 
 def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
-    """Raise when the features of an image depend on the others of its batch."""
-    alone, beside = evaluate(module, example), evaluate(module, torch.cat([example, 1 - example]))[: len(example)]
-    if not torch.allclose(alone, beside, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True):
+    """Raise when the features of an image depend on the others of its batch, or on chance."""
+    alone, beside = evaluate(module, example), evaluate(module, torch.cat([example, 1 - example[:1]]))[: len(example)]
+
+    def differs(found: Tensor) -> bool:
+        return not torch.allclose(alone, found, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True)
+
+    if differs(beside):
+        if differs(evaluate(module, example)):
+            raise ValueError(
+                "The backbone's features of an image are others each time it is evaluated, also in evaluation mode: it "
+                "draws random numbers, as masked autoencoders do to hide patches. Pass a module that draws none (of "
+                "masked autoencoders timm has models that see all patches, such as 'timm:vit_base_patch16_224.mae')."
+            )
         raise ValueError(
             "The backbone's features of an image change with the other images of a batch, as by a BatchNorm without "
             "running statistics (track_running_stats=False): each image must be evaluated by itself."

@@ -360,10 +360,12 @@ def _traced(
     for leaves, functions in opaque:
         try:
             graph, parts = _trace(module, example, stages, leaves, functions)
-        except NotTracedError as reason:
-            reasons.append(reason)
+            found = evaluate(graph, example)
+        except (NotTracedError, ValueError) as reason:
+            traced = isinstance(reason, ValueError)
+            reasons.append(NotTracedError("the traced graph cannot be evaluated") if traced else reason)
             continue
-        if _agree(evaluate(graph, example)[:, : reference.shape[1]], reference):
+        if _agree(found[:, : reference.shape[1]], reference):
             return graph, parts
         reasons.append(NotTracedError("the traced graph computes something else"))
     raise reasons[-1]
@@ -385,14 +387,14 @@ def _trace(
     try:
         with TRACING, plain_attention():  # the choice of a fused kernel depends on the input
             graph = fx.GraphModule(root, tracer.trace(root))
-            evaluated = graph(example.clone())
+            values, longer = ({node: pair[k] for node, pair in tracer.values.items()} for k in (0, 1))
+            if any(node not in values for node in graph.graph.nodes if node.op != "output"):
+                values, longer = node_values(graph, example), node_values(graph, torch.cat([example, example[:1]]))
     except Exception as error:  # the network's own code raises, which is not made for what stands for its values
         raise NotTracedError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    if not isinstance(evaluated, Tensor):
+    *_, last = graph.graph.nodes
+    if not isinstance(last.args[0], fx.Node) or not isinstance(values.get(last.args[0]), Tensor):
         raise NotTracedError("the traced graph returns no tensor")
-    values, longer = ({node: pair[k] for node, pair in tracer.values.items()} for k in (0, 1))
-    if any(node not in values for node in graph.graph.nodes if node.op != "output"):
-        values, longer = node_values(graph, example), node_values(graph, torch.cat([example, example[:1]]))
     inputs = [i for i in layer_inputs(graph, stages) if follows_batch(values[i.node], longer[i.node])]
     parts = add_readout(graph, inputs, values, example)
     for kept in (tracer.values, values, longer):  # many, and a tracer may outlive its use
