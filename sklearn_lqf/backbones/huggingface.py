@@ -6,7 +6,8 @@ processor says what it does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def from_huggingface(name: str, wanted: Wanted) -> Backbone:
         config = config.vision_config
     elif any(str(a).endswith("ForImageClassification") for a in config.architectures or ()):
         maker = transformers.AutoModelForImageClassification
+    _refuse_other_models(name, config)
     if choice == "auto" and not wanted.architecture_only:
 
         def load() -> Any:
-            return maker.from_pretrained(source, config=config, output_loading_info=True, **where)
+            with _quiet(transformers.utils.logging):
+                return maker.from_pretrained(source, config=config, output_loading_info=True, **where)
 
         module, report = _read(name, wanted, load)
         _refuse_missing(name, module, report["missing_keys"])
@@ -63,6 +66,28 @@ def _read(name: str, wanted: Wanted, build: Any) -> Any:
             f"The folder of {name!r} cannot be read as a vision model of transformers ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}). Save one there with save_pretrained. {REMEDIES}"
         ) from error
+
+
+def _refuse_other_models(name: str, config: Any) -> None:
+    """Raise for models of anything else than images."""
+    if getattr(config, "num_frames", None) is not None:
+        raise ValueError(f"{name!r} takes videos ({config.model_type}); supported are models of images.")
+    if getattr(config, "vocab_size", None) is not None and getattr(config, "image_size", None) is None:
+        raise ValueError(f"{name!r} takes texts ({config.model_type}); supported are models of images.")
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Keep transformers from printing bars, and tables of weights that belong to other parts of a model."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _refuse_missing(name: str, module: Any, missing: Any) -> None:
@@ -102,6 +127,14 @@ def _preprocessing(name: str, config: Mapping[str, Any], model: Any, channels: i
     mean, std = (0.0,) * channels, (1.0,) * channels
     if config.get("do_normalize", True) and config.get("image_mean") and config.get("image_std"):
         mean, std = tuple(map(float, config["image_mean"])), tuple(map(float, config["image_std"]))
+        if config.get("include_top"):  # of EfficientNet: divided by the deviation once more
+            std = tuple(value**2 for value in std)
+    # Before that pixels in 0..1 are multiplied by a number, as a rule 1, and another is taken off.
+    scale, offset = 255.0, 0.0
+    if config.get("do_rescale", True):
+        scale = round(255 * float(config.get("rescale_factor") or 1 / 255), 6)
+        offset = 1.0 if config.get("rescale_offset") else 0.0
+    mean, std = tuple((value + offset) / scale for value in mean), tuple(value / scale for value in std)
     return Preprocessing(pair, mean, std, _INTERPOLATIONS.get(int(config.get("resample") or 3), "bicubic"))
 
 

@@ -149,7 +149,9 @@ def _of_parts(module: nn.Module, example: Tensor, calls: list[_Call], output: An
         one = Output(module, chosen)
         head = _one_head(calls, leaves[chosen])
         if head is None:
-            found = None if scores else _without_head(one, calls, leaves[chosen])
+            found = _of_several_heads(module, example, calls)
+            if found is None and not scores:
+                found = _without_head(one, calls, leaves[chosen])
             if found is None:
                 raise _no_head(calls)
             return found

@@ -67,7 +67,7 @@ def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> l
     shapes: dict[str, torch.Size] = {}
 
     def see(name: str, _: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, tuple | list) and output:
+        while isinstance(output, tuple | list) and output:
             output = output[0]
         if isinstance(output, Tensor):
             shapes.pop(name, None)  # order of the last call
