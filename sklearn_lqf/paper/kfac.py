@@ -1,17 +1,16 @@
-"""Kronecker-factored preconditioner of the Gauss-Newton matrix.
+"""Kronecker-factored preconditioner (K-FAC) of the Gauss-Newton matrix.
 
-Hides the layout of layers: convolutions as patches, groups, biases as a column of ones, and the damped
-inverse. Knows no network and no data: it is fed inputs and output gradients of layers.
+Hides the layout of layers (convolutions as patches, groups, biases as a column of ones) and the damped inverse. It
+knows no network and no data: callers pass inputs and output gradients of layers.
 
-For one layer with inputs a (T, m) and output gradients g (T, o) at T positions, the Jacobian of one output is
-J = g' a, and the block of the Gauss-Newton matrix is the sum of vec(J) vec(J)' over images and outputs. It
-is approximated by L (x) R / tau with the partial traces L = sum J J' (o, o), R = sum J' J (m, m) and
-tau = sum |J|^2. This is K-FAC wherever K-FAC is exact (one position, one datum, gradients that do not
-depend on the data); over several positions it keeps the correlations between them, which the usual factors
-sum g g' and sum a a' neglect.
+For one layer with inputs a (T, m) and output gradients g (T, o) at T positions, the Jacobian of one output is J = g' a,
+and the block of the Gauss-Newton matrix is the sum of vec(J) vec(J)' over images and outputs. It is approximated by
+L (x) R / tau with the partial traces L = sum J J' (o, o) and R = sum J' J (m, m), and tau = sum |J|^2. This has the
+same trace. With one position it is trace-restricted K-FAC (Gao et al. 2021); then it is exact for one image, and for
+gradients that do not depend on the image. With several positions it keeps the correlations between them, which the
+usual factors sum g g' and sum a a' neglect.
 
-Axes: B images, G groups, K probes (directions in the space of outputs), T positions, m inputs and o outputs
-of a group.
+Axes: B images, G groups, K probes (directions in the space of outputs), T positions, m inputs and o outputs of a group.
 """
 
 from __future__ import annotations
@@ -33,18 +32,19 @@ __all__ = ["KFAC", "HeadBlock", "KroneckerBlock", "Sizes", "SmallBlock"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Up to which sizes the curvature of a layer is computed in which way.
+    """Sizes that decide how the curvature of a layer is computed.
 
     Attributes
     ----------
     diagonalized : int
-        Rows up to which a factor is diagonalized; above, the inverse is by Cholesky: 20 times faster.
+        Largest number of rows of a factor that is diagonalized. Larger factors are inverted by Cholesky, which is 20
+        times faster.
     whole : int
-        Rows up to which a factor is kept whole; above, its Nyström approximation.
+        Largest number of rows of a factor that is kept whole. Of larger factors the Nyström approximation is kept.
     rank : int
-        Of the approximation: solvers take as many iterations with it as with whole factors.
+        Rank of the Nyström approximation. Solvers take as many iterations with this rank as with whole factors.
     exact : int
-        Parameters of one group of a convolution up to which its block is exact (depthwise).
+        Largest number of parameters of one group of a convolution whose block is exact (depthwise).
     chunk : int
         Elements of the largest intermediate result of an update.
     """
@@ -65,9 +65,11 @@ class KroneckerBlock:
     Parameters
     ----------
     layer : nn.Linear or nn.Conv2d
-        Gives the geometry; groups have blocks of their own.
-    weight, bias : slice or None
-        Where the parameters lie in a flat vector (P,); None: not linearized.
+        Gives the geometry; each of its groups has a block of its own.
+    weight : slice
+        Place of the weight in a flat vector (P,).
+    bias : slice or None
+        Place of the bias; None: it is not linearized.
     sizes : Sizes
     """
 
@@ -87,16 +89,17 @@ class KroneckerBlock:
         return torch.zeros(self.groups, *shape, dtype=torch.float64, device=self.layer.weight.device)
 
     def update(self, inputs: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> None:
-        """Add one batch.
+        """Add the curvature of one batch.
 
         Parameters
         ----------
         inputs : sequence of Tensor
-            Input of each evaluation of the layer (several when it is shared). Linear: (B, ..., features),
+            Input of each evaluation of the layer (several if it is called more than once). Linear: (B, ..., features),
             Conv2d: (B, channels, height, width). Each image may have several consecutive rows.
         gradients : sequence over probes of sequence over evaluations of Tensor
-            Gradient with respect to the layer's output.
+            Gradients with respect to the output of the layer, in its shape.
         weights : Tensor of shape (B,)
+            s of the images.
         """
         batch = len(weights)
         images, probes = _by_image(inputs, gradients, batch)
@@ -203,12 +206,12 @@ class KroneckerBlock:
 
     @property
     def trace(self) -> float:
-        """tau: trace of the block of the Gauss-Newton matrix (exact, whatever the factors)."""
+        """tau, the trace of the block of the Gauss-Newton matrix; exact even if the factors are approximations."""
         return float((_trace(self.block) if self.exact else self.tau).sum())
 
     @property
     def _sums(self) -> tuple[Tensor, ...]:
-        """What was accumulated."""
+        """The sums that were accumulated."""
         return (self.block,) if self.exact else (self.left.sum, self.right.sum, self.tau)
 
     def factorize(self, ridge: float, dtype: torch.dtype) -> None:
@@ -239,9 +242,9 @@ class KroneckerBlock:
 
 
 class _Factor:
-    """A symmetric positive matrix M (n, n) for each group, accumulated over batches.
+    """A symmetric positive semi-definite matrix M (n, n) for each group, accumulated over batches.
 
-    Large ones are kept as M Omega with a random test matrix Omega (n, r), from which follows the Nyström approximation
+    Of a large matrix only M Omega is kept, with a random test matrix Omega (n, r). It gives the Nyström approximation
     of M (Frangella, Tropp & Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 44, 2023).
 
     Parameters
@@ -281,7 +284,8 @@ class _Factor:
     def damped(self, ridge: Tensor, trace: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Product of (G, k, n) with (M + ridge I)^-1, for ridge (G,) and the trace (G,) of M.
 
-        Outside the range of its approximation M counts as a multiple of the identity, with what is left of the trace.
+        Outside the range of its Nyström approximation M is taken for a multiple of the identity, with the rest of its
+        trace.
         """
         if self.test is None:
             inverse = _inverse(self.sum, ridge).to(dtype)
@@ -300,7 +304,7 @@ class _Factor:
         norm = image.norm(dim=(1, 2))
         shift = torch.finfo(test.dtype).eps * torch.where(norm > 0, norm, 1.0).view(-1, 1, 1)
         test = test.double()
-        while True:  # of M plus the shift, which makes the core positive in spite of rounding; subtracted below
+        while True:  # the shift makes the core positive in spite of rounding; it is subtracted below
             shifted = image + shift * test
             core = test.T @ shifted
             factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
@@ -314,19 +318,19 @@ class _Factor:
 
 
 class HeadBlock:
-    """Curvature of the head on features (B, D): exact, ``sum_i s_i [x 1]' [x 1]`` once for each output.
+    """Exact curvature of the head on features x (B, D): ``sum_i s_i [x_i 1]' [x_i 1]``, the same for each output.
 
     Parameters
     ----------
     n_outputs, n_features : int
     weight, bias : slice
-        Where the parameters lie in a flat vector (P,).
+        Places of the parameters in a flat vector (P,).
     """
 
     def __init__(self, n_outputs: int, n_features: int, weight: slice, bias: slice):
         self.n_outputs, self.weight, self.bias = n_outputs, weight, bias
         self.size = n_features + 1
-        self.rows: list[Tensor] = []  # (B, D + 1), as long as they are fewer than the columns
+        self.rows: list[Tensor] = []  # (B, D + 1), kept while they are fewer than the columns
         self.right: Tensor | None = None
 
     def update(self, features: Tensor, weights: Tensor) -> None:
@@ -364,15 +368,15 @@ class HeadBlock:
 
 
 class SmallBlock:
-    """Curvature of any other parameters (norms, position embeddings ...): an exact block, or its diagonal.
+    """Curvature of other parameters (normalization, position embeddings and the like): a dense block, or its diagonal.
 
     Parameters
     ----------
     slices : sequence of slice
-        Where the parameters lie in a flat vector (P,); they share one block.
+        Places of the parameters in a flat vector (P,); they share one block.
     device : torch.device
     dense_max : int
-        Number of parameters up to which the block is dense.
+        Largest number of parameters of a dense block; of larger blocks only the diagonal is kept.
     """
 
     def __init__(self, slices: Sequence[slice], device: torch.device, dense_max: int = 512):
@@ -415,12 +419,13 @@ class KFAC:
     Parameters
     ----------
     blocks : sequence of KroneckerBlock, SmallBlock and HeadBlock
-        Together they own every parameter once.
+        Each parameter belongs to exactly one of them.
 
     References
     ----------
     Martens & Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
     Grosse & Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016.
+    Gao et al., "A trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021.
     """
 
     def __init__(self, blocks: Sequence[KroneckerBlock | SmallBlock | HeadBlock]):
@@ -433,7 +438,7 @@ class KFAC:
 
     @property
     def output_trace(self) -> float:
-        """Trace for one output, the mean over outputs."""
+        """Trace of the Gauss-Newton matrix of one output, as a mean over outputs."""
         return self.trace / next(b.n_outputs for b in self.blocks if isinstance(b, HeadBlock))
 
     def factorize(self, alpha: float, dtype: torch.dtype, damping: float = 0.0) -> KFAC:
@@ -442,11 +447,11 @@ class KFAC:
         Parameters
         ----------
         alpha : float
-            Positive.
+            The penalty lambda > 0.
         dtype : torch.dtype
-            Of the vectors to which the inverse will be applied.
+            Type of the vectors to which the inverse will be applied.
         damping : float
-            Added to ``alpha`` in all blocks but the head's, which is exact.
+            Tikhonov damping >= 0, added to ``alpha`` in all blocks except the head's, which is exact.
 
         Returns
         -------
@@ -456,7 +461,8 @@ class KFAC:
         Raises
         ------
         ValueError
-            When the curvature, ``alpha`` or ``damping`` is not finite, or ``alpha`` is not positive.
+            The curvature, ``alpha`` or ``damping`` is not finite, ``alpha`` is not positive, or ``damping`` is
+            negative.
         """
         trace = self.trace
         if not (math.isfinite(trace) and 0 < alpha < math.inf and 0 <= damping < math.inf):
@@ -491,7 +497,7 @@ def _trace(matrix: Tensor) -> Tensor:
 
 
 def _dense_solve(block: Tensor, ridge: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """(M + ridge I)^-1 as a function of tensors whose elements, in order, are (..., n)."""
+    """(M + ridge I)^-1 as a function of tensors whose elements, in their order, are vectors (..., n)."""
     inverse = _inverse(block, block.new_tensor(ridge)).to(dtype)
     return lambda v: (inverse @ v.reshape(*inverse.shape[:-1], 1)).view(v.shape)
 
@@ -501,7 +507,7 @@ def _kronecker_solve(
 ) -> Callable[[Tensor], Tensor]:
     """(L (x) R / tau + ridge I)^-1 as a function of (G, o, m), for tau (G,)."""
     o, m = left.sum.shape[1], right.sum.shape[1]
-    norm = torch.where(tau > 0, tau, 1.0)  # zero where a layer is dead: the inverse is 1 / ridge there
+    norm = torch.where(tau > 0, tau, 1.0)  # tau is 0 if no gradient reaches the layer: the inverse is then 1 / ridge
     if diagonalized:
         (l_values, l_basis), (r_values, r_basis) = _eigh(left.sum / norm.view(-1, 1, 1)), _eigh(right.sum)
         values = (1 / (l_values.unsqueeze(2) * r_values.unsqueeze(1) + ridge)).to(dtype)  # (G, o, m)
@@ -525,7 +531,7 @@ def _inverse(matrix: Tensor, ridge: Tensor) -> Tensor:
     """(M + ridge I)^-1 of symmetric positive matrices (..., n, n), for ridge (...)."""
     matrix = (matrix + matrix.mT) / 2
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    # A ridge below the rounding errors of the matrix leaves it indefinite: it is raised until it is above.
+    # With a ridge below its rounding errors the matrix may be indefinite: then the ridge is increased.
     floor = torch.finfo(matrix.dtype).eps * _trace(matrix)
     while True:
         factor, info = torch.linalg.cholesky_ex(matrix + ridge[..., None, None] * eye)

@@ -1,6 +1,7 @@
 """The model of the paper: one change d of all linearized weights, shared by all outputs, at a random head.
 
-Hides how it is fitted: targets of J d, the unit and the choice of the penalty, the preconditioner and the solver.
+Hides how it is fitted: the targets of J d, the unit and the choice of the penalty, the preconditioner and the solver.
+docs/method.md has the legend of symbols.
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ from .solvers import Callback, SolverResult, pcg, sgd
 
 __all__ = ["TARGET_SCALE", "PaperFit", "PaperModel", "fit_paper"]
 
-# Target of the right class. f_w0 of the random head is kept; it is noise of the size of a feature, beside which targets
-# of one are small. Of the scales 1, 5 and 15, which docs/accuracy.md compares, it is felt least at this one.
+# Target of the right class. The outputs f_w0 of the random head are kept. They are noise of the size of a feature,
+# which is large in comparison with targets of size 1. Of the scales 1, 5 and 15 the noise had the least effect at this
+# one; no file in benchmarks/results compares them.
 TARGET_SCALE = 15.0
-_DAMPING = 0.1  # of the trace for one output: it changes the path of the solver alone
-_EXACT_MAX = 256  # outputs of all rows up to which the preconditioner takes them all; above, one probe for each row
-_ALPHA_MIN = 1e-3  # of the unit of alpha: below, an automatic penalty only costs iterations
+_DAMPING = 0.1  # of the trace for one output: it only changes the path of the solver
+_EXACT_MAX = 256  # n C up to which the preconditioner uses all outputs of all rows; above, one probe for each row
+_ALPHA_MIN = 1e-3  # of the unit of alpha: a smaller automatic penalty only takes more iterations
 
 
 @dataclass(frozen=True)
 class PaperModel:
-    """A fitted network: outputs are ``unit (f_w0(x) + J(x) d)``.
+    """A fitted model with the outputs ``unit (f_w0(x) + J(x) d)``.
 
     Attributes
     ----------
     network : PreparedNetwork
-        Its features are the last ones alone.
-    head : ndarray of shape (C, D)
+        Its features are the D last features only.
+    head : ndarray of shape (C, D), float64
         Weight of the head at which the network is linearized; its bias is zero.
     coef : ndarray of shape (P,)
-        d: change of the tangent parameters, of the weight of the head, and of its bias.
-    unit : ndarray of shape (C,)
-        What outputs are multiplied by.
+        d, the change of the tangent parameters, of the weight of the head, and of its bias, in this order.
+    unit : ndarray of shape (C,), float64
+        Factor of the outputs, so that they have the units of y.
     """
 
     network: PreparedNetwork
@@ -55,13 +57,19 @@ class PaperModel:
 
     @classmethod
     def at(cls, network: PreparedNetwork, seed: int, unit: np.ndarray, d: Tensor) -> PaperModel:
-        """The network with the head that `fit_paper` draws by a seed, and a change d of its weights."""
+        """The model with the head that `fit_paper` draws from a seed, and a change d (P,) of its weights."""
         head = _random_head(len(unit), network.split.n_features, torch.Generator().manual_seed(seed))
         return cls(network, head, d.cpu().numpy(), np.asarray(unit, dtype=np.float64))
 
     @cached_property
     def linearized(self) -> LinearizedNetwork:
-        """The network with its head."""
+        """The network linearized at its head.
+
+        Raises
+        ------
+        ValueError
+            ``coef`` has another number of elements than the network has linearized weights.
+        """
         found = _linearized(self.network, self.head)
         if self.coef.shape != (found.n_parameters,):
             raise ValueError(
@@ -76,12 +84,12 @@ class PaperModel:
         Parameters
         ----------
         memory : joblib.Memory or None
-            Keeps trunk activations; None: of nothing.
+            Keeps trunk activations; None: they are not kept.
 
         Returns
         -------
         callable
-            Images (B, C, H, W) in [0, 1], or vectors (B, n_features), to an ndarray (B, C) of float64.
+            Maps images (B, C, H, W) in [0, 1], or vectors (B, n_features), to an ndarray (B, n_outputs) of float64.
         """
         activations, linearized = self.network.evaluator(memory), self.linearized
         d = torch.tensor(self.coef).to(linearized.weight)  # a copy: arrays of joblib may be read-only
@@ -102,7 +110,7 @@ class PaperModel:
 
 @dataclass(frozen=True)
 class PaperFit:
-    """A model and how it was found.
+    """A model, and the course of its fit.
 
     Attributes
     ----------
@@ -111,7 +119,7 @@ class PaperFit:
     alpha : float
         lambda, the absolute penalty.
     relative_alpha : float
-        The same in units of the mean squared norm of the Jacobian of one output of one image.
+        lambda in units of the mean squared norm of the Jacobian of one output of one image.
     """
 
     model: PaperModel
@@ -143,31 +151,31 @@ def fit_paper(
     network : PreparedNetwork
         Prepared without ``read_stages``.
     batches : sequence of batches
-        Trunk activations of n rows.
+        Trunk activations of the n rows; a batch is a sequence of tensors (B, ...).
     targets : ndarray of shape (n, C)
         In the units of y.
     weights : ndarray of shape (n,)
         s > 0 of the rows.
     unit : ndarray of shape (C,)
-        What targets are divided by, and outputs multiplied by: ``1 / TARGET_SCALE`` for classes.
+        Divides the targets, and multiplies the outputs: ``1 / TARGET_SCALE`` for classes.
     alpha : float or "auto"
-        Penalty in units of the mean squared norm of the Jacobian. ``"auto"``: that of the ridge regression on the last
-        features with the smallest leave-one-out error, but at least a thousandth of the unit.
+        Penalty > 0 in units of the mean squared norm of the Jacobian. ``"auto"``: the penalty with which a ridge
+        regression on the last features has the smallest leave-one-out error, but at least a thousandth of the unit.
     solver : {"pcg", "sgd"}
-        Conjugate gradients, or stochastic gradient descent, with the same K-FAC preconditioner.
+        Conjugate gradients, or the paper's stochastic gradient descent, with the same K-FAC preconditioner.
     tol : float
-        Norm of the gradient, relative to its value at d = 0, at which the solver stops. It does not bound the error of
-        the outputs, for which a smaller penalty takes more iterations than are worth it.
+        The solver stops when the norm of the gradient, relative to its value at d = 0, is at most this. This does not
+        bound the error of the outputs; for a bound, small penalties would take too many iterations.
     max_iter : int
-        Iterations, or epochs.
+        Largest number of iterations, or of epochs.
     seed : int
-        Of the head, and of the order of the batches.
+        Seeds the head and the order of the batches.
     multiplicity : ndarray of shape (n,) or None
-        How many identical images a row stands for, at least 1, in leave-one-out; None: weights above 1.
+        m >= 1, how many identical images a row stands for in leave-one-out; None: the weights, but at least 1.
     report : callable or None
-        Called with the number of each iteration, the relative gradient and d; true stops.
+        Called after each iteration with its number, the relative norm of the gradient and d; a true value stops.
     ridge_rows : int
-        From which an automatic penalty is chosen, which costs the cube of their number.
+        Largest number of rows from which an automatic penalty is chosen; the costs grow with its cube.
 
     Returns
     -------
@@ -176,18 +184,19 @@ def fit_paper(
     Raises
     ------
     ValueError
-        If features, derivatives or targets are not finite.
+        Features, derivatives or targets are not finite.
 
     Notes
     -----
-    With the head drawn from N(0, 1/D), which sees no label, and bias 0::
+    The head is drawn from N(0, 1/D), independent of labels, and has bias 0. The fit solves::
 
         minimize  sum_i s_i |f_w0(x_i) + J(x_i) d - y_i / unit|^2 + lambda |d|^2
         lambda = alpha tr(J' S J) / (C sum_i s_i)
 
     References
     ----------
-    Achille, Golatkar, Ravichandran, Polito, Soatto, "LQF: Linear Quadratic Fine-Tuning", CVPR 2021.
+    Achille, Golatkar, Ravichandran, Polito, Soatto, "LQF: Linear Quadratic Fine-Tuning", CVPR 2021 (arXiv 2012.11140),
+    sections 3 and 4.
     """
     generator = torch.Generator().manual_seed(seed)
     head = _random_head(targets.shape[1], network.split.n_features, generator)
@@ -233,7 +242,7 @@ def _random_head(n_outputs: int, n_features: int, generator: torch.Generator) ->
 
 
 def _some_rows(n: int, most: int) -> np.ndarray:
-    """All rows, or as many as there may be, by a constant seed and in their order."""
+    """Numbers of at most ``most`` of n rows in ascending order, drawn with a constant seed."""
     if n <= most:
         return np.arange(n)
     return np.sort(np.random.default_rng(0).choice(n, most, replace=False))
@@ -263,20 +272,21 @@ def _evaluate(
 def _ridge_alpha(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, multiplicity: np.ndarray) -> float:
     """Penalty of the ridge regression with intercept on features (m, D) with the smallest leave-one-out error."""
     mean_weight = float(weights.sum() / multiplicity.sum())
-    s = weights / mean_weight  # the scales that are searched are meant for weights of about one
+    s = weights / mean_weight  # the range of scales that is searched is made for weights of about 1
     x = features - np.average(features, axis=0, weights=s)
     energy = float(np.average((x**2).sum(1), weights=s))
-    if energy == 0:  # nothing to choose by
+    if energy == 0:  # the features do not vary, so that all penalties are alike
         return 0.0
-    # The number of free outputs multiplies the criterion, beside which its hyper-prior hardly counts.
+    # The number of free outputs only multiplies the criterion, so that its hyper-prior has little effect.
     rows = Rows((x @ x.T / energy)[None], targets, s, multiplicity, targets.shape[1])
     return mean_weight * energy / scale_prior(rows, np.ones(1))
 
 
 def _probe_outputs(n_rows: int, n_outputs: int) -> Tensor:
-    """Output directions for the curvature: all outputs, or one of random signs for each row when there are many.
+    """Output directions for the curvature: all outputs, or if these are many one vector of random signs for each row.
 
-    Seeded by a constant: they shape the preconditioner and the unit of alpha, and must not differ between fits.
+    The seed is a constant, since they decide the preconditioner and the unit of alpha, which must not differ between
+    fits.
     """
     if n_rows * n_outputs <= _EXACT_MAX:
         return torch.eye(n_outputs, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""The quadratic that fine-tuning solves, over cached batches.
+"""The quadratic objective of the paper's model, over batches of trunk activations.
 
-Legend of symbols (name in code, shape):
+Legend of symbols (name in code, shape), as in docs/method.md:
 
 ======  ==============  =========  ================================================================
 symbol  code            shape      meaning
@@ -37,18 +37,18 @@ Batch = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """What curvature may cost. Others: the parameters outside Linear and Conv2d.
+    """Limits of memory and time for the curvature. "Other" parameters are those outside Linear and Conv2d.
 
     Attributes
     ----------
     gradients : int
-        Elements of the output gradients of all layers and probes held at once.
+        Elements of the output gradients of all layers and probes that are held at once.
     other_rows : int
-        Images from which the curvature of others is estimated.
+        Images from which the curvature of other parameters is estimated.
     other_elements : int
-        Elements of Jacobians of others held at once.
+        Elements of the Jacobians of other parameters that are held at once.
     other_products : int
-        Gradients of others evaluated at once: each holds activations of its own.
+        Gradients of other parameters that are evaluated at once; each holds activations of its own.
     """
 
     gradients: int = 1 << 28
@@ -61,7 +61,7 @@ _BUDGET = Budget()
 
 
 class Quadratic:
-    """``sum_i s_i |J_i d - t_i|^2 + lambda |d|^2`` and its products.
+    """The objective ``sum_i s_i |J_i d - t_i|^2 + lambda |d|^2`` and its products.
 
     Parameters
     ----------
@@ -99,11 +99,11 @@ class Quadratic:
         return self._rhs
 
     def matvec(self, v: Tensor) -> Tensor:
-        """H v: v -> J v -> S J v -> J' S J v, then the penalty."""
+        """H v (P,) for v (P,): J v, then S J v, then J' S J v, then the penalty."""
         return self._sum(lambda point, k: point.jvp(v)).add_(v, alpha=self.alpha)
 
     def batch_matvec(self, k: int, v: Tensor) -> Tensor:
-        """H_k v, with H the mean of H_k over the batches."""
+        """H_k v (P,) for v (P,); H is the mean of H_k over the batches k."""
         point = self._point(k)
         product = point.vjp(self.weights[k].unsqueeze(1) * point.jvp(v))
         return (len(self.batches) * product).add_(v, alpha=self.alpha)
@@ -117,7 +117,7 @@ class Quadratic:
         return total
 
     def _point(self, k: int) -> Point:
-        """The network linearized on a batch, kept as far as memory is meant for it."""
+        """The network linearized on a batch, kept if the budget of memory allows."""
         if k in self._points:
             return self._points[k]
         point = self.network.at(self.batches[k])
@@ -138,7 +138,7 @@ class Quadratic:
 def build_kfac(
     network: LinearizedNetwork, batches: Sequence[Batch], weights: Tensor, probes: Tensor, budget: Budget = _BUDGET
 ) -> KFAC:
-    """Accumulate the curvature of the quadratic's data term, one pass over the batches.
+    """Accumulate the curvature of the data term of the quadratic, in one pass over the batches.
 
     Parameters
     ----------
@@ -147,8 +147,8 @@ def build_kfac(
         As in `Quadratic`.
     weights : Tensor of shape (n,)
     probes : Tensor of shape (K, C) or (K, n, C)
-        Output directions, the same or others for each row, whose sum of outer products over k is the identity
-        (exact) or has it as its expectation.
+        Output directions, the same for all rows or one set for each row. The sum of their outer products over K is
+        the identity (exact curvature), or has the identity as its expectation.
     budget : Budget
 
     Returns
@@ -178,11 +178,11 @@ def build_kfac(
 
 
 def _kronecker_blocks(network: LinearizedNetwork, batch: Batch) -> tuple[dict[str, KroneckerBlock], int]:
-    """Empty blocks of the layers that see each image in rows of its own, one image after the other.
+    """Empty blocks of the layers in whose inputs each image has rows of its own, one image after the other.
 
-    Also the elements of the outputs of these layers, for one image. The rest, such as layers that are never called
-    (their weight is read by a function) or called with tokens before images, are left to the small blocks. One
-    image given twice tells them apart.
+    Also returns the number of elements of the outputs of these layers for one image. Other layers get small blocks,
+    such as layers that are never called (a function reads their weight), or whose inputs have tokens before images. A
+    batch with the same image twice shows which layers these are.
     """
     point = network.at([z[:1].repeat_interleave(2, 0) for z in batch], gradients=False)
     layers = network.kronecker_layers()
@@ -216,7 +216,7 @@ def _pieces(batches: Sequence[Batch], limit: int) -> Iterator[tuple[slice, Batch
 def _layer_gradients(
     point: Point, names: Iterable[str], probes: Tensor
 ) -> Iterator[tuple[str, list[Tensor], list[list[Tensor]]]]:
-    """Of each layer its name, inputs, and gradients along the probes (K, B, C), as `KroneckerBlock.update` has them."""
+    """For each layer its name, inputs, and gradients along probes (K, B, C), as `KroneckerBlock.update` takes them."""
     calls = {name: point.layer_calls(name) for name in names}
     outputs = [out for pairs in calls.values() for _, out in pairs]
     gradients = [point.output_gradients(outputs, probe) for probe in probes]
@@ -248,7 +248,7 @@ def _update_others(
     groups: list[list[str]],
     budget: Budget,
 ) -> None:
-    """Exact Jacobians of a few images, evenly spread over all n rows, scaled to all."""
+    """Add exact Jacobians of a few images, evenly spread over the n rows, scaled to the weight of all rows."""
     present = weights.nonzero().squeeze(1)
     count = min(len(present), budget.other_rows)
     chosen = present[torch.arange(count, device=weights.device) * len(present) // count]

@@ -1,6 +1,6 @@
-"""Solvers of the quadratic: H d = b with H symmetric positive definite, given as a product.
+"""Solvers of the quadratic: H d = b, with a symmetric positive definite H that is given by its product with vectors.
 
-They know no network and no data. Each returns a result with a status; nothing is raised or warned here.
+They know no network and no data. Each returns a result with a status; they raise no errors and no warnings.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ BatchOperator = Callable[[int, Tensor], Tensor]
 Callback = Callable[[int, float, Tensor], bool | None]
 
 _REFRESH = 20  # iterations after which the recursive residual is replaced by the true one
-_TRUSTED = 1e4  # times the rounding unit: the tolerance from which on few steps of the recursion need no confirmation
-_DRIFT = 1 / 3  # part of the true residual from which on it is put down to rounding
-_DRIFTS = 3  # replacements dominated by rounding after which a solver gives up
+_TRUSTED = 1e4  # rounding units: with a tolerance of at least this, few steps of the recursion need no confirmation
+_DRIFT = 1 / 3  # part of the true residual; a larger difference to the recursive one is attributed to rounding
+_DRIFTS = 3  # replacements with such a difference after which a solver stops
 _MOMENTUM = 0.9  # of the paper's optimizer: Achille et al. 2021, section 4
 _STEP = 0.25  # over the largest eigenvalue of the batches: Johnson & Zhang 2013, theorem 1
 _POWER_STEPS = 3  # of the power method: the step only has to be right within a factor of about 3
@@ -31,16 +31,16 @@ _DOT_CHUNK = 1 << 18  # elements of a product converted to float64 at once: they
 
 @dataclass(frozen=True)
 class SolverResult:
-    """Solution, status and history of a solve.
+    """Solution and status of a solver, and the norms of its residuals.
 
     Attributes
     ----------
     x : Tensor of shape (P,)
     status : Status
     n_iter : int
-        Iterations for PCG, epochs for SGD.
+        Iterations of `pcg`, epochs of `sgd`.
     residual_norms : list of float
-        |b - H x| / |b|, that is the gradient's norm relative to its value at x = 0, at the start and after each
+        |b - H x| / |b|, that is the norm of the gradient relative to its value at x = 0, at the start and after each
         iteration.
     """
 
@@ -72,17 +72,18 @@ def pcg(
     Parameters
     ----------
     matvec : callable
-        v (P,) -> H v.
+        Maps v (P,) to H v.
     b : Tensor of shape (P,)
     precondition : callable
-        Symmetric positive definite approximation of H^-1.
+        Maps v (P,) to an approximation of H^-1 v; symmetric and positive definite.
     tol : float
-        Stop when |b - H x| <= tol |b|, after one iteration at the earliest. A residual that comes of many steps, or is
-        near the rounding errors, is confirmed by a product.
+        The solver stops when |b - H x| <= tol |b|, after at least one iteration. A residual after many steps of the
+        recursion, or near the rounding errors, is confirmed by a product.
     max_iter : int
+        Largest number of iterations.
     callback : callable
-        Called after each iteration with its number, the relative residual and x, which the next iteration
-        overwrites; true stops.
+        Called after each iteration with its number, the relative norm of the residual and x, which the next iteration
+        overwrites. A true value stops the solver.
 
     Returns
     -------
@@ -90,8 +91,8 @@ def pcg(
 
     References
     ----------
-    Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1; with the
-    products that make it flexible: Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput. 2000.
+    Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems", algorithm 9.1; in the flexible form of
+    Notay, "Flexible conjugate gradients", SIAM J. Sci. Comput. 2000.
     """
     return _conjugate_directions(matvec, b, precondition, tol, max_iter, callback)
 
@@ -107,28 +108,29 @@ def sgd(
     generator: torch.Generator,
     callback: Callback = _continue,
 ) -> SolverResult:
-    """Preconditioned stochastic gradient descent with momentum, anchored and rescaled once an epoch.
+    """Preconditioned stochastic gradient descent with momentum and variance reduction (SVRG).
 
-    The paper's optimizer without its learning rate and its noise floor. Within an epoch the step comes from
-    the largest eigenvalue of the batches, and the gradient's noise is removed by a control variate (SVRG):
-    the full gradient at the epoch's start plus the batch's product with the distance travelled since. The
-    epoch's displacement is made orthogonal to the one before and scaled to the minimum of the quadratic along
-    it. This costs nothing beside the full gradient that the next epoch needs, and cannot diverge.
+    This is the paper's optimizer with two changes. No learning rate has to be chosen: the step within an epoch follows
+    from the largest eigenvalue of the batches. And the noise of the gradients is removed by a control variate (SVRG):
+    a step uses the full gradient at the start of the epoch, plus the product of the batch with the displacement since
+    then.
 
-    The order of the batches is drawn once: an epoch is then one linear map of the residual, whose
-    displacements lose less of their orthogonality to those before the last.
+    After each epoch its displacement is made H-orthogonal to that of the epoch before, and scaled to the minimum of the
+    quadratic along it. This takes one product with H, which the full gradient of the next epoch needs anyway, and the
+    objective never increases. The order of the batches is drawn once, so each epoch applies the same linear map to the
+    residual; then the displacements lose less of their orthogonality to earlier ones.
 
     Parameters
     ----------
     matvec : callable
-        v -> H v.
+        Maps v (P,) to H v.
     batch_matvec : callable
-        (k, v) -> H_k v with H the mean of H_k over batches k = 0 .. n_batches - 1.
+        Maps (k, v) to H_k v; H is the mean of H_k over the batches k = 0, ..., n_batches - 1.
     n_batches : int
     b, precondition, tol, max_iter, callback
         As in `pcg`; ``max_iter`` counts epochs.
     generator : torch.Generator
-        On the CPU; draws the order of the batches, once.
+        On the CPU; draws the order of the batches once.
 
     Returns
     -------
@@ -151,7 +153,7 @@ def sgd(
         for k in order[1:]:
             velocity = _MOMENTUM * velocity + precondition(residual - batch_matvec(k, moved))
             moved = moved + step * velocity
-        # A gradient that never shrinks moves this far; more is the growth of too long a step.
+        # The displacement if the gradient did not shrink; a longer one shows that the step is too long.
         longest = n_batches / (1 - _MOMENTUM) * _dot(first, first) ** 0.5
         if _dot(residual, moved) > 0 and _dot(moved, moved) ** 0.5 <= longest:
             return moved
@@ -169,11 +171,11 @@ def _conjugate_directions(
     max_iter: int,
     callback: Callback,
 ) -> SolverResult:
-    """Minimize the quadratic along directions that ``propose`` makes of the residual b - H x.
+    """Minimize the quadratic along directions that ``propose`` makes from the residual b - H x.
 
-    Each direction is made H-orthogonal to the one before. For a fixed symmetric preconditioner this is the
-    method of conjugate gradients; with explicit products in place of the ratio of residuals it also bears
-    preconditioners that change, residuals that are replaced, and rounding, without a restart.
+    Each direction is made H-orthogonal to the one before. For a fixed symmetric preconditioner this is the method of
+    conjugate gradients. It uses explicit inner products instead of the ratio of residuals, so it also works, without a
+    restart, if the preconditioner changes, the residual is replaced, or rounding errors occur.
     """
     scale = _dot(b, b) ** 0.5
     if scale == 0.0:
@@ -195,7 +197,7 @@ def _conjugate_directions(
         x.add_(p, alpha=step)
         r = torch.sub(r, hp, alpha=step)
         relative = _dot(r, r) ** 0.5 / scale
-        recent = trusted and i < _REFRESH  # the recursion is as true as a product would be
+        recent = trusted and i < _REFRESH  # the recursion is as accurate as a product would be
         if (relative <= tol and not recent) or i % _REFRESH == 0 or i == max_iter:
             true = b - matvec(x)
             relative = _dot(true, true) ** 0.5 / scale
@@ -216,13 +218,13 @@ def _conjugate_directions(
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    """Inner product accumulated in float64."""
+    """Inner product of two vectors, accumulated in float64."""
     pairs = zip(x.split(_DOT_CHUNK), y.split(_DOT_CHUNK), strict=True)
     return float(torch.stack([torch.dot(u.double(), v.double()) for u, v in pairs]).sum())
 
 
 def _largest_eigenvalue(batch_matvec: BatchOperator, k: int, precondition: Operator, start: Tensor) -> float:
-    """Estimate of the largest eigenvalue of P H_k by the power method."""
+    """Estimate of the largest eigenvalue of the preconditioned H_k, by the power method."""
     v, value = start, 0.0
     for _ in range(_POWER_STEPS):
         norm = _dot(v, v) ** 0.5
