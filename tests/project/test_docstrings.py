@@ -23,52 +23,36 @@ IGNORED = {
 def _own_methods(cls: type) -> list[str]:
     """Public methods and properties of a class that this package defines, also in a private base class."""
     names = set()
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] != "sklearn_lqf":
-            continue
-        for name in vars(base):
-            member = inspect.getattr_static(cls, name)
-            member = member.fget if isinstance(member, property) else getattr(cls, name)
-            # Methods that scikit-learn makes, such as set_fit_request, have a module of scikit-learn.
-            module = getattr(member, "__module__", None) or ""
-            if not name.startswith("_") and inspect.isroutine(member) and module.startswith("sklearn_lqf"):
-                names.add(name)
+    for name in {name for base in cls.__mro__ for name in vars(base) if not name.startswith("_")}:
+        member = inspect.getattr_static(cls, name)
+        member = member.fget if isinstance(member, property) else getattr(cls, name)
+        # Methods that scikit-learn makes, such as set_fit_request, have a module of scikit-learn.
+        if inspect.isroutine(member) and (getattr(member, "__module__", None) or "").startswith("sklearn_lqf"):
+            names.add(name)
     return sorted(names)
 
 
-def _documented() -> list[str]:
-    names = []
-    for name in sklearn_lqf.__all__:
-        value = getattr(sklearn_lqf, name)
-        if inspect.isclass(value):
-            names += [name, *(f"{name}.{method}" for method in _own_methods(value))]
-        elif callable(value):
-            names.append(name)
-    return names
-
-
-def _estimators() -> list[type]:
-    values = (getattr(sklearn_lqf, name) for name in sklearn_lqf.__all__)
-    return [v for v in values if inspect.isclass(v) and issubclass(v, BaseEstimator)]
+PUBLIC = {name: getattr(sklearn_lqf, name) for name in sklearn_lqf.__all__ if callable(getattr(sklearn_lqf, name))}
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+DOCUMENTED = [*PUBLIC, *(f"{name}.{method}" for name, cls in CLASSES.items() for method in _own_methods(cls))]
+ESTIMATORS = [cls for cls in CLASSES.values() if issubclass(cls, BaseEstimator)]
 
 
 def test_methods_are_found():
     # The lists are made when this file is collected: empty ones would pass unseen.
-    assert {"LQFClassifier", "LQFClassifier.fit", "LQFRegressor.leave_one_out", "PriorDisplay.plot"} <= set(
-        _documented()
-    )
-    assert "LQFClassifier.set_fit_request" not in _documented()  # which scikit-learn makes
-    assert len(_estimators()) >= 4
+    assert {"LQFClassifier", "LQFClassifier.fit", "LQFRegressor.leave_one_out", "PriorDisplay.plot"} <= set(DOCUMENTED)
+    assert "LQFClassifier.set_fit_request" not in DOCUMENTED  # which scikit-learn makes
+    assert len(ESTIMATORS) >= 4
 
 
-@pytest.mark.parametrize("name", _documented())
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstring_is_valid_numpydoc(name):
     errors = validate(f"sklearn_lqf.{name}")["errors"]
     found = [f"{code}: {message}" for code, message in errors if code not in IGNORED]
     assert not found, f"docstring of {name}:\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("estimator", _estimators())
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_parameters_are_documented_with_their_defaults(estimator):
     documented = {p.name: p.type for p in ClassDoc(estimator)["Parameters"]}
     parameters = dict(inspect.signature(estimator).parameters)
