@@ -1,7 +1,7 @@
-"""Leaky forms of piecewise activations, and derivatives of all.
+"""Leaky forms of piecewise activations, and derivatives of activations.
 
-Hides in how many ways an activation can be written (module, function, method) and what its leaky form is:
-ReLU becomes Leaky-ReLU, and saturating activations keep their values between the bounds and leak outside.
+Hides in how many ways an activation can be written (module, function, method) and what its leaky form is. ReLU becomes
+Leaky-ReLU. Saturating activations keep their values between their bounds and get a slope outside.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class LeakyClamp(nn.Module):
     ----------
     base : nn.Module
     low, high : float
-        Between them the activation is not flat.
+        Bounds between which the activation is not flat.
     leak : float
-        Slope that is added outside.
+        Slope that is added outside the bounds.
     """
 
     def __init__(self, base: nn.Module, low: float, high: float, leak: float):
@@ -41,14 +41,14 @@ class LeakyClamp(nn.Module):
         return self.base(x) + self.leak * (x - x.clamp(self.low, self.high))
 
 
-# Where saturating activations are not flat, and their mean slope there: (low, high, gain).
+# Bounds between which saturating activations are not flat, and their mean slope there: (low, high, gain).
 _SATURATING: dict[type, tuple[float, float, float]] = {
     nn.Hardswish: (-3.0, float("inf"), 1.0),
     nn.Hardsigmoid: (-3.0, 3.0, 1.0 / 6.0),
 }
 
-# Functions and methods -> the module that computes the same, so that later passes see one form. The
-# signatures are torch's; operations in place were made functional before.
+# Functions and methods -> the module that computes the same, so that later passes see one form only. The
+# signatures are those of torch. Operations in place were made functional before.
 _MODULES: dict[Any, Callable[..., nn.Module]] = {
     F.relu: lambda inplace=False: nn.ReLU(),
     torch.relu: nn.ReLU,
@@ -71,7 +71,7 @@ _MODULES: dict[Any, Callable[..., nn.Module]] = {
 
 
 def leaky(activation: nn.Module, slope: float) -> nn.Module | None:
-    """The leaky form of a piecewise linear or saturating activation; None when it has none.
+    """The leaky form of a piecewise linear or saturating activation; None for other modules.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def swap_activations(graph: fx.GraphModule, slope: float) -> int:
     Returns
     -------
     int
-        How many calls were changed; a module that is called twice counts twice.
+        Number of calls that were changed; a module that is called twice counts twice.
     """
     if not slope:
         return 0
@@ -135,10 +135,10 @@ def swap_activations(graph: fx.GraphModule, slope: float) -> int:
 
 _aten = torch.ops.aten
 
-# f(module, x, y, x_dot): derivative of an elementwise activation y(x) times the tangent.
+# f(module, x, y, x_dot): the derivative of an elementwise activation y(x), times the tangent of x.
 Elementwise = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
-# By torch's own backward kernels, so that tangents and gradients agree to the last bit of the derivative.
+# These are torch's own backward kernels, so that tangents and gradients use the same derivative to the last bit.
 ELEMENTWISE: dict[type, Elementwise] = {
     nn.ReLU: lambda m, x, y, t: _aten.threshold_backward(t, y, 0),
     nn.LeakyReLU: lambda m, x, y, t: _aten.leaky_relu_backward(t, x, m.negative_slope, False),
@@ -155,6 +155,6 @@ SATURATING = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 
 
 def leaky_clamp_tangent(m: LeakyClamp, x: Tensor, y: Tensor, x_dot: Tensor) -> Tensor:
-    """Tangent of a saturating activation with a leak; the kernels of its base look at x alone."""
+    """Tangent of a saturating activation with a leak; the kernels of its base depend on x only."""
     inside = ELEMENTWISE[type(m.base)](m.base, x, y, x_dot)
     return inside.add_(x_dot * ((x < m.low) | (x > m.high)), alpha=m.leak)

@@ -1,7 +1,7 @@
-"""The cut of a traced network into what is evaluated once per image and what is linearized.
+"""The cut of a traced network into a trunk, which is evaluated once for each image, and a tail, which is linearized.
 
-Hides what may cross the cut: activations with one row for each image are cached, values that do not depend on
-the images become constants, and sizes follow the batch.
+Hides which values cross the cut. Activations with one row for each image are cached, values that do not depend on the
+images become constants, and sizes follow the batch.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ def node_values(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Any]:
 
 
 class NoTrunk(nn.Module):
-    """The trunk of a network that is linearized as a whole: the input itself."""
+    """The trunk of a network that is linearized as a whole: it returns its input."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (x,)
 
 
 def cut(graph: fx.GraphModule, tangent: Collection[str], example: Tensor) -> tuple[nn.Module, fx.GraphModule]:
-    """Split at the border of what depends on a tangent parameter.
+    """Split a graph into the nodes that depend on a tangent parameter, and those before.
 
     Parameters
     ----------
     graph : fx.GraphModule
-        Its modules are shared with the parts.
+        The parts share its modules.
     tangent : collection of str
-        Names of parameters.
+        Names of the parameters that are linearized.
     example : Tensor of shape (B, ...), B >= 2
 
     Returns
     -------
     trunk : nn.Module
-        (B, ...) -> tuple of the tensors that cross the cut, each with the batch first.
+        Maps inputs (B, ...) to a tuple of the tensors that cross the cut, each (B, ...).
     tail : fx.GraphModule
-        From these to the output of ``graph``.
+        Maps these tensors to the output of ``graph``.
 
     Raises
     ------
     ValueError
-        When a value crosses that has no row for each image and is no constant either.
+        A value that crosses the cut has neither one row for each image nor is a constant.
     """
     later = _dependent(graph, set(tangent))
     crossing = [n for n in graph.graph.nodes if n not in later and any(u in later for u in n.users)]
     values = _Values(graph, example)
-    # Where nothing is linearized the features alone cross, which have one row for each image.
+    # If nothing is linearized, only the features cross, which have one row for each image.
     cached = [n for n in crossing if not tangent or values.batched(n)]
     tail = _tail(graph, later, crossing, cached, values)
     if len(cached) == 1 and cached[0].op == "placeholder":
@@ -83,9 +83,9 @@ def _dependent(graph: fx.GraphModule, tangent: set[str]) -> set[fx.Node]:
 
 
 class _Values:
-    """The value of every node for two batches, from which is seen how it depends on the batch.
+    """The value of every node for two batches, which shows how it depends on the batch.
 
-    The graph is evaluated when a value is first asked for.
+    The graph is evaluated when a value is first needed.
     """
 
     def __init__(self, graph: fx.GraphModule, example: Tensor):
@@ -98,7 +98,7 @@ class _Values:
 
     @cached_property
     def _longer(self) -> dict[fx.Node, Any]:
-        # The added row is none of the others: reductions over the batch change.
+        # The added row differs from the others, so that reductions over the batch change.
         return node_values(self._graph, torch.cat([self._example, -self._example[:1]]))
 
     def of(self, node: fx.Node) -> tuple[Any, Any]:
@@ -147,7 +147,7 @@ def _tail(
             if node.op in ("call_module", "get_attr"):
                 attributes[node.target] = operator.attrgetter(node.target)(graph)
     root = fx.GraphModule(attributes | constants, tail).eval()
-    for name, constant in constants.items():  # buffers, which follow the module to its device
+    for name, constant in constants.items():  # as buffers, they move to a device with the module
         delattr(root, name)
         root.register_buffer(name, constant)
     root.graph.eliminate_dead_code()
@@ -156,7 +156,7 @@ def _tail(
 
 
 class _Sizes:
-    """Rewrites sizes that cross the cut: constants, or the batch size and the device of the tail."""
+    """Rewrites sizes and devices that cross the cut as constants, or as the batch size and the device in the tail."""
 
     def __init__(self, tail: fx.Graph, cached: fx.Node | None, rows: int):
         self._tail, self._cached, self._rows = tail, cached, rows

@@ -1,6 +1,6 @@
-"""A traced graph in its simplest form: functional, without what does nothing, BatchNorm a part of the layer before it.
+"""Simplification of a traced graph: functional operations only, no operation without effect, BatchNorm folded.
 
-Hides how operations in place are written, and which normalizations can be folded.
+Hides how operations in place are written, and which normalizations can be folded into the layer before them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class NotTracedError(Exception):
-    """Why a network cannot be traced, or its graph not be made functional."""
+    """A network cannot be traced, or its graph cannot be made functional; the message says why."""
 
 
 def make_functional(graph: fx.GraphModule) -> None:
-    """Let every operation in place return a new tensor; what reads its input later reads this tensor.
+    """Replace operations in place by those that return a new tensor; later uses of their input use this tensor.
 
-    Changes through a view of a tensor are not followed; they are seen by comparing the graph with the network.
+    Changes through a view of a tensor are not followed. The caller finds them by comparing the graph with the network.
     """
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in order:
@@ -49,7 +49,7 @@ def make_functional(graph: fx.GraphModule) -> None:
 
 
 def _out_of_place(node: fx.Node) -> bool:
-    """Let a function or method return a new tensor; whether it wrote into its first argument before."""
+    """Make a function or method return a new tensor. Returns whether it wrote into its first argument before."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
@@ -70,7 +70,7 @@ def _out_of_place(node: fx.Node) -> bool:
 
 
 def simplify(graph: fx.GraphModule) -> None:
-    """Remove assertions, and what does nothing in evaluation mode; write attention by its formula."""
+    """Remove assertions and operations without effect in evaluation mode; replace fused attention by its formula."""
     for node in list(graph.graph.nodes):
         target = node.target
         if node.op == "call_module":
@@ -87,9 +87,9 @@ def simplify(graph: fx.GraphModule) -> None:
 
 
 def fold_batch_norms(graph: fx.GraphModule, example: Tensor, prefixes: list[str] | None) -> int:
-    """Fold each BatchNorm that is the only use of a convolution or Linear; how many were folded.
+    """Fold each BatchNorm that is the only user of a convolution or Linear layer. Returns how many were folded.
 
-    One that is to be linearized stays unless its convolution is, too.
+    A BatchNorm that is to be linearized is folded only if the layer before it is linearized, too.
     """
     targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     folded = 0

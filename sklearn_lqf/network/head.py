@@ -1,7 +1,7 @@
-"""From a network to its last features: one vector for each image.
+"""From a network to its last features, one vector for each image.
 
-Hides how networks end: in a classifier, which is taken away, in several, or in none; in a tensor, or in a tuple or a
-dict in which a pooled vector is named. timm's models are asked by timm's own interface.
+Hides how networks end: in one classifier, which is removed, in several, or in none; in a tensor, or in a tuple or a
+dict with a pooled vector under a known name. For timm's models timm's own interface is used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .rewrite import DROPOUTS, Output, evaluate, replace_module, watch
 
 __all__ = ["Head", "as_vectors", "find_head", "remove_head"]
 
-# What may stand between the last layer and the output.
+# Modules that may come between the last layer and the output.
 _PASS = (nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, *DROPOUTS)
 _PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid, nn.Softmax2d)
-# Names under which outputs hold class scores, and one vector for each image, the first that is there.
+# Names of class scores in outputs, and names of one vector for each image; the first that exists is taken.
 _SCORES = ("logits",)
 _VECTORS = (
     "pooler_output",
@@ -41,7 +41,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Head:
-    """The classifier of a network: its module, and a ReLU behind it that a linear model must not have.
+    """The classifier of a network: its module, and a ReLU after it, which a linear model must not have.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Head:
 
 
 def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
-    """The network up to its last features, (B, ...) -> (B, D): without a classifier, if there is one.
+    """The network up to its last features, (B, ...) -> (B, D), without its classifier if it has one.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
     Raises
     ------
     ValueError
-        When there is no vector, or it is not clear which one is meant. The message lists what was found.
+        The network returns no vector, or several. The message lists what was found.
     """
     if all(callable(getattr(module, name, None)) for name in ("forward_features", "forward_head", "reset_classifier")):
         return _of_timm(module, example)
@@ -98,12 +98,12 @@ def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _of_timm(module: nn.Module, example: Tensor) -> nn.Module:
-    """timm's own features in front of the classifier."""
+    """A model of timm up to the features before its classifier, as timm defines them."""
     timm = cast(Any, module)
     try:
         with torch.no_grad():
             expected = timm.forward_head(timm.forward_features(example.clone()), pre_logits=True)
-    except Exception:  # of a size that it does not take, which evaluate says; or there is no such form of it
+    except Exception:  # the size is not supported, which evaluate reports; or the model has no such methods
         evaluate(module, example)
         expected = None
     timm.reset_classifier(0)
@@ -120,7 +120,7 @@ def _of_timm(module: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _interpolating(module: nn.Module, example: Tensor) -> nn.Module:
-    """The same; a model of transformers is told when the images are not of the size of its embeddings."""
+    """The same; a model of transformers interpolates its position embeddings if the images are of another size."""
     size = getattr(getattr(module, "config", None), "image_size", None)
     height_and_width = (size, size) if isinstance(size, int) else tuple(size or ())
     if example.ndim != 4 or height_and_width in ((), tuple(example.shape[2:])):
@@ -142,7 +142,7 @@ def _of_parts(module: nn.Module, example: Tensor, calls: list[_Call], output: An
         if names[place] == wanted and _is_vector(leaves[place])
     ]  # fmt: skip
     rows = [place for place, leaf in leaves.items() if leaf.ndim == 2 and len(leaf) == len(example)]
-    if not scores and vectors:  # what has a name is taken as it is
+    if not scores and vectors:  # a vector with a known name is taken as it is
         return Output(module, vectors[0])
     chosen = scores[0] if scores else rows[0] if len(rows) == 1 else None
     if chosen is not None:
@@ -175,7 +175,7 @@ def _of_parts(module: nn.Module, example: Tensor, calls: list[_Call], output: An
 
 
 def _is_vector(leaf: Tensor) -> bool:
-    """Whether a tensor is one vector for each image, which may have positions of one pixel."""
+    """Whether a tensor is one vector for each image, (B, D) or (B, D, 1, 1)."""
     return leaf.ndim == 2 or (leaf.ndim == 4 and leaf.shape[2:] == (1, 1))
 
 
@@ -232,7 +232,7 @@ def _calls(module: nn.Module, example: Tensor) -> tuple[list[_Call], Any]:
     calls: list[_Call] = []
 
     def see(name: str, m: nn.Module, args: tuple, out: Any) -> None:
-        # A later operation in place must not change what a possible head took and returned.
+        # A later operation in place must not change the input and output of a possible head.
         if _may_be_head(m) and isinstance(out, Tensor):
             args, out = tuple(a.clone() if isinstance(a, Tensor) else a for a in args), out.clone()
         calls.append(_Call(name, m, args, out))
@@ -253,7 +253,7 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
     Parameters
     ----------
     module : nn.Module
-        In evaluation mode; it is only evaluated.
+        In evaluation mode; it is not changed.
     example : Tensor of shape (B, C, H, W) or (B, n_features)
 
     Returns
@@ -263,7 +263,7 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
     Raises
     ------
     ValueError
-        When the output does not come from one such layer. The message names what was found.
+        The output does not come from one such layer. The message states what was found.
     """
     calls, output = _calls(module, example)
     if not isinstance(output, Tensor) or output.ndim != 2:
@@ -277,7 +277,7 @@ def find_head(module: nn.Module, example: Tensor) -> Head:
 
 
 def _one_head(calls: list[_Call], output: Tensor) -> Head | None:
-    """The one layer whose result the output is."""
+    """The layer whose result is the output; None if there is none."""
     activation = None
     for call in reversed(calls):
         if _may_be_head(call.module):
@@ -293,7 +293,7 @@ def _one_head(calls: list[_Call], output: Tensor) -> Head | None:
 
 
 def _no_head(calls: list[_Call]) -> ValueError:
-    """The error of a classifier that cannot be told."""
+    """The error if no classifier was found."""
     if not calls:
         return ValueError("The backbone has no layer: its output must come from one nn.Linear.")
     last = calls[-1]
@@ -323,12 +323,12 @@ def remove_head(module: nn.Module, example: Tensor, head: Head | None = None) ->
         In evaluation mode.
     example : Tensor of shape (B, ...)
     head : Head or None
-        None: as `find_head` finds it.
+        None: the one that `find_head` finds.
 
     Raises
     ------
     ValueError
-        When there is no head as `find_head` wants it, or when its input is not one vector for each image.
+        `find_head` finds no head, or the input of the head is not one vector for each image.
     """
     head = find_head(module, example) if head is None else head
     for name in (head.name, head.activation):
@@ -343,7 +343,7 @@ def remove_head(module: nn.Module, example: Tensor, head: Head | None = None) ->
 
 
 def _of_several_heads(module: nn.Module, example: Tensor, calls: list[_Call]) -> nn.Module | None:
-    """The vector that several last Linear layers take, where there are such."""
+    """The network up to the vector that several last Linear layers share as their input; None if there is none."""
     heads: dict[str, Tensor] = {}
     for call in reversed(calls):
         if isinstance(call.module, nn.Linear) and call.inputs and call.inputs[0].ndim == 2:
@@ -360,7 +360,7 @@ def _of_several_heads(module: nn.Module, example: Tensor, calls: list[_Call]) ->
         replace_module(module, name, nn.Identity())
     try:
         output = evaluate(module, example)
-    except ValueError:  # what follows the heads takes class scores alone
+    except ValueError:  # the modules after the heads accept only class scores
         output = None
     for place, leaf in _leaves(output):
         if _equal(leaf, vector):
@@ -371,7 +371,7 @@ def _of_several_heads(module: nn.Module, example: Tensor, calls: list[_Call]) ->
 
 
 def _without_head(module: nn.Module, calls: list[_Call], output: Tensor) -> nn.Module | None:
-    """The network itself, where its output is a vector and no scores or probabilities of classes."""
+    """The network itself if its output is a vector that is neither scores nor probabilities of classes; else None."""
     weighted = [c for c in calls if not isinstance(c.module, _PASS) and type(c.module) is not nn.ReLU]
     if not weighted or not any(True for _ in module.parameters()) or isinstance(weighted[-1].module, _PROBABILITIES):
         return None

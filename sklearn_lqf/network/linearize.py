@@ -1,8 +1,7 @@
 """Jacobian products of a network at its pre-trained weights.
 
-Hides the head, which is not part of the tail, the layout of parameters, and the precision of the arithmetic.
-Every Jacobian product of the package is made here. Outside, parameters, directions and gradients are one flat
-vector (P,).
+Hides the head, which is not part of the tail, and the layout of parameters. Every Jacobian product of the package is
+computed here. For other modules parameters, directions and gradients are one flat vector (P,).
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from .tracing import Split
 
 __all__ = ["LinearizedNetwork", "Point", "walker"]
 
-# Until torch 2.13 group_norm has no forward-mode derivative for channels-last input, and gradients of its parameters
-# without that of its input end the process: tails that have it, or may have, are evaluated in torch's default layout.
+# Until torch 2.13 group_norm has no forward-mode derivative for channels-last input, and gradients with respect to its
+# parameters without that of its input end the process. Tails that have or may have it are evaluated in torch's default
+# layout.
 _GROUP_NORM_IS_CHANNELS_LAST = torch.__version__ >= "2.14"  # compared as versions, not as texts
 
 
 def _may_norm_groups(split: Split) -> bool:
-    """Whether the tail evaluates group_norm; of one that does not trace only its modules could be seen."""
+    """Whether the tail evaluates, or may evaluate, group_norm; a tail that does not trace may."""
     if not split.traced or any(isinstance(m, nn.GroupNorm) for m in split.tail.modules()):
         return True
     functions = (torch.group_norm, torch.nn.functional.group_norm)
@@ -38,10 +38,7 @@ def _may_norm_groups(split: Split) -> bool:
 
 
 def walker(split: Split) -> tuple[TracedTail | GeneralTail, bool]:
-    """What evaluates and differentiates the tail of a network.
-
-    Also whether its inputs must be in torch's default layout.
-    """
+    """The walker that evaluates and differentiates the tail, and whether its inputs need torch's default layout."""
     default_layout = not _GROUP_NORM_IS_CHANNELS_LAST and _may_norm_groups(split)
     if default_layout:
         split.tail.to(memory_format=torch.contiguous_format)
@@ -51,14 +48,14 @@ def walker(split: Split) -> tuple[TracedTail | GeneralTail, bool]:
 
 
 class Point:
-    """A network linearized on one batch: the primal is evaluated once, products share it.
+    """A network linearized on one batch. The network is evaluated once, and all products share this evaluation.
 
     Attributes
     ----------
     features : Tensor of shape (B, D)
         Input of the head at w0.
     outputs : Tensor of shape (B, C)
-        f_w0, detached.
+        f_w0, without a graph of derivatives.
     """
 
     def __init__(self, network: LinearizedNetwork, inputs: Sequence[Tensor], gradients: bool):
@@ -82,7 +79,7 @@ class Point:
         return self.add_vjp(cotangent, cotangent.new_zeros(self._network.n_parameters))
 
     def add_vjp(self, cotangent: Tensor, total: Tensor) -> Tensor:
-        """Add J' u to a vector (P,), in place: no copy is made of the gradients."""
+        """Add J' u to a vector (P,) in place, without a copy of the gradients."""
         net = self._network
         if not self._gradients:
             raise RuntimeError("the network was evaluated with gradients=False, for jvp alone")
@@ -98,7 +95,7 @@ class Point:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the activations that it keeps."""
+        """Bytes of the activations that the point keeps."""
         tensors = (v for v in pytree.tree_leaves(list(self._values.values())) if isinstance(v, Tensor))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
@@ -121,7 +118,7 @@ class LinearizedNetwork:
     Parameters
     ----------
     split : Split
-        Trunk and tail; modules are used as they are and must not be shared.
+        Trunk and tail; their modules are used without a copy and must not be shared.
     weight : Tensor of shape (C, D)
         Head weight at which the network is linearized.
     bias : Tensor of shape (C,)
@@ -129,9 +126,10 @@ class LinearizedNetwork:
     Attributes
     ----------
     n_parameters : int
-        P: tangent parameters of the tail in the order of ``names``, then head weight, then head bias.
+        P. A flat vector has the tangent parameters of the tail in the order of ``names``, then head weight, then head
+        bias.
     slices : dict of str to slice
-        Where each parameter lies in a flat vector; the head's are ``"head.weight"`` and ``"head.bias"``.
+        Place of each parameter in a flat vector; those of the head are ``"head.weight"`` and ``"head.bias"``.
 
     References
     ----------
@@ -161,7 +159,7 @@ class LinearizedNetwork:
         inputs : sequence of Tensor
             Each of shape (B, ...).
         gradients : bool
-            False saves memory when only `Point.jvp` is asked for.
+            False saves memory if only `Point.jvp` is needed.
         """
         return Point(self, inputs, gradients)
 
@@ -206,7 +204,7 @@ class LinearizedNetwork:
 
         # Gradients inside jacrev do not depend on the outer no_grad, which keeps the result free of a graph.
         with DUAL_NUMBERS, torch.no_grad(), plain_attention(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # nobody can act on it
+            warnings.filterwarnings("ignore", "There is a performance drop")  # users cannot avoid it
             return vmap(jacrev(outputs), in_dims=(None, *(0 for _ in inputs)))(chosen, *inputs)
 
     def _jacobians_one_by_one(self, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -221,5 +219,5 @@ class LinearizedNetwork:
                     features, list(chosen.values()), w.unsqueeze(0), retain_graph=True, materialize_grads=True
                 )
                 for name, g in zip(chosen, grads, strict=True):
-                    found[name].append(g.detach())  # zeros that are filled in require gradients in older torch
+                    found[name].append(g.detach())  # in older torch the zeros that are filled in require gradients
         return {n: torch.stack(g).view(-1, len(self.weight), *chosen[n].shape) for n, g in found.items()}

@@ -1,7 +1,7 @@
-"""A backbone made ready for images of one size: preprocessing, trunk and tail.
+"""A backbone prepared for images of one size: preprocessing, trunk and tail.
 
-Hides devices, dtypes, memory formats and the state that is pickled: the network without its head, from which the
-prepared graph is built again.
+Hides devices, dtypes, memory formats, and the state that is pickled, which is the network without its head. Unpickling
+builds the trunk and the tail from it again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PREPARED_OTHERWISE = (
 
 
 def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
-    """Raise when the features of an image depend on the others of its batch, or on chance."""
+    """Raise if the features of an image depend on the other images of its batch, or on random numbers."""
     alone, beside = evaluate(module, example), evaluate(module, torch.cat([example, 1 - example[:1]]))[: len(example)]
 
     def differs(found: Tensor) -> bool:
@@ -58,7 +58,7 @@ def _refuse_mixing(module: nn.Module, example: Tensor) -> None:
 
 
 def _put_channels_last(module: nn.Module) -> None:
-    """Lay weights of maps out with the channels last, in place; torch refuses what has more axes."""
+    """Store tensors with four axes with the channels last, in place; torch has no such format for more axes."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ class PreparedNetwork:
     shape : tuple of int
         (C, H, W) of an image, or (n_features,) of a vector.
     tangent_layers, negative_slope, read_stages
-        As in `graph.split_network`.
+        As in `tracing.split_network`.
     preprocessing : Preprocessing or None
         None for vectors.
     dtype : torch.dtype
@@ -92,7 +92,7 @@ class PreparedNetwork:
         device: torch.device,
     ):
         source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
-        dtypes = [p.dtype for p in source.parameters()]  # none of a module without layers, which has no head
+        dtypes = [p.dtype for p in source.parameters()]  # empty if the module has no layers, and so no head
         example = self._example(shape, dtypes[0] if dtypes else torch.float32)
         source = as_vectors(source, example)
         _refuse_mixing(source, example)
@@ -107,7 +107,7 @@ class PreparedNetwork:
 
     @staticmethod
     def _example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Two inputs of the size in use, the same at each call and without the global generator."""
+        """Two random inputs of the size in use, the same at each call; the global generator is not used."""
         generator = torch.Generator().manual_seed(0)
         return torch.rand(2, *shape, generator=generator, dtype=dtype)
 
@@ -117,7 +117,7 @@ class PreparedNetwork:
         tangent_prefixes(self.source, self._example(self.shape, dtype), layers)
 
     def standardized(self, vectors: np.ndarray, weights: np.ndarray) -> PreparedNetwork:
-        """The same network for vectors (n, n_features) of other weighted mean and scale, if it is the built-in one."""
+        """The built-in network with the weighted mean and scale of vectors (n, n_features); another network itself."""
         if not isinstance(self.source, VectorNetwork):
             return self
         x = vectors.astype(np.float64)
@@ -150,7 +150,7 @@ class PreparedNetwork:
             return tuple(self.split.trunk(x))
 
     def example_activations(self) -> tuple[Tensor, ...]:
-        """Trunk activations of one input that is no image of anybody's."""
+        """Trunk activations of one random input, which is not an image of any data set."""
         example = self._example(self.shape, self.dtype)[:1].to(self.device)
         if len(self.shape) == 3:
             example = example.contiguous(memory_format=torch.channels_last)
@@ -158,7 +158,7 @@ class PreparedNetwork:
             return tuple(self.split.trunk(example))
 
     def reference_inputs(self, count: int) -> Tensor:
-        """Inputs of which no data set knows, (count, ...): see `reference`; vectors are drawn around the mean."""
+        """Inputs (count, ...) that are in no data set: those of `synthetic.reference_images`, or random vectors."""
         if len(self.shape) == 3:
             return reference_images(count, *self.shape)
         x = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -167,9 +167,10 @@ class PreparedNetwork:
         return x
 
     def rows_at_once(self, most: int, budget: int = BATCH_BYTES) -> int:
-        """Rows of a batch: at most so many, and on a CPU, which swaps or ends before it says so, what is still fast.
+        """Rows of a batch: at most ``most``, and on a CPU so few that the activations of the tail fit into a budget.
 
-        There the activations of the tail take at most ``budget`` bytes, or are those of one row.
+        A batch has at least one row. On a CPU the limit is set in advance, because a machine swaps or ends the process
+        before it reports a lack of memory.
         """
         if self.device.type != "cpu":
             return most
@@ -187,7 +188,7 @@ class PreparedNetwork:
         return max(1, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
 
     def evaluator(self, memory: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """`activations`, by way of a joblib.Memory that keeps them; None: of nothing."""
+        """The function `activations`, with its results kept in a joblib.Memory; None: they are not kept."""
         trunk = self.split.trunk
         if memory is None or isinstance(trunk, NoTrunk):
             return self.activations
@@ -212,5 +213,5 @@ class PreparedNetwork:
             )
             self.device = torch.device("cpu")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said at fit
+            warnings.simplefilter("ignore", UserWarning)  # shown at fit
             self._build()

@@ -1,7 +1,7 @@
-"""Modules rewritten so that tracing, differentiation and K-FAC can treat them.
+"""Modules rewritten so that tracing, differentiation and K-FAC support them.
 
-Hides the peculiar modules of torch and timm: attention in one fused kernel, norm and activation in one
-module, padding that depends on the size of the input. Each rewrite leaves the function unchanged.
+Hides special modules of torch and timm: attention in one fused kernel, normalization and activation in one module,
+padding that depends on the size of the input. Each rewrite leaves the function unchanged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = [
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-# By name, since timm need not be installed and torchvision does not export its own.
+# Compared by name, since timm may not be installed and torchvision does not export its class.
 _STOCHASTIC_DEPTHS = ("StochasticDepth", "DropPath")
 
 
 def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
-    """Whether a module computes what one of these layers computes, from its own weight and bias alone.
+    """Whether a module computes the function of one of these classes, from its own weight and bias only.
 
     False for subclasses with another forward, layers whose methods are replaced, parametrized or pruned weights, and
     layers with hooks.
@@ -44,7 +44,7 @@ def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
 
 
 def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module has the methods of a class by which it is evaluated."""
+    """Whether the methods that evaluate a module are those of a class."""
     return all(
         name not in vars(module) and getattr(type(module), name, None) is getattr(kind, name, None)
         for name in ("forward", "_conv_forward")
@@ -57,7 +57,7 @@ def evaluate(module: nn.Module, example: Tensor) -> Any:
     Raises
     ------
     ValueError
-        When it fails; the message says for which input.
+        The pass fails; the message states the shape of the input.
     """
     try:
         with torch.no_grad():
@@ -78,7 +78,7 @@ def evaluate(module: nn.Module, example: Tensor) -> Any:
 def watch(
     module: nn.Module, example: Tensor, names: Iterable[str], see: Callable[[str, nn.Module, tuple, Any], None]
 ) -> Any:
-    """Evaluate the network; each call of a named module is reported as (name, module, inputs, output)."""
+    """Evaluate the network, and call ``see(name, module, inputs, output)`` at each call of a named module."""
     modules = dict(module.named_modules(remove_duplicate=False))
     hooks = [
         modules[name].register_forward_hook(lambda m, args, out, name=name: see(name, m, args, out)) for name in names
@@ -91,28 +91,28 @@ def watch(
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module, in evaluation mode, in the place of the one of this name."""
+    """Replace the module of this name by a new one, in evaluation mode."""
     root.set_submodule(name, new.eval())
 
 
 class Output(nn.Module):
-    """One tensor of what a network returns for a batch of images.
+    """A module that returns one tensor of the output of a network.
 
-    It has the network's own parameters and modules under their names, so that nothing is renamed, and calls it with
-    one argument: optional ones have their defaults where it is traced.
+    It has the parameters and modules of the network under the same names. It calls the network with one argument, so
+    that optional arguments have their defaults when it is traced.
 
     Parameters
     ----------
     network : nn.Module
         Shared, not copied.
     place : sequence of str or int
-        Keys, attributes and indices that lead to the tensor; none: the output is the tensor.
+        Keys, attributes and indices that lead to the tensor; empty if the output is the tensor.
     tokens : {None, "first", "mean"}
-        Which of the tokens (B, T, D) are the vector.
+        The vector is the first of the tokens (B, T, D), or their mean. None: there are no tokens.
     timm : bool
         Whether to evaluate by timm's ``forward_features`` and ``forward_head(pre_logits=True)``.
     options : mapping or None
-        Optional arguments of the network that are not its defaults.
+        Values of optional arguments of the network that differ from the defaults.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Output(nn.Module):
         super().__init__()
         for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[kind] = network.__dict__[kind]
-        self.__dict__["_whole"] = network  # no module of its own; underscores keep off the names of the network
+        self.__dict__["_whole"] = network  # not registered as a module; underscores avoid names of the network
         self._place, self._tokens, self._timm, self._options = tuple(place), tokens, timm, dict(options or {})
         self.training = network.training
 
@@ -145,7 +145,7 @@ class Output(nn.Module):
         return out.flatten(1) if self._place else out
 
     def train(self, mode: bool = True) -> Output:
-        """Set the mode of the network, too."""
+        """Set the mode of this module and of the network."""
         super().train(mode)
         self.__dict__["_whole"].training = mode
         return self
@@ -155,7 +155,7 @@ class Output(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of ``nn.MultiheadAttention`` written with Linear layers, which K-FAC can treat.
+    """Self-attention of ``nn.MultiheadAttention`` written with Linear layers, which K-FAC supports.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """Attend; ``make_explicit`` sees to it that there is one sequence and no mask."""
+        """Self-attention of one sequence without mask; ``make_explicit`` uses this module only for such calls."""
         x = query if self.batch_first else query.transpose(0, 1)  # (B, T, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
@@ -215,7 +215,7 @@ fx.wrap("attention")  # one node of a traced graph
 @shared_by_threads
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Let torch's attention modules compute by differentiable formulas, and restore the caller's setting."""
+    """Make torch's attention modules compute by differentiable formulas; afterwards restore the caller's setting."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -226,7 +226,7 @@ def plain_attention() -> Iterator[None]:
 
 
 def _is_self_attention(module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a call attends to one sequence without mask, so that `Attention` computes the same."""
+    """Whether a call is self-attention of one sequence without mask, so that `Attention` computes the same."""
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
     given = dict(zip(names, args, strict=False)) | kwargs
     return (
@@ -256,7 +256,7 @@ class StaticPad(nn.Module):
 
 
 def _same_pad(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, ...]:
-    """TensorFlow's padding 'SAME' of one input size (H, W), in the order of ``F.pad``."""
+    """TensorFlow's padding 'SAME' for one input size (H, W), in the order of ``F.pad``."""
     pad: list[int] = []
     for s, k, stride, d in zip(size[::-1], conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1], strict=True):
         total = max((-(-s // stride) - 1) * stride + (k - 1) * d + 1 - s, 0)
@@ -265,7 +265,7 @@ def _same_pad(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _plain_conv(conv: nn.Conv2d, pad: tuple[int, ...]) -> nn.Module:
-    """A 'SAME' convolution as a plain one with the padding of one input size."""
+    """A 'SAME' convolution as an ordinary one with the padding for one input size."""
     symmetric = pad[0] == pad[1] and pad[2] == pad[3]
     pair = tuple[int, int]  # what torch declares as tuple[int, ...]
     plain = nn.Conv2d(
@@ -281,7 +281,7 @@ def _plain_conv(conv: nn.Conv2d, pad: tuple[int, ...]) -> nn.Module:
 
 
 def _observe(module: nn.Module, example: Tensor) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Input sizes of timm's 'SAME' convolutions, and names of the modules that do plain self-attention."""
+    """Input sizes of timm's 'SAME' convolutions, and names of the modules that compute plain self-attention."""
     sizes: dict[str, tuple[int, ...]] = {}
     plain: dict[str, bool] = {}
 
@@ -313,11 +313,11 @@ def _observe(module: nn.Module, example: Tensor) -> tuple[dict[str, tuple[int, .
 
 
 def make_explicit(module: nn.Module, example: Tensor) -> None:
-    """Rewrite the modules that tracing cannot see through, in place on a private copy.
+    """Rewrite the modules that torch.fx cannot trace into, in place on a private copy.
 
-    timm's norm-plus-activation modules become a norm and an activation, its size-dependent 'SAME'
-    convolutions get the padding of the image size in use, torch's attention becomes Linear layers, its
-    encoder a chain of layers; dropout is removed.
+    timm's modules of normalization and activation become two modules. Its size-dependent 'SAME' convolutions get the
+    padding for the image size in use. torch's attention becomes Linear layers, and its encoder a chain of layers.
+    Dropout is removed.
     """
     sizes, self_attention = _observe(module, example)
     replaced: set[str] = set()
@@ -332,7 +332,7 @@ def make_explicit(module: nn.Module, example: Tensor) -> None:
 
 
 def _explicit_form(m: nn.Module, size: tuple[int, ...] | None, self_attention: bool) -> nn.Module | None:
-    """What a module is replaced by; None when it stays."""
+    """The module that replaces a module; None if it stays."""
     if size is not None:
         conv = cast(nn.Conv2d, m)
         return _plain_conv(conv, _same_pad(conv, size))

@@ -1,6 +1,6 @@
-"""The stages of a network, runs of blocks that work at one resolution, and the parameters that are linearized.
+"""The stages of a network, which are runs of blocks at one resolution, and the parameters that are linearized.
 
-Hides how they are found without tracing: forward hooks see the shape of what each block returns.
+Hides how stages are found without tracing: forward hooks record the shape of the output of each block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["channels_last", "find_stages", "is_chosen", "refuse_tied", "tangent_
 
 
 def _units(module: nn.Module, prefix: str = "", total: int | None = None) -> list[str]:
-    """Names of the blocks that a network is a chain of: containers and wrappers opened, blocks kept whole."""
+    """Names of the blocks whose chain is the network: containers and wrappers are opened, blocks are not."""
     total = _size(module) if total is None else total
     names = []
     for name, child in module.named_children():
@@ -37,7 +37,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Whether a module holds containers, or a child that is a good part of it does."""
+    """Whether a module has containers, or has a child with a large part of its parameters that has containers."""
     children = list(module.children())
     if any(isinstance(m, nn.Sequential | nn.ModuleList) for m in children):
         return True
@@ -47,17 +47,17 @@ def _is_chain(module: nn.Module) -> bool:
 def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> list[list[str]]:
     """Stages of a network in order of evaluation: runs of blocks whose outputs have one spatial resolution.
 
-    Blocks of a transformer (token sequences), of a network on vectors and of one that has a single resolution are a
-    stage each. Blocks without a weight matrix join the stage before them, and what follows the last pooling joins the
-    last stage.
+    In a transformer (token sequences), a network on vectors and a network with a single resolution each block is a
+    stage. Blocks without a weight matrix belong to the stage before them, and blocks after the last pooling to the last
+    stage.
 
     Parameters
     ----------
     module : nn.Module
-        In evaluation mode; it is only evaluated.
+        In evaluation mode; it is not changed.
     example : Tensor of shape (B, ...)
     by_width : bool
-        Whether another number of channels begins a stage, too.
+        Whether a stage also ends where the number of channels changes.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def find_stages(module: nn.Module, example: Tensor, by_width: bool = False) -> l
     watch(module, example, _units(module), see)
     spatial = any(len(s) > 2 for s in shapes.values())
     sizes = {size for shape in shapes.values() if (size := _resolution(shape, example)) not in (None, (1, 1))}
-    alike = len(sizes) == 1 and len(shapes) > 2  # a transformer whose tokens lie in a map, for example
+    alike = len(sizes) == 1 and len(shapes) > 2  # for example a transformer whose tokens are in a map
     stages: list[list[str]] = []
     last: tuple[int, ...] | None = None
     for name, shape in shapes.items():
@@ -100,10 +100,10 @@ def _resolution(shape: torch.Size, example: Tensor) -> tuple[int, ...] | None:
 
 
 def channels_last(shape: torch.Size, example: Tensor) -> bool:
-    """Whether the channels of an activation (B, ?, ?, ?) seem to come last.
+    """Whether the last axis of an activation (B, ?, ?, ?) is probably that of the channels.
 
-    That is where its first two sizes, and not its last two, have the proportion of those of the images (B, C, H, W),
-    but for a rounded pixel.
+    This is so if the two sizes after B, and not the last two, have the proportion of height and width of the images
+    (B, C, H, W), except for a rounded pixel.
     """
     proportion = example.shape[2] / example.shape[3] if example.ndim == 4 else 1.0
     first, last = abs(shape[2] - shape[3] * proportion), abs(shape[1] - shape[2] * proportion)
@@ -116,15 +116,19 @@ def tangent_prefixes(module: nn.Module, example: Tensor, layers: Any) -> list[st
     Parameters
     ----------
     module : nn.Module
-        Network without head, in evaluation mode; it is only evaluated.
+        Network without head, in evaluation mode; it is not changed.
     example : Tensor of shape (B, ...)
     layers : {"head", "all"}, int, str or list of str
-        Value of ``tangent_layers``: nothing but the head, all, this many last stages, or modules by name.
+        Value of ``tangent_layers``: only the head, everything, this many last stages, or modules by name.
+
+    Returns
+    -------
+    list of str or None
 
     Raises
     ------
     ValueError
-        Anything else, and names of no module; the message lists the blocks of the network.
+        ``layers`` is something else, or names no module; the message lists the blocks of the network.
     """
     if isinstance(layers, str) and layers in ("all", "head"):
         return None if layers == "all" else []
@@ -155,7 +159,7 @@ def tangent_prefixes(module: nn.Module, example: Tensor, layers: Any) -> list[st
 
 
 def _first_names(module: nn.Module, chosen: Sequence[str]) -> list[str]:
-    """The chosen names; for modules that have several, the one that tracing and named_parameters use too."""
+    """The chosen names; if a module has several names, the one that tracing and named_parameters use is added."""
     first = {id(m): name for name, m in module.named_modules()}
     modules = dict(module.named_modules(remove_duplicate=False))
     names: dict[str, None] = {}  # a set in order
@@ -173,12 +177,12 @@ def _first_names(module: nn.Module, chosen: Sequence[str]) -> list[str]:
 
 
 def is_chosen(name: str, prefixes: Sequence[str] | None) -> bool:
-    """Whether a name with a dot at its end, or one of a parameter, belongs to one of these modules; None means all."""
+    """Whether the name of a parameter, or of a module with a dot added, belongs to these modules; None means all."""
     return prefixes is None or any(name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by the first name of their module; tied parameters come several times."""
+    """Parameters with their names, which begin with the first name of their module; tied parameters come repeatedly."""
     for prefix, m in module.named_modules():
         for name, p in m.named_parameters(recurse=False, remove_duplicate=False):
             yield (f"{prefix}.{name}" if prefix else name), p
@@ -190,7 +194,7 @@ def tangent_names(module: nn.Module, prefixes: list[str] | None) -> list[str]:
 
 
 def refuse_tied(module: nn.Module, prefixes: list[str] | None) -> None:
-    """Raise when a parameter to linearize is used under two names, chosen or not."""
+    """Raise if a parameter that is linearized is used under two names, chosen or not."""
     owners: dict[int, str] = {}
     for name, p in _owned_parameters(module):
         other = owners.setdefault(id(p), name)

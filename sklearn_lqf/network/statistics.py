@@ -1,10 +1,9 @@
-"""What is read of the layers of a network, beside its own features: statistics of their inputs.
+"""Statistics of the inputs of the layers of a network: mean and standard deviation over the positions.
 
-Outputs are linear in the weights on them, so they belong to the linear model exactly, and give it what the last layer
-has thrown away. The mean of a layer's input over the positions is the gradient of the mean of its output by a row of
-its weight: a tangent feature that needs no backward pass. (Exactly so for Linear layers and 1 x 1 kernels; wider
-kernels leave out what moves over the border.) Hides which axes of an activation are positions, and how the statistics
-get into a traced graph.
+They are features beside the last ones, with information that the last features have lost. The mean of the input of a
+layer is the gradient of the mean of its output with respect to a row of its weight, and needs no backward pass. This is
+exact for Linear layers and 1 x 1 kernels; for wider kernels it neglects the borders and the stride. Hides which axes of
+an activation are positions, and how the statistics get into a traced graph.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from .stages import is_chosen
 
 __all__ = ["LayerInput", "Part", "Statistics", "add_readout", "follows_batch", "layer_inputs"]
 
-_LAYERS = {F.linear: True, F.conv2d: False}  # functions of layers, and whether their channels come last
-_VARIANCE_FLOOR = 1e-5  # as in BatchNorm: the standard deviation of a constant channel has no derivative
+_LAYERS = {F.linear: True, F.conv2d: False}  # functions of layers, and whether their channels are the last axis
+_VARIANCE_FLOOR = 1e-5  # as in BatchNorm: without it the deviation of a constant channel has no derivative
 
 
 class Statistics(nn.Module):
@@ -31,8 +30,8 @@ class Statistics(nn.Module):
     Parameters
     ----------
     last : bool
-        Whether the channels come last, as for Linear layers; else they are the second axis. An activation without
-        positions, (B, channels), is returned as it is.
+        Whether the channels are the last axis, as for Linear layers; else they are the second. An activation without
+        positions, (B, channels), is returned unchanged.
     """
 
     def __init__(self, last: bool):
@@ -51,13 +50,14 @@ class Statistics(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """Columns of the features that are read together.
+    """A range of columns of the features, which belongs to one group.
 
     Attributes
     ----------
     name : str
-        ``"last"``, or the last module of a stage and ``"tangents"`` or ``"deviation"``.
+        ``"last"``, or the name of the last module of a stage, a space, and ``"tangents"`` or ``"deviation"``.
     size : int
+        Number of columns.
     """
 
     name: str
@@ -71,10 +71,11 @@ class LayerInput:
     Attributes
     ----------
     stage : str
-        Of the layer.
+        Name of the stage of the layer.
     node : fx.Node
+        Node of the input.
     last : bool
-        Whether its channels come last.
+        Whether its channels are the last axis.
     """
 
     stage: str
@@ -83,12 +84,12 @@ class LayerInput:
 
 
 def follows_batch(value: Any, longer: Any) -> bool:
-    """Whether a value has one row more when the batch has; not so a table of constants, or rows of windows."""
+    """Whether a value has one row more if the batch has; a table of constants or rows of windows have not."""
     return isinstance(value, Tensor) and value.ndim > 0 and longer.shape == (len(value) + 1, *value.shape[1:])
 
 
 def layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[LayerInput]:
-    """The inputs of the layers of the stages, each once; layers may be called as functions of their weights."""
+    """The inputs of the layers of the stages, each once; layers may also be functions such as ``F.linear``."""
     found, seen = [], set()
     for node in graph.graph.nodes:
         source = node.args[0] if node.args else node.kwargs.get("input")
@@ -117,15 +118,15 @@ def add_readout(
     graph : fx.GraphModule
         Returns features (B, D).
     inputs : sequence of LayerInput
-        Those that do not have one row for each image, such as windows, are passed over.
+        Inputs that do not have one row for each image, such as windows, are skipped.
     values : dict of fx.Node to value
-        The value of every node for the example.
+        Value of every node for the example.
     example : Tensor of shape (B, ...)
 
     Returns
     -------
     list of Part
-        The network's own features, then those of each layer: means ("tangents"), and deviations where there are
+        The network's own features, then those of each layer: means ("tangents"), and deviations if the input has
         positions.
     """
     *_, output = graph.graph.nodes

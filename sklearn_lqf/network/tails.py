@@ -1,7 +1,7 @@
-"""Primal and tangent walks over the tail of a network.
+"""Evaluation of the tail of a network, its tangents (forward mode) and its gradients (reverse mode).
 
-Hides how a network is differentiated: a dual walk over the traced graph, with rules for the common layers, or
-torch.func for networks that do not trace. Both share one primal evaluation between all products.
+Hides how a network is differentiated. A traced graph is walked node by node, with rules for the tangents of common
+layers; a network that does not trace is differentiated by torch.func. All products share one evaluation of the network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .statistics import Statistics
 
 __all__ = ["GeneralTail", "TracedTail"]
 
-# Operations without parameters that are linear in their one tensor: the tangent goes the same way.
+# Operations without parameters that are linear in their only tensor: the same operation maps the tangent.
 _LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, StaticPad)
 _LINEAR_FUNCTIONS = {
     torch.flatten, torch.permute, torch.transpose, torch.reshape, torch.squeeze, torch.unsqueeze, torch.chunk,
@@ -39,7 +39,7 @@ _LINEAR_METHODS = {
 
 
 def _load_formulas() -> None:
-    """Make torch compile its forward-mode formulas, which warns at first use of its own torch.jit."""
+    """Make torch compile its forward-mode formulas, whose first use warns about torch.jit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with fwAD.dual_level():
@@ -50,9 +50,9 @@ _load_formulas()
 
 
 def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor | None]) -> Any:
-    """Tangent of ``function(*args)`` by forward-mode differentiation of this one operation.
+    """Tangent of ``function(*args)`` by forward-mode differentiation of this single operation.
 
-    ``args`` is a tree, ``dots`` has a tangent for each of its leaves; a tangent of None is zero.
+    ``args`` is a tree (pytree), and ``dots`` has a tangent for each of its leaves. None is a tangent of zero.
     """
     leaves, spec = pytree.tree_flatten(args)
     with DUAL_NUMBERS:
@@ -70,7 +70,7 @@ def _dual_call(function: Callable[..., Any], args: tuple, dots: Sequence[Tensor 
 
 
 def _is_of_forward_mode(error: RuntimeError) -> bool:
-    """Whether there is no forward-mode derivative, or, of group_norm until torch 2.13, none for channels-last input."""
+    """Whether an error says that there is no forward-mode derivative (until torch 2.13 also that of group_norm)."""
     return isinstance(error, NotImplementedError) or "view size is not compatible" in str(error)
 
 
@@ -80,7 +80,7 @@ def _dual(leaf: Tensor, dot: Tensor) -> Any:
 
 
 def _double_vjp(function: Callable[[list], Any], leaves: list, dots: Sequence[Tensor | None]) -> Any:
-    """J t as the gradient of <J' u, t> with respect to u: two reverse passes, for any differentiable operation."""
+    """J t as the gradient of <J' u, t> with respect to u, by two reverse passes; for any differentiable operation."""
     with torch.enable_grad():
         inputs = [
             leaf.detach().requires_grad_(dot is not None) if isinstance(leaf, Tensor) else leaf
@@ -101,7 +101,7 @@ def _double_vjp(function: Callable[[list], Any], leaves: list, dots: Sequence[Te
 
 
 def _flat_tangents(argument: Any, value: Any, dots: dict[fx.Node, Any]) -> list[Tensor | None]:
-    """Tangents for the leaves of ``value``, the evaluated argument of a node; None where there is none."""
+    """Tangents for the leaves of ``value``, the evaluated argument of a node; None for those without a tangent."""
     if isinstance(argument, fx.Node) and dots[argument] is not None:
         return pytree.tree_leaves(dots[argument])
     if isinstance(argument, tuple | list):
@@ -112,14 +112,14 @@ def _flat_tangents(argument: Any, value: Any, dots: dict[fx.Node, Any]) -> list[
 
 
 def _has_tensor(value: Any) -> bool:
-    """Whether a value can have a tangent: no shape, index or mask."""
+    """Whether a value can have a tangent, unlike a shape, an index or a mask."""
     if isinstance(value, Tensor):
         return value.is_floating_point()
     return isinstance(value, tuple | list | dict) and any(map(_has_tensor, pytree.tree_leaves(value)))
 
 
 class TracedTail:
-    """Primal and tangent walks over an ``fx.GraphModule``."""
+    """Evaluation and derivatives of a traced tail, an ``fx.GraphModule``."""
 
     def __init__(self, module: fx.GraphModule, tangent: Sequence[str]):
         self.module = module
@@ -132,21 +132,21 @@ class TracedTail:
             for name, m in self.modules.items()
         }
         self.rules = {name: rule for name, m in self.modules.items() if (rule := _rule(m)) is not None}
-        self.wide = {  # layers whose gradients are made of those of their outputs
+        self.wide = {  # layers whose weight gradients are computed from the gradients of their outputs
             name: cast(nn.Conv2d, m)
             for name, m in self.layers().items()
             if self.own[name] and is_plain(m, (nn.Conv2d,)) and is_wide_depthwise(cast(nn.Conv2d, m))
         }
         last = {used: node for node in self.nodes for used in node.all_input_nodes if used is not self.output}
-        self.done: dict[fx.Node, list[fx.Node]] = {}  # what no node after a node looks at
+        self.done: dict[fx.Node, list[fx.Node]] = {}  # by node, the values that no later node needs
         for used, node in last.items():
             self.done.setdefault(node, []).append(used)
         called = [n for n in self.nodes if n.op == "call_module" and self.own[str(n.target)]]
-        # Parameters are swapped while tangents are computed: no other thread may evaluate these modules then.
+        # Parameters are swapped while tangents are computed; during this no other thread may evaluate these modules.
         self._turn: Any = nullcontext() if all(map(self._has_rule, called)) else DUAL_NUMBERS
 
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[fx.Node, Any]]:
-        """Features (B, D) and the value of every node, with the graph for the backward pass."""
+        """Features (B, D) and the value of every node, with autograd's graph for backward passes."""
         values: dict[fx.Node, Any] = {}
         feed = iter(inputs)
         with self._turn:
@@ -172,12 +172,12 @@ class TracedTail:
         return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
 
     def tangents(self, values: dict[fx.Node, Any], direction: dict[str, Tensor]) -> Tensor | None:
-        """Tangent of the features along a direction of the parameters; None when it is zero."""
+        """Tangent of the features (B, D) along a direction of the parameters; None if it is zero."""
         with torch.no_grad():
             return self.walk(values, direction)
 
     def walk(self, values: dict[fx.Node, Any], direction: dict[str, Tensor]) -> Tensor | None:
-        """The same with the mode of autograd left alone: switches would become nodes of an exported program."""
+        """The same without a change of autograd's mode, which would become a node of an exported program."""
         dots: dict[fx.Node, Any] = {}
         for node in self.nodes:
             if node.op == "get_attr":
@@ -228,7 +228,7 @@ class TracedTail:
             x_dot = dots[cast(fx.Node, node.args[0])]
             if isinstance(x_dot, tuple | list):  # an element of a tuple of tangents
                 return x_dot[args[1]]
-            if target == "view":  # the tangent may lie in memory in another order
+            if target == "view":  # the tangent may have another order in memory
                 return x_dot.reshape(*args[1:])
             return self._function(node)(x_dot, *args[1:], **kwargs)
         if target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
@@ -236,7 +236,7 @@ class TracedTail:
             if len(pair) == 2 and all(p is not None for p in pair):
                 return pair[0] + pair[1]
         if target is torch.cat and len(node.args) == 2 and isinstance(node.args[0], tuple | list):
-            moved = zip(node.args[0], args[0], strict=True)  # what does not move has a tangent of zero
+            moved = zip(node.args[0], args[0], strict=True)  # values without a tangent have a tangent of zero
             dim = cast(int, args[1])
             return torch.cat([torch.zeros_like(v) if dots[n] is None else dots[n] for n, v in moved], dim)
         function = self._function(node)
@@ -249,7 +249,7 @@ class TracedTail:
     def gradients(
         self, features: Tensor, values: dict[fx.Node, Any], cotangent: Tensor, parameters: dict[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Gradients of <u, features> by parameters, with their names; a name may come several times, in parts."""
+        """Gradients of <u, features> with respect to parameters, by name; parts of one gradient may come separately."""
         calls = [(name, *pair) for name in self.wide for pair in self.calls(values, name)]
         apart = {f"{name}.{p}" for name in self.wide for p in self.own[name]}
         direct = {n: p for n, p in parameters.items() if n not in apart}
@@ -263,7 +263,7 @@ class TracedTail:
                 yield f"{name}.bias", gradient.sum((0, 2, 3))
 
     def layers(self) -> dict[str, nn.Module]:
-        """The modules that are evaluated, by name, and whose parameters have no other part in the output."""
+        """The modules that are evaluated and whose parameters are used nowhere else, by name."""
         read = {str(n.target).rpartition(".")[0] for n in self.nodes if n.op == "get_attr"}
         return {name: m for name, m in self.modules.items() if name not in read}
 
@@ -278,17 +278,17 @@ class TracedTail:
 
 
 def _present(names: Iterable[str], gradients: Iterable[Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-    """The gradients that there are, of parameters that had a part in the output."""
+    """The gradients that exist, those of parameters that the output depends on, with their names."""
     return ((name, g) for name, g in zip(names, gradients, strict=True) if g is not None)
 
 
 def _evaluated(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a node with values in the place of nodes."""
+    """Arguments of a node, with nodes replaced by their values."""
     return fx.map_arg((node.args, node.kwargs), lambda n: values[n])
 
 
 def _one_tangent(node: fx.Node, dots: dict[fx.Node, Any]) -> bool:
-    """Whether the first argument of a node carries a tangent, and no other does."""
+    """Whether the first argument of a node has a tangent, and no other argument has."""
     return [n for n in node.all_input_nodes if dots[n] is not None] == [node.args[0]]
 
 
@@ -297,7 +297,7 @@ _Rule = Callable[[Any, Tensor, Tensor, Any, Any, Any], Tensor]
 
 
 def _rule(module: nn.Module) -> _Rule | None:
-    """The tangent of a layer, where it is known without forward-mode differentiation."""
+    """The rule for the tangent of a layer; None if it needs forward-mode differentiation."""
     if not is_plain(module, (type(module),)):
         return None
     if is_plain(module, (nn.Linear, *CONVS)):
@@ -331,10 +331,10 @@ def _affine_tangent(
 
 
 class GeneralTail:
-    """The same walks through torch.func, for a network that does not trace.
+    """Evaluation and derivatives of a network that does not trace, by torch.func.
 
-    Statistics of the inputs of some layers, by name, follow the features of the primal: whether channels come last is
-    told for each.
+    ``read`` names layers, and says whether their channels are the last axis. The statistics of their inputs are
+    appended to the features.
     """
 
     def __init__(self, module: nn.Module, tangent: Sequence[str], read: Sequence[tuple[str, bool]] = ()):
@@ -343,12 +343,12 @@ class GeneralTail:
         self.read = list(read)
 
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """Features (B, D) and statistics; the inputs and the evaluations of every layer are kept."""
+        """Features and statistics (B, D), and the values that are kept: the inputs, and the calls of every layer."""
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
         def see(name: str, args: tuple, kwargs: dict[str, Any], out: Tensor) -> Tensor:
             calls.setdefault(name, []).append((args[0] if args else kwargs["input"], out))
-            return out.clone()  # what follows may change it in place
+            return out.clone()  # a later operation may change it in place
 
         with DUAL_NUMBERS:  # as in TracedTail
             hooks = [
@@ -382,7 +382,7 @@ class GeneralTail:
     def gradients(
         self, features: Tensor, values: dict[str, Any], cotangent: Tensor, parameters: dict[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Gradients of <u, features> by parameters, with their names."""
+        """Gradients of <u, features> with respect to parameters, by name."""
         wanted = list(parameters.values())
         found = torch.autograd.grad(features, wanted, cotangent, retain_graph=True, allow_unused=True)
         return _present(parameters, found)

@@ -1,4 +1,4 @@
-"""From a backbone to a frozen trunk and a tangent tail.
+"""From a backbone to a frozen trunk and a tail that is linearized.
 
 Hides torch.fx: tracing at one size of the images, operations in place, and which parameters are linearized. A network
 that does not trace is kept whole.
@@ -31,26 +31,27 @@ __all__ = ["Split", "find_head", "remove_head", "split_network"]
 
 @dataclass
 class Split:
-    """A network in two parts: ``tail(*trunk(x))`` are its last features and what is read of its stages, (B, D).
+    """A network in two parts: ``tail(*trunk(x))`` are its last features and the statistics of its stages, (B, D).
 
     Attributes
     ----------
     trunk : nn.Module
-        Frozen part, (B, ...) -> tuple of tensors, each with the batch first.
+        Frozen part, which maps inputs (B, ...) to a tuple of tensors, each (B, ...).
     tail : nn.Module
-        The rest; an ``fx.GraphModule`` when the network traces, else the whole network.
+        The rest; an ``fx.GraphModule`` if the network traces, else the whole network.
     tangent : list of str
         Names of the parameters of ``tail`` that are linearized.
     parts : list of Part
-        Of the features: the network's own, then those of the stages that are read.
+        Parts of the features: the network's own, then those of the stages that are read.
     stages : dict of str to list of str
-        Names of the modules of each stage, first stage first, by that of the last of them.
+        Names of the modules of each stage, first stage first. A stage is named by its last module.
     read : list of (str, bool)
-        Of a network that does not trace, the layers whose inputs are read, and whether their channels come last.
+        For a network that does not trace: the layers whose inputs are read, and whether their channels are the last
+        axis.
     traced : bool
-        False when the network does not trace and torch.func serves.
+        False if the network does not trace and torch.func differentiates it.
     folded, swapped : int
-        BatchNorms folded; activation calls made leaky.
+        Number of BatchNorms that were folded, and of calls of activations that were made leaky.
     """
 
     trunk: nn.Module
@@ -69,7 +70,7 @@ class Split:
         return sum(part.size for part in self.parts)
 
     def stage_of(self, name: str) -> str:
-        """The stage of a module, by its name; the last one for modules that are in none."""
+        """Name of the stage of a module; the last stage for modules that are in none."""
         for stage, blocks in self.stages.items():
             if any(name == block or name.startswith(f"{block}.") for block in blocks):
                 return stage
@@ -88,15 +89,15 @@ def split_network(
     Parameters
     ----------
     module : nn.Module
-        Network without head, (B, ...) -> (B, D). A copy is worked on.
+        Network without head, (B, ...) -> (B, D). It is copied, not changed.
     example : Tensor of shape (B, ...), B >= 2
         Input of the size in use; the network is specialized to this size, and converted to this dtype.
     tangent_layers : {"head", "all"}, int, str or list of str
-        What is linearized: nothing but the head, all, this many last stages, or named modules.
+        What is linearized: only the head, everything, this many last stages, or named modules.
     negative_slope : float
-        Slope of the leak of piecewise activations; 0 leaves them as they are.
+        Slope of the leak of piecewise activations; 0 leaves them unchanged.
     read_stages : bool
-        Append the statistics of the inputs of the layers of every stage to the features, see `readout`.
+        Whether to append the statistics of the inputs of the layers of every stage, see `statistics.add_readout`.
 
     Returns
     -------
@@ -105,18 +106,18 @@ def split_network(
     Raises
     ------
     ValueError
-        Unknown layers, tied weights, a cut through the middle of a block.
+        A layer is unknown, a weight that is linearized is tied, or the cut is in the middle of a block.
 
     Warns
     -----
     UserWarning
-        When the network cannot be traced.
+        The network cannot be traced, or nothing is read of some stages.
     """
     explicit = _private_copy(module, example.dtype)
     reference = evaluate(explicit, example)
     prefixes = tangent_prefixes(explicit, example, tangent_layers)
     refuse_tied(explicit, prefixes)
-    with plain_attention():  # torch's fused encoder layer looks for its own attention module
+    with plain_attention():  # torch's fused encoder layer requires its own attention module
         stages = {stage[-1]: stage for stage in find_stages(explicit, example, by_width=True)}
     make_explicit(explicit, example)
     try:
@@ -140,9 +141,9 @@ def split_network(
 
 
 def _checked(split: Split, read_stages: bool) -> Split:
-    """The same; stages of which nothing is read are said."""
+    """The same split; a warning names stages of which nothing is read."""
     read = {part.name.rpartition(" ")[0] for part in split.parts}
-    # The first layer's input are the pixels.
+    # The input of the first layer are the pixels, which are not read.
     left_out = [stage for i, stage in enumerate(split.stages) if stage not in read and i] if read_stages else []
     if read_stages and len(split.parts) == 1:
         warnings.warn(
@@ -162,7 +163,7 @@ def _checked(split: Split, read_stages: bool) -> Split:
 
 
 def _with_inputs(split: Split, example: Tensor) -> Split:
-    """The same untraced network with the statistics of the inputs of its layers, each at its first call."""
+    """The split of an untraced network, with the statistics of the inputs of its layers at their first call."""
     tail = GeneralTail(split.tail, split.tangent)
     with torch.no_grad(), plain_attention():
         _, few = tail.primal([example])
@@ -189,7 +190,7 @@ def _private_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _agree(value: Tensor, reference: Tensor) -> bool:
-    """Equal up to the rounding of another order of operations."""
+    """Whether two values are equal except for the rounding errors of another order of operations."""
     atol = 1e-4 * float(reference.abs().nan_to_num().max())
     return torch.allclose(value, reference, rtol=1e-3, atol=atol, equal_nan=True)
 
@@ -204,13 +205,13 @@ def _warn_untraced(reason: NotTracedError) -> None:
 
 
 def _prepare_untraced(module: nn.Module, example: Tensor, reference: Tensor, slope: float) -> int:
-    """Make the activation modules of a private copy leaky, in place; how many were changed."""
+    """Make the activation modules of a private copy leaky, in place. Returns how many were changed."""
     in_place: list[Any] = [m for m in module.modules() if getattr(m, "inplace", False)]
     for m in in_place:
         m.inplace = False
     agrees = _agree(evaluate(module, example), reference)
     for m in in_place:
-        m.inplace = not agrees  # the network uses the input that was changed
+        m.inplace = not agrees  # if they differ, the network relies on the changed input
     swapped = 0
     for name, m in list(module.named_modules()):
         new = leaky(m, slope) if slope and name else None
@@ -230,7 +231,7 @@ def _prepare_untraced(module: nn.Module, example: Tensor, reference: Tensor, slo
 
 
 class _Proxy(fx.Proxy):
-    """What stands for a value while a network is traced; its shape and other facts are those of the examples."""
+    """Placeholder of a value during tracing, whose shape and other properties are those of the examples."""
 
     tracer: _Tracer
 
@@ -249,15 +250,15 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Traces at one size of the images: what does not change with the number of images is a constant.
+    """A tracer for one size of the images: values that do not change with the number of images become constants.
 
-    Every operation is evaluated for two batches beside, which also tells control flow where to go. Sees through what
-    timm does not declare opaque, and through torch's encoder layer.
+    During tracing every operation is also evaluated for two batches. The values decide which way control flow goes. The
+    tracer traces into all modules that timm does not declare opaque, and into torch's encoder layer.
 
     Attributes
     ----------
     values : dict of fx.Node to (value, value)
-        For the examples, and for these with one row more.
+        Values for the examples, and for the examples with one row more.
     """
 
     def __init__(self, example: Tensor, leaves: tuple[type, ...], functions: tuple[Callable, ...]):
@@ -280,7 +281,7 @@ class _Tracer(fx.Tracer):
         return self._constant(made, *values)
 
     def _values(self, node: fx.Node) -> tuple[Any, Any] | None:
-        """The value of a node for both batches; None where it cannot be told."""
+        """The values of a node for both batches; None if they cannot be computed."""
         if node.op == "placeholder":
             return self._examples
         for other in node.all_input_nodes:
@@ -293,7 +294,7 @@ class _Tracer(fx.Tracer):
             with torch.no_grad():
                 return self._value(node, 0), self._value(node, 1)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):
-            return None  # the network itself may not evaluate it
+            return None  # the network itself may never evaluate this operation
         finally:
             self._evaluates = False
 
@@ -311,7 +312,7 @@ class _Tracer(fx.Tracer):
         return cast(Callable, node.target)(*args, **kwargs)
 
     def _constant(self, made: Any, one: Any, other: Any) -> Any:
-        """The value itself where it is no tensor and that of both batches; of a shape the sizes that are."""
+        """The value itself if it is not a tensor and equal for both batches; in a shape, the sizes that are equal."""
         if isinstance(one, bool | int | float | str | torch.dtype | None) and type(one) is type(other) and one == other:
             return one
         if isinstance(one, torch.Size) and len(one) == len(other):
@@ -331,7 +332,7 @@ class _Tracer(fx.Tracer):
         return super().iter(obj)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._evaluates or threading.get_ident() != self._thread:  # torch.fx sees the modules of all threads
+        if self._evaluates or threading.get_ident() != self._thread:  # torch.fx intercepts modules in all threads
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -350,7 +351,7 @@ class _Tracer(fx.Tracer):
 def _traced(
     module: nn.Module, example: Tensor, reference: Tensor, stages: dict[str, list[str]]
 ) -> tuple[fx.GraphModule, list[Part]]:
-    """The graph of a network that computes the same; what timm declares opaque is only left so where it must be."""
+    """A graph that computes the same as the network; modules that timm declares opaque stay so only if necessary."""
     opaque: list[tuple[tuple, tuple]] = [((), ())]
     if any(type(m).__module__.startswith("timm.") for m in module.modules()):
         from timm.models import get_notrace_functions, get_notrace_modules
@@ -380,7 +381,8 @@ def _trace(
 ) -> tuple[fx.GraphModule, list[Part]]:
     """The graph of a network in evaluation mode, without assertions, dropout and operations in place.
 
-    What is read of the layers of stages is appended to its features; these parts are returned, too.
+    Statistics of the layers of the stages are appended to its features. Returns the graph and the parts of its
+    features.
     """
     root = module if isinstance(module, Output) else Output(module)  # with one argument
     tracer = _Tracer(example, leaves, functions)
@@ -390,14 +392,14 @@ def _trace(
             values, longer = ({node: pair[k] for node, pair in tracer.values.items()} for k in (0, 1))
             if any(node not in values for node in graph.graph.nodes if node.op != "output"):
                 values, longer = node_values(graph, example), node_values(graph, torch.cat([example, example[:1]]))
-    except Exception as error:  # the network's own code raises, which is not made for what stands for its values
+    except Exception as error:  # the network's own code may raise anything when it gets placeholders for values
         raise NotTracedError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     *_, last = graph.graph.nodes
     if not isinstance(last.args[0], fx.Node) or not isinstance(values.get(last.args[0]), Tensor):
         raise NotTracedError("the traced graph returns no tensor")
     inputs = [i for i in layer_inputs(graph, stages) if follows_batch(values[i.node], longer[i.node])]
     parts = add_readout(graph, inputs, values, example)
-    for kept in (tracer.values, values, longer):  # many, and a tracer may outlive its use
+    for kept in (tracer.values, values, longer):  # they are large, and a tracer may live on
         kept.clear()
     make_functional(graph)
     simplify(graph)
