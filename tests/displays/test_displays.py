@@ -159,9 +159,8 @@ def test_influence_on_the_output(clf):
     display = InfluenceDisplay.from_estimator(weighted, X, Y, NEW_X[0], sample_weight=weights, n_images=15)
     assert sorted(display.indices) == list(range(3, 15)) and len(display.images_) == 13
     display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[:1], n_images=2, colors=("g", "k"))
-    effect = clf.influence(X, Y, NEW_X[:1])[0]
-    order = np.argsort(effect)
-    assert_array_equal(display.indices, [order[0], order[1], order[-1], order[-2]])
+    order = np.argsort(clf.influence(X, Y, NEW_X[:1])[0])
+    assert_array_equal(display.indices, [*order[:2], *order[:-3:-1]])
     assert display.label is None
     assert display.ax_.get_title() == f"predicted {display.predicted}"
     assert [ax.get_ylabel().split(":")[0] for ax in display.axes_[:, 0]] == ["raises it", "lowers it"]
@@ -171,10 +170,8 @@ def test_fewer_images_on_one_side():
     images = np.zeros((3, 4, 4), dtype=np.uint8) + np.array([10, 20, 30], dtype=np.uint8)[:, None, None]
     options = {"image": images[0], "images": images, "labels": [1.23456, 2.0, 3.0], "predicted": 0.5}
     display = InfluenceDisplay(label=None, effect=[0.1, -1e-5, 0.2], **options).plot()
-    assert [[ax and ax.get_title() for ax in row] for row in display.axes_] == [
-        ["2\n-1e-05", None],
-        ["3\n+0.2", "1.23\n+0.1"],
-    ]
+    titles = [[ax and ax.get_title() for ax in row] for row in display.axes_]
+    assert titles == [["2\n-1e-05", None], ["3\n+0.2", "1.23\n+0.1"]]
     assert [image.get_clim() for image in display.images_] == [(0, 255)] * 4
     nothing = InfluenceDisplay(label=0.5, effect=[0.0, 0.0, 0.0], **options).plot()
     assert len(nothing.images_) == 1
@@ -218,9 +215,8 @@ def test_mixed_and_large_images_and_many_channels():
     rows = [Image.fromarray(X[0]).resize((1040, 520)), *X[1:]]
     clf = classifier(image_size=12).fit(rows, Y)
     display = InfluenceDisplay.from_estimator(clf, rows, Y, rows[0], n_images=2)
-    assert [image.shape for image in shown(display)] == [
-        (12, 12, 3) if i else (256, 512, 3) for i in [0, *display.indices]
-    ]
+    expected = [(12, 12, 3) if i else (256, 512, 3) for i in [0, *display.indices]]
+    assert [image.shape for image in shown(display)] == expected
     five = np.concatenate([X, X[..., :2]], 3)  # other numbers of channels are averaged
     clf = LQFClassifier(tiny_net(channels=5), preprocessing={"mean": 0.5, "std": 0.5}).fit(five, Y)
     display = InfluenceDisplay.from_estimator(clf, five, Y, five[0], n_images=1)
@@ -255,12 +251,8 @@ def test_what_is_no_single_image(clf):
 def searched(**results) -> DummyClassifier:
     """What a search by its own class leaves behind."""
     estimator = DummyClassifier().fit(X, Y)
-    estimator.cv_results_ = {
-        "alpha": np.array([10.0, 0.1, 1.0]),
-        "mean_test_score": np.array([0.5, 0.7, 0.9]),
-        **results,
-    }
-    estimator.best_alpha_ = 1.0
+    estimator.best_alpha_, scores = 1.0, np.array([0.5, 0.7, 0.9])
+    estimator.cv_results_ = {"alpha": np.array([10.0, 0.1, 1.0]), "mean_test_score": scores, **results}
     return estimator
 
 

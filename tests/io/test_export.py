@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.data import TinyNet, make_images, tiny_net
 from support.needs import needs_export_of_forward_mode
-from support.networks import built
+from support.networks import Other, built
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -30,23 +30,22 @@ ANY = torch.export.Dim("batch", min=1, max=1024)  # torch 2.6 asks for the large
 TOLERANCE = {F64: 1e-12, F32: 2e-5}
 
 
-class Zoo(nn.Module):
-    """An operation of each kind whose backward pass has an operation of its own; images of 40 x 40."""
+def zoo() -> nn.Module:
+    """Operations whose backward passes have operations of their own, one after the other; images of 24 x 24."""
 
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Hardswish(), nn.MaxPool2d(3, 2, 1))
-        self.b = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.GroupNorm(2, 8), nn.SiLU())
-        self.c = nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2, 1, 1, count_include_pad=False))
-        self.d = nn.Sequential(nn.Conv2d(8, 12, 5, 3, 2, dilation=2), nn.GELU(), nn.Mish(), nn.ELU())
-        self.pool, self.norm = nn.AdaptiveAvgPool2d((2, 3)), nn.LayerNorm(12)
-        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
-        self.up, self.fc = nn.ConvTranspose2d(12, 8, 3, 2, 1), nn.Linear(8, 4)
+    def forward(m, x):
+        t = m.norm(m.maps(x).flatten(2).transpose(1, 2))
+        t = t + m.attention(t, t, t, need_weights=False)[0]
+        return m.fc(torch.sigmoid(m.up(t.transpose(1, 2).reshape(-1, 12, 2, 3))).mean((2, 3)))
 
-    def forward(self, x):
-        t = self.norm(self.pool(self.d(self.c(self.b(self.a(x))))).flatten(2).transpose(1, 2))
-        t = t + self.attention(t, t, t, need_weights=False)[0]
-        return self.fc(torch.sigmoid(self.up(t.transpose(1, 2).reshape(-1, 12, 2, 3))).mean((2, 3)))
+    maps = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Hardswish(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.GroupNorm(2, 8), nn.SiLU(), nn.AvgPool2d(2, 1, 1, ceil_mode=True),
+        nn.Conv2d(8, 12, 3, 1, 2, dilation=2), nn.GELU(), nn.AdaptiveAvgPool2d((2, 3)),
+    )  # fmt: skip
+    attention = nn.MultiheadAttention(12, 2, batch_first=True)
+    rest = {"norm": nn.LayerNorm(12), "up": nn.ConvTranspose2d(12, 8, 3, 2, 1), "fc": nn.Linear(8, 4)}
+    return Other(forward, maps=maps, attention=attention, **rest).eval()
 
 
 class Branching(TinyNet):
@@ -85,10 +84,6 @@ def paper(network: PreparedNetwork, moved=True) -> PaperModel:
     return PaperModel(network, head, coef, unit)
 
 
-def expected(model: FittedModel, images: Tensor) -> np.ndarray:
-    return model.outputs(model.reader.reading(None)(images))
-
-
 def assert_outputs(found: Tensor | np.ndarray, wanted: np.ndarray, dtype: torch.dtype = F64) -> None:
     found = found.detach().numpy() if isinstance(found, Tensor) else found
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE[dtype] * np.abs(wanted).max())
@@ -103,35 +98,49 @@ def exported(module: nn.Module, images: Tensor):
     return torch.export.load(store).module()
 
 
-OPTIONS = [{}, {"n_directions": 0}, {"size": None}, {"size": 100}, {"views": ("identity", "flip")}]
+OPTIONS = [{"n_directions": 0}, {"size": None}, {"size": 100}, {"views": ("identity", "flip")}]
 
 
-@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
+def assert_module(model: FittedModel | PaperModel, images: Tensor, dtype: torch.dtype = F64) -> nn.Module:
+    """The module of a model has its outputs, exported or not, for any number of images."""
+    module = to_module(model)
+    wanted = model.evaluator(None)(images)
+    assert_outputs(module(images), wanted, dtype)
+    program = exported(module, images)
+    for n in (1, len(images)):
+        assert_outputs(program(images[:n]), wanted[:n], dtype)
+    return program
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layers", [1, "all"])
 def test_outputs_are_those_of_the_model(options, layers):
-    """Also under modes of torch, and exported for any number of images."""
+    """Also under modes of torch."""
     model = grouped(prepared(tiny_net(), layers=layers, slope=0.01), **options)
     module, images = to_module(model), IMAGES.clone()
-    wanted, found = expected(model, IMAGES), module(images)
+    found = module(images)
     assert not found.requires_grad
-    assert_outputs(found, wanted)
+    assert_outputs(found, model.evaluator(None)(IMAGES))
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
         with mode:
             assert torch.equal(module(images + 0), found)
     assert torch.equal(images, IMAGES)
-    if layers == 1 and "size" not in options:  # all layers, of more kinds, below
-        program = exported(module, IMAGES)
-        for n in (1, len(IMAGES)):
-            assert_outputs(program(IMAGES[:n]), wanted[:n])
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
+@pytest.mark.parametrize("kind", ["groups", "paper", "paper, head alone"])
+def test_any_number_of_images_is_exported(kind):
+    if kind.startswith("paper"):
+        assert_module(paper(prepared(tiny_net(), slope=0.1, read=False), moved=kind == "paper"), IMAGES[:5])
+    else:
+        network = prepared(tiny_net(), layers=1, slope=0.01)
+        assert_module(grouped(network, n_directions=1, views=("identity", "flip")), IMAGES[:5])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_vectors(dtype):
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(30, 4))).to(dtype)
-    model = grouped(prepared("auto", (4,), dtype=dtype))
-    assert_outputs(to_module(model)(vectors), expected(model, vectors), dtype)
-    assert_outputs(exported(to_module(model), vectors)(vectors), expected(model, vectors), dtype)
+    assert_module(grouped(prepared("auto", (4,), dtype=dtype), n_directions=1), vectors, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be traced")
@@ -139,8 +148,7 @@ def test_untraced_network():
     network, plain = (prepared(built(Branching).eval(), read=read) for read in (True, False))
     assert not network.split.traced
     for model in (grouped(network), grouped(network, 0), paper(plain)):
-        wanted = expected(model, IMAGES) if isinstance(model, FittedModel) else model.evaluator(None)(IMAGES)
-        assert_outputs(to_module(model)(IMAGES), wanted)
+        assert_outputs(to_module(model)(IMAGES), model.evaluator(None)(IMAGES))
 
 
 @pytest.mark.parametrize("make", [grouped, paper])
@@ -163,13 +171,11 @@ def test_module_is_independent_and_moves(make):
 
 @pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning", "ignore:Nothing is read of")
 def test_gradients_of_many_operations_are_exported():
-    images = torch.rand(3, 3, 40, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
-    model = grouped(prepared(built(Zoo).eval(), (3, 40, 40)), n_directions=1)
-    assert {"a.0", "b.0", "d.0"} <= set(model.reader.tangent_layers)
-    program = exported(to_module(model), images)
+    images = torch.rand(3, 3, 24, 24, dtype=F64, generator=torch.Generator().manual_seed(0))
+    model = grouped(prepared(built(zoo), (3, 24, 24)), n_directions=1)
+    assert {"maps.0", "maps.4", "maps.8"} <= set(model.reader.tangent_layers)
+    program = assert_module(model, images)
     assert not [n.name for n in program.graph.nodes if "backward" in str(n.target)]
-    for n in (1, 3):
-        assert_outputs(program(images[:n]), expected(model, images[:n]))
 
 
 @pytest.mark.parametrize(
@@ -207,29 +213,14 @@ def test_backward_operations(layer):
 
 
 @pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
-@pytest.mark.parametrize("moved", [True, False])
-def test_model_of_the_paper(moved):
-    model = paper(prepared(tiny_net(), slope=0.1, read=False), moved)
-    wanted = model.evaluator(None)(IMAGES)
-    assert_outputs(to_module(model)(IMAGES), wanted)
-    program = exported(to_module(model), IMAGES)
-    for n in (1, len(IMAGES)):
-        assert_outputs(program(IMAGES[:n]), wanted[:n])
-
-
-@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # torch 2.6, of its own graph
 def test_model_of_the_paper_with_layer_norm_is_exported_for_one_number_of_images():
     needs_export_of_forward_mode()
 
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 4)
+    def forward(m, x):
+        return m.fc(m.norm(m.conv(x).flatten(2).transpose(1, 2)).mean(1))
 
-        def forward(self, x):
-            return self.fc(self.norm(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
-
-    model = paper(prepared(built(Normed), read=False))
+    net = built(lambda: Other(forward, conv=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), fc=nn.Linear(8, 4)))
+    model = paper(prepared(net, read=False))
     program = torch.export.export(to_module(model), (IMAGES,), strict=False)
     assert_outputs(program.module()(IMAGES), model.evaluator(None)(IMAGES))
 
@@ -246,7 +237,7 @@ def test_onnx(which, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    net, side = (built(Zoo).eval(), 40) if which == "zoo" else (tiny_net(), 12)
+    net, side = (built(zoo), 24) if which == "zoo" else (tiny_net(), 12)
     network = prepared(net, (3, side, side), dtype=F32, read=which != "paper")
     model = paper(network) if which == "paper" else grouped(network)
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
