@@ -265,15 +265,6 @@ def test_a_model_of_an_absent_device_is_loaded_on_the_cpu(fitted):
     assert network.device.type == "cpu"
 
 
-@pytest.mark.gpu
-def test_cuda_agrees_with_the_cpu():
-    clf = classifier(execution={"device": "cuda"}, tangents="both").fit(X, Y)
-    assert clf.device_.startswith("cuda")
-    assert_equal_models(clf, classifier(tangents="both").fit(X, Y), 1e-6)
-    twin = pickle.loads(pickle.dumps(clf))
-    np.testing.assert_allclose(twin.predict_proba(X), clf.predict_proba(X), rtol=1e-10)
-
-
 # ------------------------------------------------------------------------------------------------- what is said
 
 
