@@ -1,19 +1,32 @@
-"""Leaky forms of activations, however they are written."""
+"""Activations: their derivatives, and their leaky forms, however they are written."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.linearized import IMAGES, VECTORS, check, randomized
 from support.networks import Other
-from support.splits import EXAMPLE, IMAGES, SLOPE, VECTORS, randomized
+from support.splits import SLOPE
 from torch import nn
 
 from sklearn_lqf.network.tracing import split_network
 
+ACTIVATIONS = {
+    m._get_name() + m.extra_repr(): m
+    for m in [
+        nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.SELU(),
+        nn.Mish(), nn.Softplus(), nn.PReLU(4), nn.Softmax(1), nn.LogSigmoid(), nn.GLU(1),
+    ]
+}  # fmt: skip
 
-def activated(function):
-    """A network of an activation and the parameter before it."""
-    net = Other(lambda m, x: m.activation(x * m.scale.weight.sum()).flatten(1), scale=nn.Linear(1, 1))
-    net.activation = function
+
+def spread(activation):
+    """A network whose activation sees values on all its pieces, at the same weights for all activations."""
+    channels = 2 if isinstance(activation, nn.GLU) else 4
+    layers = {"first": nn.Conv2d(3, 4, 3), "last": nn.Conv2d(channels, 5, 3)}
+    net = Other(lambda m, x: m.last(m.activation(m.first(x))).flatten(1), **layers)
+    net.activation = activation
+    net = randomized(net)
+    net.first.weight.data *= 6
     return net
 
 
@@ -46,53 +59,32 @@ PIECEWISE = {
 
 @pytest.mark.parametrize(("activation", "low", "high", "gain"), PIECEWISE.values(), ids=PIECEWISE)
 def test_leaky_activation(activation, low, high, gain):
-    net = activated(activation).double().eval()
-    net.scale.weight.data.fill_(1.0)
-    x = torch.linspace(-10, 10, 402, dtype=torch.float64).view(2, -1)  # no point lies at a kink
-    original = net(x).detach()
-    split = split_network(net, x, "all", SLOPE)
-    assert split.traced
-    assert split.swapped == 1
-
-    def function(z):
-        return split.tail(*split.trunk(z))
-
-    y, slope = torch.func.jvp(function, (x,), (torch.ones_like(x),))
-    _, original_slope = torch.func.jvp(lambda z: net(z * 1), (x,), (torch.ones_like(x),))
-    below, above = x < low, x > high
-    inside = ~below & ~above
-    torch.testing.assert_close(y[inside], original[inside], rtol=0, atol=1e-14)
-    torch.testing.assert_close(slope[inside], original_slope[inside], rtol=0, atol=1e-14)
-    for part, edge in ((below, low), (above, high)):
-        flat = original_slope[part]
-        torch.testing.assert_close(flat, torch.zeros_like(flat))
-        torch.testing.assert_close(slope[part], torch.full_like(flat, SLOPE * gain))
-        leak = SLOPE * gain * (x[part] - edge) if part.any() else flat
-        torch.testing.assert_close(y[part], original[part] + leak)
+    formula = spread(lambda x: activation(x.clone()) + SLOPE * gain * (x - x.clamp(low, high)))
+    check(spread(activation), IMAGES, expected=formula, negative_slope=SLOPE)
+    assert split_network(spread(activation), IMAGES, "all", SLOPE).swapped == 1
 
 
 SMOOTH = {
     "F.silu": F.silu, "F.gelu": F.gelu, "F.gelu tanh": lambda x: F.gelu(x, approximate="tanh"), "F.elu": F.elu,
     "F.leaky_relu": lambda x: F.leaky_relu(x, 0.3), "torch.sigmoid": torch.sigmoid, "sigmoid": lambda x: x.sigmoid(),
     "F.sigmoid": F.sigmoid, "torch.tanh": torch.tanh, "tanh_": lambda x: x.tanh_(), "F.tanh": F.tanh,
-    "SiLU": nn.SiLU(), "F.elu alpha": lambda x: F.elu(x, 2.0, True),
+    "F.elu alpha": lambda x: F.elu(x, 2.0, True),
     "F.leaky_relu_": lambda x: F.leaky_relu_(x, 0.3),
 }  # fmt: skip
-STAY = {name: (activation, SLOPE) for name, activation in SMOOTH.items()}
-STAY |= {f"{name}, slope 0": (PIECEWISE[name][0], 0.0) for name in ("ReLU", "F.relu", "ReLU6", "Hardswish")}
+STAY = {name: (activation, SLOPE) for name, activation in (ACTIVATIONS | SMOOTH).items()}
+STAY |= {f"{name}, slope 0": (activation, 0.0) for name, (activation, *_) in PIECEWISE.items()}
 
 
 @pytest.mark.parametrize(("activation", "slope"), STAY.values(), ids=STAY)
 def test_other_activations_stay(activation, slope):
-    net = randomized(activated(activation))
-    split = split_network(net, EXAMPLE, "all", slope)
-    assert split.swapped == 0
-    torch.testing.assert_close(split.tail(IMAGES), net(IMAGES.clone()), rtol=1e-14, atol=1e-14)
+    net = spread(activation)
+    check(net, IMAGES, negative_slope=slope)
+    assert split_network(net, IMAGES, "all", slope).swapped == 0
 
 
 def test_each_call_is_counted():
     def forward(m, x):
         return F.relu(m.other(m.act(m.layer(m.act(x))))) + torch.relu(x)
 
-    net = Other(forward, act=nn.ReLU(), other=nn.ReLU6(), unused=nn.ReLU(), layer=nn.Linear(6, 6))
+    net = Other(forward, act=nn.ReLU(), other=nn.ReLU6(), unused=nn.ReLU(), layer=nn.Linear(5, 5))
     assert split_network(randomized(net), VECTORS, "all", SLOPE).swapped == 5

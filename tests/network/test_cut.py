@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from support.needs import needs_sizes_as_arguments
 from support.networks import Other
 from support.splits import EXAMPLE, IMAGES, VECTORS, chain, randomized, split_checked
 from torch import nn
@@ -83,47 +82,6 @@ def test_several_tensors_cross_the_cut():
     split_checked(net, ["b"])
 
 
-class Crossing(nn.Module):
-    """Two layers and, between them, values of other kinds."""
-
-    def __init__(self, between):
-        super().__init__()
-        self.first, self.last, self.between = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 5), between
-        self.token = nn.Parameter(torch.ones(1, 4, 1, 1))
-        self.register_buffer("grid", torch.arange(64.0).view(1, 1, 8, 8))
-
-    def forward(self, x):
-        return self.between(self, self.first(x), x).mean(1)
-
-
-BETWEEN = {
-    "view": lambda m, h, x: m.last(h.flatten(2)).view(x.size(0), -1, 5),
-    "size of a list": lambda m, h, x: m.last(h.reshape(h.shape[0], h.shape[1], -1)).reshape([x.shape[0], 4, 5]),
-    "shape": lambda m, h, x: m.last(h.flatten(2)).reshape(h.flatten(2)[..., :5].shape),
-    "expand": lambda m, h, x: m.last((h * m.token.expand(x.shape[0], -1, 8, 8)).flatten(2)),
-    "constant size": lambda m, h, x: m.last(h.flatten(2)) / h.shape[-1],
-    "constant tensor": lambda m, h, x: m.last(h.flatten(2)) * (m.grid.mean() + m.token.flatten(2)),
-    "tensor of a size": lambda m, h, x: m.last(h.flatten(2)) + torch.arange(h.shape[1]).view(1, -1, 1),
-    "zeros like the batch": lambda m, h, x: m.last(h.flatten(2)) + h.new_zeros(x.shape[0], 1, 5),
-    "device": lambda m, h, x: m.last(h.flatten(2)) + torch.ones(5).to(h),
-    "device by name": lambda m, h, x: m.last(h.flatten(2)).view(x.size(0), 4, 5).to(x.device, x.dtype),
-    "dimension": lambda m, h, x: m.last(h.flatten(2)).transpose(1, h.dim() - 2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("tangent_layers", [["last"], "all"])
-@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
-def test_values_that_cross_the_cut(between, tangent_layers):
-    if between is BETWEEN["tensor of a size"]:
-        needs_sizes_as_arguments()
-    split = split_checked(randomized(Crossing(between)), tangent_layers)
-    assert split.traced
-    assert "last.weight" in split.tangent
-    # Devices are read from the batch, and constants follow the module.
-    assert not [n for n in split.tail.graph.nodes if torch.device("cpu") in n.args]
-    assert all(b.dtype == torch.float32 for b in split.tail.float().buffers() if b.is_floating_point())
-
-
 NO_ROWS = {
     "images to the second axis": lambda m, h, x: m.last(h.flatten(2).transpose(0, 1)).transpose(0, 1),
     "patches to the batch": lambda m, h, x: m.last(h.reshape(-1, 64)).view(x.shape[0], -1, 5),
@@ -134,7 +92,8 @@ NO_ROWS = {
 
 @pytest.mark.parametrize("between", NO_ROWS.values(), ids=NO_ROWS)
 def test_cut_where_there_is_no_row_for_each_image(between):
-    net = randomized(Crossing(between))
+    layers = {"first": nn.Conv2d(3, 4, 3, padding=1), "last": nn.Linear(64, 5)}
+    net = randomized(Other(lambda m, x: between(m, m.first(x), x).mean(1), **layers))
     with pytest.raises(ValueError, match="tangent_layers cuts the network"):
         split_network(net, EXAMPLE, ["last"])
     split_network(net, EXAMPLE, "all")

@@ -1,125 +1,35 @@
 """Jacobian products against torch.func on the network as it was given."""
 
-import contextlib
 import itertools
 import threading
 import types
 import warnings
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import splits
+from support.linearized import (
+    IMAGES,
+    OUTPUTS,
+    TOKENS,
+    VECTORS,
+    Oracle,
+    assert_close,
+    check,
+    linearized,
+    pooled,
+    randomized,
+)
 from support.needs import needs_sizes_as_arguments
 from support.networks import Other
 from support.splits import SLOPE, rand
 from torch import nn
-from torch.func import functional_call, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_lqf.network.linearize import LinearizedNetwork
 from sklearn_lqf.network.statistics import Part
 from sklearn_lqf.network.tails import _dual_call
 from sklearn_lqf.network.tracing import Split, split_network
 from sklearn_lqf.runtime.arithmetic import DUAL_NUMBERS
-
-OUTPUTS = 3
-randomized = partial(splits.randomized, by_fan=True)
-
-
-def linearized(features, x, tangent_layers="all", negative_slope=0.0):
-    """The package's network on a random head, and its trunk activations of ``x``."""
-    split = split_network(features, x[:2], tangent_layers, negative_slope)
-    network = LinearizedNetwork(split, rand(OUTPUTS, split.n_features, seed=1), rand(OUTPUTS, seed=2))
-    return network, split.trunk(x)
-
-
-@contextlib.contextmanager
-def formulas():
-    """torch's attention without fused kernels, which have no forward-mode derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-class Oracle:
-    """A network and its head as one function of all parameters, differentiated by torch.func."""
-
-    def __init__(self, features, x, network, rename=None):
-        self.network, self.x = network, x
-        self.rename = rename or {}
-        self.parameters = {n: p.detach() for n, p in features.named_parameters()}
-        self.parameters |= {"head.weight": network.weight, "head.bias": network.bias}
-        self.features = features
-
-    def __call__(self, parameters, x=None):
-        body = {n: p for n, p in parameters.items() if not n.startswith("head.")}
-        features = functional_call(self.features, body, ((self.x if x is None else x).clone(),))
-        return features @ parameters["head.weight"].mT + parameters["head.bias"]
-
-    def unflatten(self, flat):
-        """A flat vector by the names of the original parameters; zero where it has nothing."""
-        out = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        for name, part in self.network.slices.items():
-            original = self.rename.get(name, name)
-            out[original] = flat[part].view(out[original].shape)
-        return out
-
-    def flatten(self, tree):
-        return torch.cat([tree[self.rename.get(n, n)].flatten() for n in self.network.slices])
-
-    def jvp(self, flat):
-        return self.jvp_tree(self.unflatten(flat))
-
-    def jvp_tree(self, direction):
-        with formulas():
-            return torch.func.jvp(self, (self.parameters,), (direction,))[1]
-
-    def jvp_by_rows(self, flat):
-        """The same from the rows of the Jacobian, for operations without forward-mode derivative."""
-        rows, direction = jacrev(self)(self.parameters), self.unflatten(flat)
-        return sum((rows[n] * direction[n]).flatten(2).sum(2) for n in rows)
-
-    def vjp(self, u):
-        with formulas():
-            return self.flatten(torch.func.vjp(self, self.parameters)[1](u)[0])
-
-
-def assert_close(actual, expected, tolerance=1e-10):
-    scale = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
-
-
-def check(features, x, *, expected=None, tangent_layers="all", negative_slope=0.0, rename=None, rows=False):
-    """Products of a network agree with those of the oracle on ``expected``, by default the same network."""
-    network, activations = linearized(features, x, tangent_layers, negative_slope)
-    oracle = Oracle(features if expected is None else expected, x, network, rename)
-    before, point = [z.clone() for z in activations], network.at(activations)
-    assert_close(point.outputs, oracle(oracle.parameters))
-    d, u = rand(network.n_parameters, seed=3), rand(len(x), OUTPUTS, seed=4)
-    tangent = oracle.jvp_by_rows(d) if rows else oracle.jvp(d)
-    assert float(tangent.abs().max()) > 1e-3  # there is something to compare
-    for _ in range(2):  # products leave the evaluation as it is
-        assert_close(point.jvp(d), tangent)
-        assert_close(point.vjp(u), oracle.vjp(u))
-    assert_close(network.at(activations, gradients=False).jvp(d), tangent)
-    assert all(map(torch.equal, activations, before))
-    return network
-
-
-def pooled(*layers):
-    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-
-
-IMAGES = rand(3, 3, 8, 8, seed=5)
-VECTORS = rand(3, 5, seed=6)
-TOKENS = rand(3, 4, 6, seed=7)
-
 
 # -------------------------------------------------------------------------------------------------- layers
 
@@ -187,55 +97,6 @@ def test_wide_depthwise_convolutions_with_several_parts(forward):
     check(randomized(Other(lambda m, x: forward(m, x).tanh().mean((2, 3)), first=first, second=second)), IMAGES)
 
 
-ACTIVATIONS = {
-    m._get_name() + m.extra_repr(): m
-    for m in [
-        nn.ReLU(), nn.LeakyReLU(0.2), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.Hardswish(), nn.Hardsigmoid(),
-        nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.SELU(), nn.Mish(),
-        nn.Softplus(), nn.PReLU(4), nn.Softmax(1), nn.LogSigmoid(), nn.GLU(1),
-    ]
-}  # fmt: skip
-
-
-def spread(activation):
-    """A network whose activation sees values on all its pieces."""
-    channels = 2 if isinstance(activation, nn.GLU) else 4
-    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), activation, nn.Conv2d(channels, 5, 3), nn.Flatten()))
-    net[0].weight.data *= 6
-    return net
-
-
-class Leaky(nn.Module):
-    """The formula of a leaky form, from its flat parts."""
-
-    def __init__(self, base, low, high, slope):
-        super().__init__()
-        self.base, self.low, self.high, self.slope = base, low, high, slope
-
-    def forward(self, x):
-        below, above = (self.low - x).relu(), (x - self.high).relu()
-        return self.base(x) + self.slope * (above - below)
-
-
-LEAKY = {
-    "ReLU": (nn.ReLU(), nn.LeakyReLU(SLOPE)),
-    "ReLU6": (nn.ReLU6(), Leaky(nn.ReLU6(), 0, 6, SLOPE)),
-    "Hardtanh": (nn.Hardtanh(-0.5, 0.7), Leaky(nn.Hardtanh(-0.5, 0.7), -0.5, 0.7, SLOPE)),
-    "Hardswish": (nn.Hardswish(), Leaky(nn.Hardswish(), -3, 1e6, SLOPE)),
-    "Hardsigmoid": (nn.Hardsigmoid(), Leaky(nn.Hardsigmoid(), -3, 3, SLOPE / 6)),
-}
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
-def test_activations(activation):
-    check(spread(activation), IMAGES)
-
-
-@pytest.mark.parametrize(("activation", "formula"), LEAKY.values(), ids=LEAKY)
-def test_leaky_activations(activation, formula):
-    check(spread(activation), IMAGES, expected=spread(formula), negative_slope=SLOPE)
-
-
 NORMS = {
     "LayerNorm": nn.LayerNorm([4, 6, 6]),
     "LayerNorm without parameters": nn.LayerNorm([6, 6], elementwise_affine=False),
@@ -291,13 +152,11 @@ def test_tangent_of_a_folded_batch_norm():
     net = pooled(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 5, 3))
     network, activations = linearized(net, IMAGES)
     assert not any(name.startswith("1.") for name in network.names)
-    oracle = Oracle(net, IMAGES, network)
+    oracle, d = Oracle(net, IMAGES, network), rand(network.n_parameters)
+    oracle.jacobians["0.bias"] = oracle.jacobians["1.bias"]
     scale = norm.weight.detach() / (norm.running_var + 0.3).sqrt()
-    d = rand(network.n_parameters)
-    step = oracle.unflatten(d)
-    step["1.bias"], step["0.bias"] = step["0.bias"], torch.zeros_like(step["0.bias"])
-    step["0.weight"] = step["0.weight"] / scale.view(-1, 1, 1, 1)
-    assert_close(network.at(activations).jvp(d), oracle.jvp_tree(step))
+    oracle.jacobians["0.weight"] = oracle.jacobians["0.weight"] / scale.view(-1, 1, 1, 1)
+    assert_close(network.at(activations).jvp(d), oracle.jvp(d))
 
 
 # ---------------------------------------------------------------------------------------------- operations
@@ -310,6 +169,7 @@ class Net(nn.Module):
         super().__init__()
         self.h, self.k = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
         self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.register_buffer("grid", torch.arange(64.0).view(8, 8))
         self.gain, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
         self.operation = operation
 
@@ -350,7 +210,14 @@ OPERATIONS = {
     "a layer called twice": lambda m, h, k: m.h(k[:, :3]) * h,
     "in place": lambda m, h, k: (h * 1).add_(k).mul_(2).relu_(),
     "in place by operator": lambda m, h, k: _in_place(h * 1, k),
-    "size as an argument": lambda m, h, k: torch.reshape(h * k, (k.shape[0], -1)),
+    "size as an argument": lambda m, h, k: torch.reshape(h * k, (k.shape[0], -1)) + torch.arange(h.shape[1] * 64),
+    "size of a list": lambda m, h, k: h.reshape(k.shape[0], k.shape[1], -1).reshape([k.shape[0], 4, 64]),
+    "shape": lambda m, h, k: h.flatten(2).reshape(k.transpose(1, 2).shape),
+    "constant size": lambda m, h, k: h / k.shape[-1],
+    "constant tensor": lambda m, h, k: h * (m.grid + m.scale) * k,
+    "zeros like the batch": lambda m, h, k: h * k + k.new_zeros(k.shape[0], 1, 1, 8),
+    "device": lambda m, h, k: (h + torch.ones(8).to(k)).to(k.device, k.dtype),
+    "dimension": lambda m, h, k: h.transpose(1, k.dim() - 2) * k.transpose(1, 2),
 }  # fmt: skip
 
 
@@ -361,13 +228,17 @@ def _in_place(h, k):
     return h
 
 
+@pytest.mark.parametrize("tangent_layers", ["all", ["h"]])
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
-def test_operations(operation):
+def test_operations(operation, tangent_layers):
     if operation is OPERATIONS["size as an argument"]:
         needs_sizes_as_arguments()
-    network = check(randomized(Net(operation)), IMAGES)
+    network = check(randomized(Net(operation)), IMAGES, tangent_layers=tangent_layers)
     # All that has an influence is linearized as part of a graph, and the rest has no place in it.
     assert "h.weight" in network.names
+    # Devices are read from the batch, and constants follow the module.
+    assert not [n for n in network.module.graph.nodes if torch.device("cpu") in n.args]
+    assert all(b.dtype == torch.float32 for b in network.module.float().buffers() if b.is_floating_point())
 
 
 def keyword():
@@ -413,12 +284,11 @@ def test_other_layers(make, x):
     check(randomized(make()), x)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of the oracle
 def test_operations_without_forward_mode_derivative():
     # torch has none of weight normalization.
     weight_norm = nn.utils.parametrizations.weight_norm
     net = nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 3)))
-    check(randomized(net), VECTORS, rows=True)
+    check(randomized(net), VECTORS)
 
 
 class Doubled(torch.autograd.Function):
@@ -461,15 +331,6 @@ def self_attention(batch_first=True, bias=True, **call):
     return Other(forward, attention=nn.MultiheadAttention(6, 2, batch_first=batch_first, bias=bias))
 
 
-def cross_attention():
-    def forward(m, x):
-        return m.attention(m.query.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0].flatten(1)
-
-    net = Other(forward, attention=nn.MultiheadAttention(6, 2, batch_first=True))
-    net.query = nn.Parameter(torch.zeros(1, 2, 6))
-    return net
-
-
 QKV = {f"attention.qkv.{part}": f"attention.in_proj_{part}" for part in ("weight", "bias")}
 
 
@@ -481,12 +342,30 @@ def test_multihead_attention(batch_first, bias, need_weights):
     assert set(network.kronecker_layers()) == {"attention.qkv", "attention.out_proj"}
 
 
-def test_attention_that_is_not_rewritten():
-    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
-    network = check(randomized(self_attention(attn_mask=mask)), TOKENS)
+ATTENTION = {
+    "other keys": ({}, lambda a, x: a(x, x + 1, x)),
+    "mask": ({}, lambda a, x: a(x, x, x, attn_mask=torch.eye(4, dtype=torch.bool))),
+    "weights used": ({}, lambda a, x: (a(x, x, x)[1] @ x,)),
+    "bias of keys": ({"add_bias_kv": True}, lambda a, x: a(x, x, x)),
+    "zero key": ({"add_zero_attn": True}, lambda a, x: a(x, x, x)),
+    "other dimensions": ({"kdim": 5}, lambda a, x: a(x, x[:, :, :5], x)),
+    "query": ({}, lambda a, x: a(a.query.expand(x.shape[0], -1, -1), x, x, need_weights=False)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_that_is_not_rewritten(name):
+    options, call = ATTENTION[name]
+    attention = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+    attention.query = nn.Parameter(torch.zeros(1, 2, 6))
+    net = randomized(Other(lambda m, x: call(m.attention, x)[0].flatten(1), attention=attention))
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    jacobians = ["attention.query"] if name == "query" else []
+    traced = name != "weights used"  # seen only from the result
+    network = check(net, TOKENS, traced=traced, jacobians=jacobians)
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
     # Its layers are used inside torch's module, where K-FAC does not see them.
     assert not network.kronecker_layers()
-    check(randomized(cross_attention()), TOKENS)
 
 
 class DotProduct(nn.Module):
@@ -552,7 +431,8 @@ PARTS = {"head": [], "second": ["second"], "second and gate": ["second", "gate"]
 @pytest.mark.parametrize("part", [*PARTS, "all"])
 def test_a_part_of_the_network(part):
     net, tangent_layers = small_net(), PARTS.get(part) or part
-    network = check(net, IMAGES, tangent_layers=tangent_layers)
+    names = ["norm.weight", "gate.weight", "norm.bias"]
+    network = check(net, IMAGES, tangent_layers=tangent_layers, jacobians=names if part == "all" else [])
     if part in PARTS:
         assert {name.partition(".")[0] for name in network.names} == set(PARTS[part])
     # At zero it is the network, to the bit.
@@ -619,32 +499,6 @@ def test_layers_for_kronecker_factors():
     assert network.at(activations).layer_calls("nothing") == []
 
 
-def check_jacobians(net, x, network, activations, names):
-    found = network.sample_jacobians(activations, names)
-    assert set(found) == set(names)
-    oracle = Oracle(net, x, network)
-    with formulas():
-        expected = jacrev(oracle)(oracle.parameters)
-    for name in names:
-        assert not found[name].requires_grad
-        assert_close(found[name], expected[name])
-
-
-@pytest.mark.parametrize("tangent_layers", ["all", ["norm", "gate"]])
-def test_sample_jacobians(tangent_layers):
-    net, names = small_net(), ["norm.weight", "gate.weight", "norm.bias"]
-    check_jacobians(net, IMAGES, *linearized(net, IMAGES, tangent_layers), names)
-
-
-def test_attention_in_sample_jacobians_and_its_settings():
-    net = randomized(cross_attention())
-    network, activations = linearized(net, TOKENS)
-    check_jacobians(net, TOKENS, network, activations, ["query"])
-    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
-    network.at(activations).jvp(rand(network.n_parameters))
-    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
-
-
 # ------------------------------------------------------------------------------- networks that do not trace
 
 
@@ -660,62 +514,36 @@ def branching(activation=None):
     return randomized(Other(forward, **layers, activation=activation or nn.Tanh()))
 
 
-@pytest.fixture
-def untraced():
-    def build(net, x, **options):
-        with pytest.warns(UserWarning, match=r"cannot be traced by torch\.fx \(TraceError"):
-            return linearized(net, x, **options)
-
-    return build
-
-
-def test_network_that_does_not_trace(untraced):
-    net, x = branching(), VECTORS.clone()
-    network, activations = untraced(net, x)
-    point = network.at(activations)
-    d, u = rand(network.n_parameters), rand(3, OUTPUTS)
-    oracle = Oracle(net, VECTORS, network)
-    for _ in range(2):  # the second products see the same inputs
-        assert_close(point.jvp(d), oracle.jvp(d))
-        assert_close(point.vjp(u), oracle.vjp(u))
-    assert torch.equal(network.at(activations, gradients=False).jvp(d), point.jvp(d))
-    check_jacobians(net, VECTORS, network, activations, ["norm.weight", "second.bias"])
-    assert torch.equal(x, VECTORS)
-
-
-def test_part_of_a_network_that_does_not_trace(untraced):
-    net = branching()
-    network, activations = untraced(net, VECTORS, tangent_layers=["second"])
-    assert network.names == ["second.weight", "second.bias"]
-    point, d = network.at(activations), rand(network.n_parameters)
-    assert_close(point.jvp(d), Oracle(net, VECTORS, network).jvp(d))
-    [(inputs, outputs)] = point.layer_calls("second")
-    assert inputs.shape == (3, 6) and outputs.shape == (3, 4)
-    assert point.layer_calls("first")[0][0].shape == (3, 5)
-    assert point.layer_calls("norm") == []
-    network, activations = untraced(net, VECTORS, tangent_layers="head")
-    point, d, u = network.at(activations), rand(network.n_parameters), rand(3, OUTPUTS)
-    assert_close((u * point.jvp(d)).sum(), point.vjp(u) @ d)
-
-
-def test_activations_of_a_network_that_does_not_trace(untraced):
-    network, activations = untraced(branching(nn.ReLU6(inplace=True)), VECTORS, negative_slope=SLOPE)
-    expected = branching(Leaky(nn.ReLU6(), 0, 6, SLOPE))
-    d = rand(network.n_parameters)
-    assert_close(network.at(activations).jvp(d), Oracle(expected, VECTORS, network).jvp(d))
-
-
-def test_attention_in_a_network_that_does_not_trace(untraced):
+def attentive():
     def forward(m, x):
         return m.attention(x) if x.abs().sum() > 0 else x.flatten(1)
 
-    net = randomized(Other(forward, attention=self_attention(need_weights=False)))
-    network, activations = untraced(net, TOKENS)
-    d = rand(network.n_parameters)
-    for gradients in (True, False):
-        assert_close(network.at(activations, gradients).jvp(d), Oracle(net, TOKENS, network).jvp(d))
-    # The projection is used without being called.
-    assert not network.kronecker_layers()
+    return randomized(Other(forward, attention=self_attention(need_weights=False)))
+
+
+LEAKY = Other(lambda m, x: F.relu6(x) + SLOPE * (x - x.clamp(0, 6)))  # of a ReLU6
+UNTRACED = {
+    "all": (branching(), VECTORS, {"jacobians": ["norm.weight", "second.bias"]}),
+    "part": (branching(), VECTORS, {"tangent_layers": ["second"]}),
+    "head": (branching(), VECTORS, {"tangent_layers": "head"}),
+    "leaky": (branching(nn.ReLU6(inplace=True)), VECTORS, {"negative_slope": SLOPE, "expected": branching(LEAKY)}),
+    "attention": (attentive(), TOKENS, {}),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_network_that_does_not_trace(name):
+    net, x, options = UNTRACED[name]
+    given = x.clone()
+    network = check(net, given, traced=False, **options)
+    assert torch.equal(given, x)
+    if name == "attention":  # the projection is used without being called
+        assert not network.kronecker_layers()
+    if name == "part":
+        assert network.names == ["second.weight", "second.bias"]
+        calls = {layer: network.at((x,)).layer_calls(layer) for layer in ("first", "second", "norm")}
+        shapes = {layer: [(*a.shape, *b.shape) for a, b in found] for layer, found in calls.items()}
+        assert shapes == {"first": [(3, 5, 3, 6)], "second": [(3, 6, 3, 4)], "norm": []}
 
 
 # ----------------------------------------------------------------------------------------------- precision

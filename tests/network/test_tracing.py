@@ -191,28 +191,6 @@ def test_encoder_layers_and_attention_are_made_of_linear_layers():
     assert not of_type(split, nn.TransformerEncoderLayer)
 
 
-ATTENTION = {
-    "other keys": ({}, lambda a, x: a(x, x + 1, x)),
-    "mask": ({}, lambda a, x: a(x, x, x, attn_mask=torch.eye(4, dtype=torch.bool))),
-    "weights used": ({}, lambda a, x: (a(x, x, x)[1] @ x,)),
-    "bias of keys": ({"add_bias_kv": True}, lambda a, x: a(x, x, x)),
-    "zero key": ({"add_zero_attn": True}, lambda a, x: a(x, x, x)),
-    "other dimensions": ({"kdim": 5}, lambda a, x: a(x, x[:, :, :5], x)),
-}
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_that_is_not_rewritten(name):
-    options, call = ATTENTION[name]
-    attention = nn.MultiheadAttention(6, 2, batch_first=True, **options)
-    net = randomized(Other(lambda m, x: call(m.attention, x)[0].flatten(1), attention=attention))
-    if name == "weights used":  # seen only from the result
-        with pytest.warns(UserWarning, match="cannot be traced"):
-            assert not split_checked(net, x=TOKENS).traced
-    else:
-        assert of_type(split_checked(net, x=TOKENS), nn.MultiheadAttention)
-
-
 def test_input_of_the_wrong_size():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
     for refuse in (find_head, split_network):

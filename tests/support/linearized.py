@@ -1,0 +1,114 @@
+"""Linearized networks on a random head, and what their products must be."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sklearn_lqf.network.linearize import LinearizedNetwork
+from sklearn_lqf.network.tracing import split_network
+
+from .splits import rand
+from .splits import randomized as randomized_by
+
+OUTPUTS = 3
+IMAGES = rand(3, 3, 8, 8, seed=5)
+VECTORS = rand(3, 5, seed=6)
+TOKENS = rand(3, 4, 6, seed=7)
+
+
+def randomized(module, seed=0):
+    return randomized_by(module, seed, by_fan=True)
+
+
+def pooled(*layers):
+    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+def linearized(features, x, tangent_layers="all", negative_slope=0.0, traced=True):
+    """The package's network on a random head, and its trunk activations of ``x``."""
+    untraced = pytest.warns(UserWarning, match=r"cannot be traced by torch\.fx")
+    with contextlib.nullcontext() if traced else untraced:
+        split = split_network(features, x[:2], tangent_layers, negative_slope)
+    network = LinearizedNetwork(split, rand(OUTPUTS, split.n_features, seed=1), rand(OUTPUTS, seed=2))
+    return network, split.trunk(x)
+
+
+@contextlib.contextmanager
+def formulas():
+    """torch's attention without fused kernels, which cannot be differentiated by all outputs at once."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class Oracle:
+    """Outputs of a network and its head as one function of all parameters, and its Jacobian by torch.func.
+
+    ``rename``: the parameters of the network by the names that they have in the package's.
+    """
+
+    def __init__(self, features, x, network, rename=None):
+        self.names = [(rename or {}).get(name, name) for name in network.slices]
+        parameters = {n: p.detach() for n, p in features.named_parameters()}
+        parameters |= {"head.weight": network.weight, "head.bias": network.bias}
+
+        def outputs(parameters):
+            body = {n: p for n, p in parameters.items() if not n.startswith("head.")}
+            return (
+                functional_call(features, body, (x.clone(),)) @ parameters["head.weight"].mT + parameters["head.bias"]
+            )
+
+        self.outputs = outputs(parameters)
+        with formulas():
+            self.jacobians = jacrev(outputs)(parameters)
+
+    @property
+    def matrix(self):
+        """Of the flat vector of the package, (n, C, P)."""
+        return torch.cat([self.jacobians[name].flatten(2) for name in self.names], 2)
+
+    def jvp(self, d):
+        return self.matrix @ d
+
+    def vjp(self, u):
+        return torch.einsum("nc,ncp->p", u, self.matrix)
+
+
+def assert_close(actual, expected, tolerance=1e-10):
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def check(features, x, *, expected=None, rename=None, jacobians=(), **options):
+    """Products of a network agree with those of the oracle on ``expected``, by default the same network.
+
+    So do, of the parameters named in ``jacobians``, the Jacobians of each image.
+    """
+    network, activations = linearized(features, x, **options)
+    oracle = Oracle(features if expected is None else expected, x, network, rename)
+    before, point = [z.clone() for z in activations], network.at(activations)
+    assert_close(point.outputs, oracle.outputs)
+    d, u = rand(network.n_parameters, seed=3), rand(len(x), OUTPUTS, seed=4)
+    tangent = oracle.jvp(d)
+    assert float(tangent.abs().max()) > 1e-3  # there is something to compare
+    for _ in range(2):  # products leave the evaluation as it is
+        assert_close(point.jvp(d), tangent)
+        assert_close(point.vjp(u), oracle.vjp(u))
+    assert_close(network.at(activations, gradients=False).jvp(d), tangent)
+    found = network.sample_jacobians(activations, jacobians) if jacobians else {}
+    assert set(found) == set(jacobians)
+    for name, jacobian in found.items():
+        assert not jacobian.requires_grad
+        assert_close(jacobian, oracle.jacobians[name])
+    assert all(map(torch.equal, activations, before))
+    return network
