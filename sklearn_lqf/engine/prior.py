@@ -14,7 +14,7 @@ knows no network, no features and no estimator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import lapack
@@ -252,7 +252,7 @@ def scale_prior(rows: Rows, shares: np.ndarray, *, kind: str = "leave-one-out") 
     if _centered(rows) is None:
         return 1.0
     kernel = _mixture(rows.kernels, ratios)[None]  # summed once, not at each scale
-    joined = Rows(kernel, rows.targets, rows.weights, rows.multiplicity, rows.free)
+    joined = replace(rows, kernels=kernel)
 
     def objective(u: float) -> float:
         return criterion(joined, np.exp([u]), kind)[0] + _SCALE_PENALTY * u**2

@@ -83,8 +83,8 @@ class LQFClassifierCV(ClassifierBase):
 
     Notes
     -----
-    Folds are fitted as `LQFClassifier` would fit them: `GridSearchCV` over ``alpha`` makes the same choice. Groups are
-    given as folds: ``cv=list(GroupKFold().split(X, y, groups))``. Leave-one-out holds scale and prior fixed, see
+    Folds are fitted as `LQFClassifier` would fit them: `GridSearchCV` over ``alpha`` makes the same choice. ``cv`` may
+    be a splitter of groups, which are given to `fit`. Leave-one-out holds scale and prior fixed, see
     `leave_one_out`. Among equal scores the first penalty wins. Sample weights count in fits and, where the scorer takes
     them, in scores. Vectors are standardized for the built-in network once, by all of them.
 

@@ -41,11 +41,12 @@ def test_groups_of_one_image_are_no_groups():
     )
 
 
-def test_copies_in_one_group_do_not_fool_the_prior():
+@pytest.mark.parametrize("prior", ["leave-one-out", "equal", "last", {"last": 1.0}])
+def test_copies_in_one_group_do_not_fool_the_prior(prior):
     noise = np.random.default_rng(1).normal(size=len(X))
     rows, groups = np.repeat(np.arange(len(X)), 3), np.repeat(np.arange(len(X)), 3)
-    fooled = LQFRegressor(tiny_net(), **DOUBLE).fit(X[rows], noise[rows])
-    honest = LQFRegressor(tiny_net(), **DOUBLE).fit(X[rows], noise[rows], groups=groups)
+    fooled = LQFRegressor(tiny_net(), prior=prior, **DOUBLE).fit(X[rows], noise[rows])
+    honest = LQFRegressor(tiny_net(), prior=prior, **DOUBLE).fit(X[rows], noise[rows], groups=groups)
     assert honest.alpha_ > 10 * fooled.alpha_
 
 
