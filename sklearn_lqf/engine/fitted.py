@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..images.digests import Fingerprint
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
-from ..runtime.arithmetic import in_ordinary_arithmetic
+from ..runtime.arithmetic import float64_device, in_ordinary_arithmetic
 from .features import Group, GroupFeatures, draw_directions
 from .problem import Problem, Recipe, Solution, TrainingRows
 
@@ -110,15 +110,14 @@ class FeatureReader:
         """Names of the layers that have tangent features."""
         return self._built.layers
 
-    def reading(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
-        """Images (B, ...) to features (B, D); trunk activations are kept in a joblib.Memory, or None of them."""
+    def reading(self, memory: Any) -> Callable[[Tensor], Tensor]:
+        """Images (B, ...) to features (B, D) on the device; trunk activations are kept in a joblib.Memory, or None."""
         activations = self.network.evaluator(memory)
 
-        def read(images: Tensor) -> np.ndarray:
+        def read(images: Tensor) -> Tensor:
             views = [images.flip(-1) if view == "flip" else images for view in self.views]
             parts = [self._evaluate(activations(view)) for view in views]
-            total = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
-            return total.cpu().numpy()
+            return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
         return read
 
@@ -202,10 +201,11 @@ class FittedModel:
         with np.errstate(invalid="ignore", over="ignore"):  # callers say which rows are not finite
             return features @ self.weight + self.bias
 
-    def evaluator(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
-        """Images (B, ...) to outputs (B, C); trunk activations are kept in a joblib.Memory, or None of them."""
-        read = self.reader.reading(memory)
-        return lambda images: self.outputs(read(images))
+    def evaluator(self, memory: Any) -> Callable[[Tensor], Tensor]:
+        """Images (B, ...) to outputs (B, C) in float64; trunk activations are kept in a joblib.Memory, or None."""
+        read, device = self.reader.reading(memory), float64_device(self.network.device)
+        weight, bias = (torch.tensor(v, device=device) for v in (self.weight, self.bias))
+        return lambda images: read(images).to(device).double() @ weight + bias
 
     def problem(self, rows: TrainingRows, weights: np.ndarray) -> Problem:
         """The quadratic of the training rows, with the scale and the prior of the fit.

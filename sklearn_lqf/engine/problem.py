@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.arithmetic import float64_device
 from ..runtime.memory import device_budget
 from ..runtime.processes import ALONE, ProcessGroup
 from .centered import ScaledFeatures
@@ -190,7 +191,7 @@ class Problem:
     processes : ProcessGroup
         That share the rows: each has the features of its own, and all else of all.
     device : torch.device
-        Of the network. The algebra is done there where it has float64 at speed, else on the CPU.
+        Of the network. The algebra is done there, or on the CPU where it has no float64.
 
     Attributes
     ----------
@@ -210,7 +211,7 @@ class Problem:
         processes: ProcessGroup = ALONE,
         device: torch.device = _CPU,
     ):
-        self._device = device if device.type == "cuda" else _CPU
+        self._device = float64_device(device)
         self._rows, self.groups, self._recipe, self._processes = rows, list(groups), recipe, processes
         self.multiplicity = rows.multiplicity
         self.weights = weights * (self.multiplicity.sum() / weights.sum())

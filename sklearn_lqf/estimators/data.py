@@ -128,7 +128,7 @@ class Inputs(Parameters):
         least = min(_LEAST_SIZE, *own)
         return least if min(size) < least else None
 
-    def _in_batches(self, evaluate: Callable[[Tensor], np.ndarray], rows: Any) -> np.ndarray:
+    def _in_batches(self, evaluate: Callable[[Tensor], Tensor], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
         size, count = self._model.network.rows_at_once(self._execution.batch_size), len(rows)
         with Bars(self.verbose if count > size else 0) as bars:
@@ -253,7 +253,7 @@ def refuse_missing(y: Any) -> None:
 
 
 def evaluate_rows(
-    evaluate: Callable[[Tensor], np.ndarray],
+    evaluate: Callable[[Tensor], Tensor],
     rows: Any,
     chosen: np.ndarray,
     batch_size: int,
@@ -261,21 +261,26 @@ def evaluate_rows(
 ) -> np.ndarray:
     """A function of images (B, ...) for some rows, in their order; batches are smaller where memory does not suffice.
 
-    ``see`` is called with the place of the first row of each batch, and its images. What does not fit into the memory
-    meant for it is mapped from a temporary file.
+    ``see`` is called with the place of the first row of each batch, and its images. A batch is looked at, and the next
+    one read, while a device other than the CPU evaluates it. What does not fit into the memory meant for it is mapped
+    from a temporary file.
     """
-    start = 0
+    start, pending = 0, list[Tensor]()
     with RowTable(len(chosen)) as table:
         while start < len(chosen):
             images = select_rows(rows, chosen[start : start + batch_size])
+
+            def work(size: int, images: Tensor = images) -> tuple[list[Tensor], int]:
+                return [evaluate(part) for part in images.split(size)], size
+
+            parts, batch_size = with_smaller_batches(work, batch_size)
             see(start, images)
-
-            def work(size: int, images: Tensor = images) -> tuple[np.ndarray, int]:
-                return np.concatenate([evaluate(part) for part in images.split(size)]), size
-
-            part, batch_size = with_smaller_batches(work, batch_size)
-            table.append(part)
+            for part in pending:
+                table.append(part.cpu().numpy())
+            pending = parts
             start += len(images)
+        for part in pending:
+            table.append(part.cpu().numpy())
         return table.finish()
 
 

@@ -143,7 +143,9 @@ class PreparedNetwork:
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
         """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
-        x = images.to(self.device, self.dtype)
+        if self.device.type == "cuda":  # copied while the device works on what it was given before
+            images = images.pin_memory()
+        x = images.to(self.device, non_blocking=True).to(self.dtype)
         if self.preprocessing is not None:
             x = self.preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), full_precision():

@@ -20,6 +20,7 @@ from ..engine.prior import Rows, scale_prior
 from ..images.cache import TrunkCache
 from ..network.linearize import LinearizedNetwork
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
+from ..runtime.arithmetic import float64_device
 from .objective import Quadratic, build_kfac
 from .solvers import Callback, SolverResult, pcg, sgd
 
@@ -78,7 +79,7 @@ class PaperModel:
             )
         return found
 
-    def evaluator(self, memory: Any) -> Callable[[Tensor], np.ndarray]:
+    def evaluator(self, memory: Any) -> Callable[[Tensor], Tensor]:
         """Images to outputs in the units of y.
 
         Parameters
@@ -89,15 +90,17 @@ class PaperModel:
         Returns
         -------
         callable
-            Maps images (B, C, H, W) in [0, 1], or vectors (B, n_features), to an ndarray (B, n_outputs) of float64.
+            Maps images (B, C, H, W) in [0, 1], or vectors (B, n_features), to a tensor (B, n_outputs) of float64.
         """
         activations, linearized = self.network.evaluator(memory), self.linearized
         d = torch.tensor(self.coef).to(linearized.weight)  # a copy: arrays of joblib may be read-only
 
-        def evaluate(images: Tensor) -> np.ndarray:
+        device = float64_device(self.network.device)
+        unit = torch.tensor(self.unit, device=device)
+
+        def evaluate(images: Tensor) -> Tensor:
             point = linearized.at(activations(images), gradients=False)
-            outputs = point.outputs + point.jvp(d)
-            return self.unit * outputs.double().cpu().numpy()
+            return unit * (point.outputs + point.jvp(d)).to(device).double()
 
         return evaluate
 

@@ -184,3 +184,8 @@ def choose_device(device: Any) -> torch.device:
     if str(found) not in present:
         raise ValueError(f"device={str(found)!r} is not present; present here: {present} (or 'auto').")
     return found
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself where it is known to have float64 at some speed, else the CPU."""
+    return device if device.type == "cuda" else torch.device("cpu")

@@ -104,7 +104,7 @@ OPTIONS = [{"n_directions": 0}, {"size": None}, {"size": 100}, {"views": ("ident
 def assert_module(model: FittedModel | PaperModel, images: Tensor, dtype: torch.dtype = F64) -> nn.Module:
     """The module of a model has its outputs, exported or not, for any number of images."""
     module = to_module(model)
-    wanted = model.evaluator(None)(images)
+    wanted = model.evaluator(None)(images).numpy()
     assert_outputs(module(images), wanted, dtype)
     program = exported(module, images)
     for n in (1, len(images)):
@@ -120,7 +120,7 @@ def test_outputs_are_those_of_the_model(options, layers):
     module, images = to_module(model), IMAGES.clone()
     found = module(images)
     assert not found.requires_grad
-    assert_outputs(found, model.evaluator(None)(IMAGES))
+    assert_outputs(found, model.evaluator(None)(IMAGES).numpy())
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
         with mode:
             assert torch.equal(module(images + 0), found)
@@ -148,14 +148,14 @@ def test_untraced_network():
     network, plain = (prepared(built(Branching).eval(), read=read) for read in (True, False))
     assert not network.split.traced
     for model in (grouped(network), grouped(network, 0), paper(plain)):
-        assert_outputs(to_module(model)(IMAGES), model.evaluator(None)(IMAGES))
+        assert_outputs(to_module(model)(IMAGES), model.evaluator(None)(IMAGES).numpy())
 
 
 @pytest.mark.parametrize("make", [grouped, paper])
 def test_module_is_independent_and_moves(make):
     model = make(prepared(tiny_net(), dtype=F32, read=make is grouped))
     images = IMAGES.float()
-    wanted, module = model.evaluator(None)(images), to_module(model)
+    wanted, module = model.evaluator(None)(images).numpy(), to_module(model)
     other = copy.deepcopy(module)
     assert_outputs(other(images), wanted, F32)
     assert_outputs(other.double()(IMAGES), wanted, F32)
@@ -166,7 +166,7 @@ def test_module_is_independent_and_moves(make):
     assert not other(images).any()
     other.load_state_dict(module.state_dict())  # all that it knows is there
     assert_outputs(other(images), wanted, F32)
-    np.testing.assert_array_equal(model.evaluator(None)(images), wanted)
+    np.testing.assert_array_equal(model.evaluator(None)(images).numpy(), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning", "ignore:Nothing is read of")
@@ -222,7 +222,7 @@ def test_model_of_the_paper_with_layer_norm_is_exported_for_one_number_of_images
     net = built(lambda: Other(forward, conv=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), fc=nn.Linear(8, 4)))
     model = paper(prepared(net, read=False))
     program = torch.export.export(to_module(model), (IMAGES,), strict=False)
-    assert_outputs(program.module()(IMAGES), model.evaluator(None)(IMAGES))
+    assert_outputs(program.module()(IMAGES), model.evaluator(None)(IMAGES).numpy())
 
 
 def test_other_objects_are_refused():
@@ -247,4 +247,4 @@ def test_onnx(which, tmp_path):
     session = runtime.InferenceSession(file)
     for n in (1, 4):
         (found,) = session.run(None, {session.get_inputs()[0].name: images[:n].numpy()})
-        assert_outputs(found, model.evaluator(None)(images[:n]), F32)
+        assert_outputs(found, model.evaluator(None)(images[:n]).numpy(), F32)

@@ -105,8 +105,8 @@ def test_is_the_dense_optimum(tangent_layers, solver):
     targets = TARGET_SCALE * torch.tensor(TARGETS) - offset
     expected = least_squares(j, targets, torch.tensor(WEIGHTS), found.alpha)
     close(found.model.coef, expected, 1e-7)
-    outputs = found.model.evaluator(None)(NEW)
-    assert outputs.dtype == np.float64
+    outputs = found.model.evaluator(None)(NEW).numpy()
+    assert outputs.dtype == torch.float64
     close(outputs, (reference.offset(NEW) + reference.jacobian(NEW) @ expected) / TARGET_SCALE, 1e-7)
 
 
@@ -152,7 +152,7 @@ def test_units_of_outputs():
     found = fit_paper(network, batches(network), TARGETS * unit, WEIGHTS, unit, **OPTIONS)
     plain = fit_paper(network, batches(network), TARGETS, WEIGHTS, np.ones(C), **OPTIONS)
     close(found.model.coef, plain.model.coef)
-    close(found.model.evaluator(None)(IMAGES), unit * plain.model.evaluator(None)(IMAGES))
+    close(found.model.evaluator(None)(IMAGES), torch.from_numpy(unit) * plain.model.evaluator(None)(IMAGES))
 
 
 # ------------------------------------------------------------------------------------------- the penalty
@@ -244,7 +244,7 @@ def test_float32():
     single = fit(prepared(dtype=torch.float32), tol=1e-5)
     double = fit(prepared())
     assert single.model.coef.dtype == np.float32
-    assert single.model.evaluator(None)(IMAGES).dtype == np.float64
+    assert single.model.evaluator(None)(IMAGES).dtype == torch.float64
     # Of the solver and of float32, times the condition number of the problem.
     close(single.model.evaluator(None)(IMAGES), double.model.evaluator(None)(IMAGES), 1e-3)
 

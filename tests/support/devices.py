@@ -46,6 +46,8 @@ class PretendedGPU(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function == torch.Tensor.device.__get__:  # made anew each time it is asked for
             return _GPU if isinstance(args[0], _OnGPU) else _CPU
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         if function is torch._has_compatible_shallow_copy_type:
             return isinstance(args[0], _OnGPU) == isinstance(args[1], _OnGPU)
         with torch._C.DisableTorchFunctionSubclass():
