@@ -20,7 +20,7 @@ from _common import read_folder, split, write_report
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "newcomer.json"
 PER_CLASS = 20
-_PROGRAM = re.compile(r"^```python\n(from pathlib import Path\n.*?)^```$", re.M | re.S)
+_PROGRAM = re.compile(r"^```python\n((?:(?!^```).)*load_image_folder.*?)^```$", re.M | re.S)
 
 
 def link_images(source: Path, target: Path) -> int:

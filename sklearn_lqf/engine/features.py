@@ -226,7 +226,7 @@ class GroupFeatures:
         A gradient of the columns of all features would go back through the statistics, too, though it is zero there.
         """
         if isinstance(self._tail, TracedTail) and len(self._parts) > 1:
-            appended = cast(Any, self._tail.output.args[0])  # of torch.cat, see `readout.add_readout`
+            appended = cast(Any, self._tail.output.args[0])  # of torch.cat, see `statistics.add_readout`
             return values[appended[0]]
         return features if isinstance(self._tail, TracedTail) else values["last"]
 

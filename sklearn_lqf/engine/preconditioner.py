@@ -57,7 +57,7 @@ class KroneckerPreconditioner:
     An exact block is ``Phi_g' S Phi_g + I`` with its Cholesky factor. For features that are matrices F_i the curvature
     is approximated by ``L (x) R / tr L`` with ``L = sum_i s_i F_i F_i'`` and ``R = sum_i s_i F_i' F_i``, of the same
     trace, and inverted with the identity by two eigendecompositions: trace-restricted K-FAC (Gao et al., "A
-    trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021). It is exact for one row, and for
+    trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021). It is exact for
     rows of one Kronecker direction: F_i = c_i u v'.
     """
 

@@ -216,7 +216,7 @@ class FittedMethods(Inputs):
         Notes
         -----
         No approximation to first order, but the solution without the image, with scale and prior held fixed. A refit
-        chooses these anew: the changes of the test loss by single refits correlated with these effects at 0.90 to 0.95
+        chooses these anew: the changes of the test loss by single refits correlated with these effects at 0.90 to 0.96
         where it was measured (page on influence). Where ``solver_`` is ``"estimate"``, so is this.
         """
         model = self._grouped("influence")

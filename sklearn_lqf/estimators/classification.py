@@ -110,7 +110,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
         Notes
         -----
         The Gaussian posterior takes the squared loss for a likelihood, with the variance of noise that has the largest
-        marginal likelihood; scale and prior are held fixed. The indicators of an image add up to one, which their
+        restricted likelihood; scale and prior are held fixed. The indicators of an image add up to one, which their
         covariance knows. Exact where ``solver_`` is not ``"estimate"``.
         """
         decision = self._decision(self._outputs(X))

@@ -122,8 +122,8 @@ execution : dict or None, default=None
       since it is unpickled.
     - ``"distributed"``, bool, False: whether the processes of torch.distributed's default process group, started by
       torchrun and initialized by the caller, share the fit. Each calls `fit` with the same X and y, reads only the
-      images of its share of the rows, and ends with the same model. The features, (n, D), are gathered by every
-      process. ``random_state`` must be an int; ``model="paper"`` and ``store_data`` are not supported.
+      images of its share of the rows, keeps their features, and ends with the same model. ``random_state`` must be an
+      int; ``model="paper"`` and ``store_data`` are not supported.
     - ``"download"``, bool, True: whether weights that are not on this machine are downloaded. False: `fit` fails
       instead, without asking a server; ``python -m sklearn_lqf`` lists what is there.
 """
@@ -150,7 +150,7 @@ loo_score_ : float
     each of them by the model without it (or its group), the prior held fixed. With ``model="paper"``: of the ridge
     regression that the temperature is fitted on.
 noise_variance_ : float
-    Variance of the noise of the targets that has the largest likelihood, in units of their scale.
+    Variance of the noise of the targets that has the largest restricted likelihood, in units of their scale.
 solver_ : str
     How the solution was found, and all answers will be: ``"rows"`` or ``"columns"``, in closed form from a square
     matrix of the rows or the columns of the features; ``"estimate"``, by conjugate gradients, where held-out outputs,

@@ -167,7 +167,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
 
         Notes
         -----
-        The posterior of the weights is Gaussian, with the variance of noise that has the largest marginal likelihood,
+        The posterior of the weights is Gaussian, with the variance of noise that has the largest restricted likelihood,
         the same for all targets in units of ``target_scale_``; scale and prior are held fixed. Exact where ``solver_``
         is not ``"estimate"``.
         """
