@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sklearn_lqf.io.archive import FORMAT, digest, read_archive, write_archive
 
@@ -21,13 +21,6 @@ def path(tmp_path):
     found = tmp_path / "file.safetensors"
     write_archive(found, {"x": [1, "ä"]}, TENSORS)
     return found
-
-
-def rewritten(path, header=None, tensors=None, metadata=None):
-    """A file whose digest is right, with a changed header or tensors."""
-    tensors = load_file(path) if tensors is None else tensors
-    text = json.dumps(header)
-    save_file(tensors, path, {"sklearn_lqf": text, "digest": digest(tensors, text), **(metadata or {})})
 
 
 def test_there_and_back(path):
@@ -51,19 +44,14 @@ def test_digest_tells_names_dtypes_shapes_and_bytes_apart():
 
 
 def test_damage_is_refused_or_does_nothing(path):
-    """300 seeded flips of bits, truncations and insertions."""
+    """150 seeded flips of bits, truncations and insertions."""
     content, rng = path.read_bytes(), np.random.default_rng(0)
-    before = read_archive(path)
-    harmless = 0
-    for k in range(300):
+    before, harmless = read_archive(path), 0
+    for k in range(150):
         at = int(rng.integers(len(content)))
-        if k % 3 == 0:
-            damaged = content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :]
-        elif k % 3 == 1:
-            damaged = content[:at]
-        else:
-            damaged = content[:at] + rng.bytes(int(rng.integers(1, 9))) + content[at:]
-        path.write_bytes(damaged)
+        flipped = content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :]
+        inserted = content[:at] + rng.bytes(int(rng.integers(1, 9))) + content[at:]
+        path.write_bytes((flipped, content[:at], inserted)[k % 3])
         try:
             header, tensors = read_archive(path)
         except ValueError as error:
@@ -72,35 +60,38 @@ def test_damage_is_refused_or_does_nothing(path):
             harmless += 1
             assert header == before[0]
             assert digest(tensors) == digest(before[1])
-    assert harmless < 6
+    assert harmless < 4
+
+
+RIGHT = {"format": FORMAT, "version": "1"}
+OTHERS = [  # header, what else the file says, and the error
+    ({"format": FORMAT}, {}, r"its header is broken \(KeyError: 'version'\)"),
+    (RIGHT, {"digest": "0"}, "does not have the digest that it states"),
+    ({"format": FORMAT + 1, "version": "9.0"}, {"digest": "of another kind"},
+     rf"sklearn_lqf 9.0 wrote it in format {FORMAT + 1}.*install a newer version"),
+    ({"format": 1, "version": "0.1.0"}, {"digest": "of another kind"},
+     r"sklearn_lqf 0.1.0 wrote it in format 1.*fit it again, or load it with the version that wrote it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("header", "more", "message"), OTHERS)
+def test_other_headers(path, header, more, message):
+    text = json.dumps(header)
+    save_file(TENSORS, path, {"sklearn_lqf": text, "digest": digest(TENSORS, text), **more})
+    with pytest.raises(ValueError, match=message):
+        read_archive(path)
 
 
 def test_what_save_has_not_written(path):
-    with pytest.raises(ValueError, match="it is no safetensors file, or it is broken"):
-        path.write_bytes(b"")
-        read_archive(path)
     save_file(TENSORS, path)
     with pytest.raises(ValueError, match="was not written by save"):
         read_archive(path)
-    rewritten(path, {"format": FORMAT})
-    with pytest.raises(ValueError, match=r"its header is broken \(KeyError: 'version'\)"):
-        read_archive(path)
-    rewritten(path, {"format": FORMAT, "version": "1"}, metadata={"digest": "0"})
-    with pytest.raises(ValueError, match="does not have the digest that it states"):
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="it is no safetensors file, or it is broken"):
         read_archive(path)
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read_archive(path)
-
-
-def test_another_format_says_what_to_do(path):
-    for number, version, remedy in (
-        (FORMAT + 1, "9.0", "install a newer version"),
-        (1, "0.1.0", "fit it again, or load it with the version that wrote it"),
-    ):
-        rewritten(path, {"format": number, "version": version}, metadata={"digest": "of another kind"})
-        with pytest.raises(ValueError, match=rf"sklearn_lqf {version} wrote it in format {number}.*{remedy}"):
-            read_archive(path)
 
 
 @pytest.mark.parametrize("function", ["os.fsync", "os.replace"])

@@ -76,10 +76,8 @@ def test_precision_is_full_inside_and_restored():
 def default_dtype(dtype: torch.dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    yield
+    torch.set_default_dtype(before)
 
 
 MODES = {
@@ -123,8 +121,7 @@ def test_a_method_in_ordinary_arithmetic_is_itself():
 
     with torch.no_grad():
         assert Example().method(1, b=3) == (4, True)
-    assert Example.method.__doc__ == "What it does."
-    assert Example.method.__name__ == "method"
+    assert (Example.method.__name__, Example.method.__doc__) == ("method", "What it does.")
 
 
 def test_a_shared_setting_is_left_by_the_last_thread():

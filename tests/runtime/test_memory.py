@@ -64,16 +64,20 @@ def test_batches_are_halved(error):
     assert tried == [9, 4, 2]
 
 
-def test_what_cannot_be_mended():
+@pytest.mark.parametrize(
+    ("error", "raised", "message", "tried"),
+    [
+        (torch.OutOfMemoryError("too many"), MemoryError, r"batches of one row \(too many\).*image_size", [4, 2, 1]),
+        (RuntimeError("another"), RuntimeError, "another", [4]),
+    ],
+)
+def test_what_cannot_be_mended(error, raised, message, tried):
     calls = []
 
-    def work(error: Exception, size: int) -> None:
+    def work(size: int) -> None:
         calls.append(size)
         raise error
 
-    with pytest.raises(MemoryError, match=r"batches of one row \(too many\).*image_size"):
-        with_smaller_batches(lambda size: work(torch.OutOfMemoryError("too many"), size), 4)
-    assert calls == [4, 2, 1]
-    with pytest.raises(RuntimeError, match="another"):
-        with_smaller_batches(lambda size: work(RuntimeError("another"), size), 8)
-    assert calls == [4, 2, 1, 8]
+    with pytest.raises(raised, match=message):
+        with_smaller_batches(work, 4)
+    assert calls == tried
