@@ -27,7 +27,6 @@ from torch import nn
 
 from sklearn_lqf.network.linearize import LinearizedNetwork
 from sklearn_lqf.network.statistics import Part
-from sklearn_lqf.network.tails import _dual_call
 from sklearn_lqf.network.tracing import Split, split_network
 from sklearn_lqf.runtime.arithmetic import DUAL_NUMBERS
 
@@ -120,29 +119,6 @@ def test_normalizations(norm):
         u = rand(*expected.outputs.shape, seed=1)
         assert_close(point.jvp(d), expected.jvp(d))
         assert_close(point.vjp(u), expected.vjp(u))
-
-
-class Viewing(torch.autograd.Function):
-    """Twice its input; its forward-mode derivative asks for contiguous memory, as group_norm's until torch 2.13."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return 2 * tangent.transpose(0, 1).view(tangent.shape)
-
-
-def test_forward_derivative_that_asks_for_contiguous_memory():
-    x, x_dot = rand(3, 4), rand(3, 4, seed=1)
-    assert_close(_dual_call(Viewing.apply, (x,), [x_dot]), 2 * x_dot)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # other errors stay
-        _dual_call(torch.mm, (x, x), [x_dot, None])
 
 
 def test_tangent_of_a_folded_batch_norm():
@@ -291,7 +267,7 @@ def test_operations_without_forward_mode_derivative():
     check(randomized(net), VECTORS)
 
 
-class Doubled(torch.autograd.Function):
+class Squared(torch.autograd.Function):
     """Backward alone is written down."""
 
     @staticmethod
@@ -305,17 +281,36 @@ class Doubled(torch.autograd.Function):
         return 2 * x * g, h
 
 
-@pytest.mark.parametrize("constant", [False, True])
-def test_functions_without_forward_mode_derivative(constant):
-    def function(m, x):
-        h = m.first(x)
-        return m.last(Doubled.apply(h, h.detach() if constant else h)[0])
+class Viewing(torch.autograd.Function):
+    """Twice its input; its forward-mode derivative asks for contiguous memory, as group_norm's until torch 2.13."""
 
-    def formula(m, x):
-        return m.last(m.first(x) ** 2)
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
 
-    found, expected = (Other(f, first=nn.Linear(5, 4), last=nn.Linear(4, 3)) for f in (function, formula))
-    check(randomized(found), VECTORS, expected=randomized(expected))
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * tangent.transpose(0, 1).view(tangent.shape)
+
+
+FUNCTIONS = {
+    "two tangents": (lambda h: Squared.apply(h, h)[0], lambda h: h**2),
+    "one tangent": (lambda h: Squared.apply(h, h.detach())[0], lambda h: h**2),
+    "of contiguous memory": (Viewing.apply, lambda h: 2 * h),
+}
+
+
+@pytest.mark.parametrize(("function", "formula"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_without_forward_mode_derivative(function, formula):
+    layers = {"first": nn.Linear(5, 4), "last": nn.Linear(4, 3)}
+    found, expected = (
+        randomized(Other(lambda m, x, f=f: m.last(f(m.first(x))), **layers)) for f in (function, formula)
+    )
+    check(found, VECTORS, expected=expected)
 
 
 # ----------------------------------------------------------------------------------------------- attention
@@ -368,25 +363,25 @@ def test_attention_that_is_not_rewritten(name):
     assert not network.kronecker_layers()
 
 
-class DotProduct(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.qkv, self.options = nn.Linear(6, 12), options
-        self.bias = nn.Parameter(torch.zeros(4, 4)) if options.get("attn_mask") == "parameter" else None
+def dot_product(bias=False, **options):
+    """Attention by torch's function; with a parameter as mask."""
 
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
-        options = self.options if self.bias is None else {"attn_mask": self.bias}
+    def forward(m, x):
+        q, k, v = m.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
         if options.get("enable_gqa"):
             k, v = k[:, :1], v[:, :1]
-        return F.scaled_dot_product_attention(q, k, v, **options).flatten(1)
+        return F.scaled_dot_product_attention(q, k, v, **({"attn_mask": m.bias} if bias else options)).flatten(1)
+
+    net = Other(forward, qkv=nn.Linear(6, 12))
+    net.bias = nn.Parameter(torch.zeros(4, 4)) if bias else None
+    return net
 
 
 DOT_PRODUCTS = {
     "plain": {},
     "boolean mask": {"attn_mask": torch.ones(4, 4, dtype=torch.bool).tril(1)},
     "additive mask": {"attn_mask": rand(4, 4)},
-    "parameter as mask": {"attn_mask": "parameter"},
+    "parameter as mask": {"bias": True},
     "causal": {"is_causal": True},
     "scale": {"scale": 0.3},
     "shared keys": {"enable_gqa": True},
@@ -395,7 +390,7 @@ DOT_PRODUCTS = {
 
 @pytest.mark.parametrize("options", DOT_PRODUCTS.values(), ids=DOT_PRODUCTS)
 def test_scaled_dot_product_attention(options):
-    check(randomized(DotProduct(**options)), TOKENS)
+    check(randomized(dot_product(**options)), TOKENS)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

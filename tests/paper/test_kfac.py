@@ -223,10 +223,7 @@ def test_approximation_is_exact_up_to_its_rank(dtype, tolerance):
     close(inverse(given.block(Sizes(diagonalized=0, whole=18, rank=14)), case.size), expected, tolerance)
 
 
-DIAGONALIZED, CHOLESKY, LOW_RANK = Sizes(), Sizes(diagonalized=0), Sizes(diagonalized=2, whole=2, rank=2)
-
-
-@pytest.mark.parametrize("sizes", [DIAGONALIZED, CHOLESKY, LOW_RANK])
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(diagonalized=0), Sizes(diagonalized=2, whole=2, rank=2)])
 @pytest.mark.parametrize("name", ["conv", "linear on few tokens", "two groups", "depthwise"])
 def test_singular_factors(name, sizes):
     case = ALL[name]
@@ -240,15 +237,6 @@ def test_singular_factors(name, sizes):
         out = torch.empty_like(v)
         block.apply(v, out)
         assert 0 < float(v @ out) < float("inf")
-
-
-def test_float32_factors_are_close_to_float64():
-    case = CASES["conv strided"]
-    single = replace(case.mapped(Tensor.float), layer=nn.Conv2d(3, 4, 3, 2, 1), weights=case.weights.float()).block()
-    single.factorize(RIDGE, torch.float32)
-    out = torch.empty(112)
-    single.apply(torch.ones(112), out)
-    close(out.double(), inverse(case.block(), 112).sum(1), 1e-5)
 
 
 # ---------------------------------------------------------------------------------- where K-FAC is exact
@@ -305,9 +293,9 @@ def test_head_block_is_exact(rows):
 # ------------------------------------------------------------------------------------------ all of them
 
 
-def preconditioner(sizes: Sizes = DIAGONALIZED) -> KFAC:
+def preconditioner() -> KFAC:
     """A layer in slices 0..24, a small block in 24..30 and a head in 30..45."""
-    layer = CASES["linear"].block(sizes)
+    layer = CASES["linear"].block()
     small = SmallBlock([slice(24, 28), slice(28, 30)], torch.device("cpu"))
     small.update([rand(3, 2, 4), rand(3, 2, 2)], torch.ones(3, dtype=F64))
     head = HeadBlock(3, 4, slice(30, 42), slice(42, 45))
@@ -315,19 +303,15 @@ def preconditioner(sizes: Sizes = DIAGONALIZED) -> KFAC:
     return KFAC([layer, small, head])
 
 
-@pytest.mark.parametrize("sizes", [DIAGONALIZED, CHOLESKY, LOW_RANK])
-def test_preconditioner_is_symmetric_positive_definite_and_made_of_its_blocks(sizes):
-    operator = preconditioner(sizes)
+def test_preconditioner_is_made_of_its_blocks():
+    operator = preconditioner()
     trace = sum(block.trace for block in operator.blocks)
     assert operator.trace == pytest.approx(trace)
     assert operator.output_trace == pytest.approx(trace / 3)
     assert operator.factorize(RIDGE, F64) is operator
-    found = applied(operator, 45)
-    close(found, found.T, 1e-13)
-    assert float(torch.linalg.eigvalsh(found).min()) > 0
     alone = torch.stack([applied(block, 45) for block in operator.blocks])
     assert bool((alone.isfinite().sum(0) == 1).all(1).all())
-    assert torch.equal(found, alone.nansum(0))
+    assert torch.equal(applied(operator, 45), alone.nansum(0))
 
 
 def test_damping_spares_the_head():

@@ -19,7 +19,7 @@ from sklearn_lqf.network.linearize import LinearizedNetwork
 from sklearn_lqf.network.tracing import split_network
 from sklearn_lqf.paper.kfac import KFAC, SmallBlock
 from sklearn_lqf.paper.objective import Budget, Quadratic, build_kfac
-from sklearn_lqf.paper.solvers import SolverResult, pcg, sgd
+from sklearn_lqf.paper.solvers import SolverResult, pcg
 
 F64 = torch.float64
 N, C = 11, 3
@@ -201,26 +201,6 @@ def test_pcg_with_kfac_equals_least_squares(problem):
         result = solve(case, case.quadratic(), case.preconditioner())
         assert result.status is Status.CONVERGED
         close(result.x, case.optimum(), 1e-8)
-
-
-@pytest.mark.parametrize("sizes", [1, N, [2, 9]])
-def test_batches_and_preconditioner_do_not_matter(conv, sizes):
-    size = conv.network.n_parameters
-    mixed = rand(size, size, seed=9)
-    random = mixed @ mixed.T / size + torch.eye(size, dtype=F64)
-    for precondition in (conv.preconditioner(sizes), lambda v: random @ v):
-        close(solve(conv, conv.quadratic(sizes), precondition).x, conv.optimum(), 1e-8)
-
-
-@pytest.mark.parametrize("sizes", [4, N])
-def test_sgd_reaches_the_same_optimum(conv, sizes):
-    quadratic = conv.quadratic(sizes)
-    result = sgd(
-        quadratic.matvec, quadratic.batch_matvec, len(quadratic.batches), quadratic.rhs(),
-        conv.preconditioner(), 1e-10, 1000, torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    assert result.status is Status.CONVERGED
-    close(result.x, conv.optimum(), 1e-8)
 
 
 def test_head_alone_is_ridge():
