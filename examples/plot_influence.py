@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 
 from sklearn_lqf import LQFClassifier
@@ -37,7 +38,7 @@ print("strongest support comes from labels", y[train][effect.argmin(1)], "for pr
 # predicted.
 i = effect[0].argmin()
 weights = np.where(np.arange(len(train)) == i, 0.0, 1.0)
-again = LQFClassifier(**clf.get_params()).fit(X[train], y[train], weights)
+again = clone(clf).fit(X[train], y[train], weights)
 before, after = (m.decision_function(X[shown[:1]])[0] for m in (clf, again))
 change = (after - before)[before.argmax()]
 print(f"change of the output without it: predicted {effect[0, i]:+.4f}, fitted again {change:+.4f}")
