@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -173,7 +174,11 @@ def _from_module(module: nn.Module, wanted: Wanted) -> Backbone:
     channels = in_channels_of(twin)
     config = getattr(twin, "pretrained_cfg", None) or getattr(twin, "default_cfg", None)
     if isinstance(config, Mapping) and all(config.get(key) for key in ("input_size", "mean", "std")):
-        return finished(name, twin, Preprocessing.of_timm(config, channels), channels)
+        preprocessing = Preprocessing.of_timm(config, channels)
+        made_for = getattr(getattr(twin, "patch_embed", None), "img_size", None)
+        if made_for and config.get("fixed_input_size") and tuple(made_for) != tuple(config["input_size"][-2:]):
+            preprocessing = replace(preprocessing, size=tuple(made_for))  # by its owner
+        return finished(name, twin, preprocessing, channels)
     return finished(name, twin, _of_tower(twin, channels), channels)
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 __all__ = ["Preprocessing"]
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+# Of DINOv2, which was trained and evaluated at this size (Oquab et al., 2023) and has it on the hub of Hugging Face, too.
+# timm says 518, the size of the last part of its training, at which an image takes sixteen times as long.
+_DINOV2_SIZE = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Preprocessing:
     @classmethod
     def of_timm(cls, config: Mapping[str, Any], channels: int) -> Preprocessing:
         """From timm's configuration of a model."""
-        height, width = config["input_size"][-2:]
+        size = tuple(config["input_size"][-2:])
+        if "dinov2" in str(config.get("architecture")):
+            size = _DINOV2_SIZE
         mean, std = (
             # timm gives models of other channels the configuration for three.
             tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
@@ -60,7 +65,7 @@ class Preprocessing:
         interpolation = config.get("interpolation")
         if interpolation not in _INTERPOLATIONS:  # "random", "lanczos"
             interpolation = "bicubic"
-        return cls((height, width), mean, std, interpolation)
+        return cls(size, mean, std, interpolation)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Standardize the channels of images.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -113,6 +113,6 @@ def efficientnet_lite(name: str, wanted: Wanted) -> Backbone:
 
 
 def _finished_timm(name: str, module: nn.Module, timm: Any) -> Backbone:
-    config = timm.data.resolve_model_data_config(module)
+    config = {**cast(Any, module).pretrained_cfg, **timm.data.resolve_model_data_config(module)}
     channels = config["input_size"][0]  # the first convolution may come after a rearrangement of the pixels
     return finished(name, module, Preprocessing.of_timm(config, channels), channels)
