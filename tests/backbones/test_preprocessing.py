@@ -1,5 +1,7 @@
 """Preprocessing: what it does to pixels, and which values it takes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +9,13 @@ from support.networks import IMAGENET, uniform
 
 from sklearn_lqf.backbones.preprocessing import Preprocessing
 
-pytestmark = pytest.mark.usefixtures("global_generators_unchanged")
-
 
 def test_normalize_standardizes_each_channel_and_keeps_the_images():
     preprocessing = Preprocessing(None, (0.1, 0.2), (0.5, 0.25))
     images = uniform(3, 2, 4, 5).double()
     before = images.clone()
-    found = preprocessing.normalize(images)
     expected = np.stack([(before[:, 0] - 0.1) / 0.5, (before[:, 1] - 0.2) / 0.25], axis=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-15)
+    np.testing.assert_allclose(preprocessing.normalize(images), expected, rtol=1e-15)
     assert torch.equal(images, before)
     assert preprocessing.normalize(images.half()).dtype == torch.float16
 
@@ -24,17 +23,17 @@ def test_normalize_standardizes_each_channel_and_keeps_the_images():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (None, IMAGENET),
-        ({}, IMAGENET),
-        ({"size": 64}, Preprocessing((64, 64), IMAGENET.mean, IMAGENET.std, "bilinear")),
-        ({"size": [48, np.int64(64)]}, Preprocessing((48, 64), IMAGENET.mean, IMAGENET.std, "bilinear")),
-        ({"size": None}, Preprocessing(None, IMAGENET.mean, IMAGENET.std, "bilinear")),
-        ({"mean": 0, "std": np.ones(3)}, Preprocessing((224, 224), (0.0,) * 3, (1.0,) * 3, "bilinear")),
-        ({"interpolation": "nearest"}, Preprocessing((224, 224), IMAGENET.mean, IMAGENET.std, "nearest")),
+        (None, {}),
+        ({}, {}),
+        ({"size": 64}, {"size": (64, 64)}),
+        ({"size": [48, np.int64(64)]}, {"size": (48, 64)}),
+        ({"size": None}, {"size": None}),
+        ({"mean": 0, "std": np.ones(3)}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+        ({"interpolation": "nearest"}, {"interpolation": "nearest"}),
     ],
 )
 def test_override_replaces_what_is_given(overrides, expected):
-    assert IMAGENET.override(overrides) == expected
+    assert IMAGENET.override(overrides) == replace(IMAGENET, **expected)
 
 
 @pytest.mark.parametrize(
@@ -50,13 +49,9 @@ def test_override_replaces_what_is_given(overrides, expected):
         ({"size": (3, 64, 64)}, r"\['size'\] .* got \(3, 64, 64\)"),
         ({"size": 64.5}, r"\['size'\] .* got 64.5"),
         ({"interpolation": "lanczos"}, r"one of \['nearest', 'bilinear', 'bicubic'\], got 'lanczos'"),
+        ("bilinear", r"None or a dict with any of the keys .* got str"),
     ],
 )
 def test_override_refuses_unusable_values(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if isinstance(overrides, str) else ValueError, match=message):
         IMAGENET.override(overrides)
-
-
-def test_override_refuses_other_types():
-    with pytest.raises(TypeError, match=r"None or a dict with any of the keys .* got str"):
-        IMAGENET.override("bilinear")
