@@ -51,15 +51,6 @@ def test_untidy_network():
     assert not any(getattr(m, "inplace", False) for m in split.tail.modules())
 
 
-def test_activations_in_the_cache_are_not_changed():
-    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Flatten()))
-    split = split_checked(net, ["2"])
-    (cached,) = split.trunk(IMAGES)
-    before = cached.clone()
-    split.tail(cached)
-    assert torch.equal(cached, before)
-
-
 def relies_on_place(activation, part=lambda x: x):
     """A network that drops the activation's result: its input has been changed."""
 
@@ -170,9 +161,9 @@ def test_the_module_and_the_generator_are_untouched(dtype):
 
 
 def test_input_that_the_network_changes_in_place():
-    net = randomized(Other(lambda m, x: m.layer(x.sub_(1).mul_(2)), layer=nn.Linear(6, 4)))
+    net = Other(lambda m, x: m.layer(x.sub_(1).mul_(2)), layer=nn.Linear(6, 4))
     example = VECTORS.clone()
-    split = split_network(net, example, "all")
+    split = split_network(randomized(net), example, "all")
     torch.testing.assert_close(split.tail(*split.trunk(example)), net(VECTORS.clone()))
     assert torch.equal(example, VECTORS)
 
