@@ -63,9 +63,6 @@ def test_malformed_layers(layers):
         split_network(chain(), EXAMPLE, layers)
 
 
-# ---------------------------------------------------------------------------------- values that cross the cut
-
-
 def test_several_tensors_cross_the_cut():
     """Each layer sees the outputs of all before it."""
 
@@ -97,9 +94,6 @@ def test_cut_where_there_is_no_row_for_each_image(between):
     with pytest.raises(ValueError, match="tangent_layers cuts the network"):
         split_network(net, EXAMPLE, ["last"])
     split_network(net, EXAMPLE, "all")
-
-
-# ------------------------------------------------------------------------------------------------ parameters
 
 
 def tied():

@@ -98,9 +98,6 @@ def test_convolution_as_head(behind, head):
     torch.testing.assert_close(net(IMAGES), expected)
 
 
-# ------------------------------------------------------------------------------------------------- refusals
-
-
 def two():
     return {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)}
 
@@ -165,9 +162,6 @@ def test_the_search_leaves_the_network_as_it_is():
     assert [len(m._forward_hooks) for m in net] == [1, 0, 0]
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert torch.equal(x, VECTORS)
-
-
-# --------------------------------------------------------------------------------------------------- vectors
 
 
 def body(**more):

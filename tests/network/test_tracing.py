@@ -22,8 +22,6 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 from sklearn_lqf.network.tracing import find_head, remove_head, split_network
 
-# ------------------------------------------------------------------------------------------------- cleaning
-
 
 def untidy(m, x):
     """What evaluation does not need, and operations in place."""
@@ -113,9 +111,6 @@ def test_leaky_form_of_what_must_work_in_place():
         split_network(net, VECTORS, "all", SLOPE)
 
 
-# --------------------------------------------------------------------------------------- the caller's network
-
-
 def everything():
     """A network that each pass works on."""
     attention = nn.MultiheadAttention(9, 3, batch_first=True)
@@ -168,9 +163,6 @@ def test_input_that_the_network_changes_in_place():
     assert torch.equal(example, VECTORS)
 
 
-# -------------------------------------------------------------------------------------------------- surgery
-
-
 def test_encoder_layers_and_attention_are_made_of_linear_layers():
     net = randomized(everything())
     split, again = split_checked(net), split_network(net, EXAMPLE, "all")
@@ -190,9 +182,6 @@ def test_input_of_the_wrong_size():
     with pytest.raises(ValueError, match=r"input of shape \(6,\): ") as error:
         split_network(nn.Linear(5, 4), VECTORS)
     assert "image_size" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------- networks of libraries
 
 
 @pytest.mark.parametrize("size", [32, 45])
@@ -237,9 +226,6 @@ def test_networks_of_libraries(name):
         assert split.traced
         assert len(split.trunk(x)) == 1
         assert not of_type(split, nn.BatchNorm2d)
-
-
-# ------------------------------------------------------------------------------------------ tracing at one size
 
 
 class ByShape(nn.Module):

@@ -89,9 +89,6 @@ def unit_of_alpha(j: Tensor, weights: np.ndarray = WEIGHTS) -> float:
     return float(weights @ j.square().sum((1, 2)).numpy() / (C * weights.sum()))
 
 
-# ------------------------------------------------------------------------------------------- the solution
-
-
 @pytest.mark.parametrize("solver", ["pcg", "sgd"])
 @pytest.mark.parametrize("tangent_layers", ["head", 1, "all"])
 def test_is_the_dense_optimum(tangent_layers, solver):
@@ -155,9 +152,6 @@ def test_units_of_outputs():
     close(found.model.evaluator(None)(IMAGES), torch.from_numpy(unit) * plain.model.evaluator(None)(IMAGES))
 
 
-# ------------------------------------------------------------------------------------------- the penalty
-
-
 def leave_one_out_error(x: np.ndarray, y: np.ndarray, s: np.ndarray, m: np.ndarray, alpha: float) -> float:
     """Of ridge regressions without one of the m images that a row stands for, by refits."""
     total = 0.0
@@ -218,9 +212,6 @@ def test_automatic_penalty_has_a_floor(rows):
     assert found.relative_alpha == pytest.approx(0.5e-3)  # follows the scale of weights
 
 
-# ------------------------------------------------------------------------------------------- what is fitted
-
-
 def test_a_model_is_a_value(tmp_path):
     model = fit(prepared(), tol=1e-3).model
     with pytest.raises(FrozenInstanceError):
@@ -247,9 +238,6 @@ def test_float32():
     assert single.model.evaluator(None)(IMAGES).dtype == torch.float64
     # Of the solver and of float32, times the condition number of the problem.
     close(single.model.evaluator(None)(IMAGES), double.model.evaluator(None)(IMAGES), 1e-3)
-
-
-# ------------------------------------------------------------------------------------------- the course
 
 
 @pytest.mark.parametrize("solver", ["pcg", "sgd"])

@@ -159,9 +159,6 @@ def solve(problem: Problem, quadratic: Quadratic, preconditioner, tol: float = 1
     return pcg(quadratic.matvec, quadratic.rhs(), preconditioner, tol, 2000)
 
 
-# ------------------------------------------------------------------------------------------ the quadratic
-
-
 def test_products_equal_the_dense_quadratic(problem):
     quadratic, d = problem.quadratic([1, 4, 6]), rand(problem.network.n_parameters, seed=7)
     before = d.clone()
@@ -186,9 +183,6 @@ def test_points_are_kept_within_the_memory_meant_for_them(problem, kept, counts,
         found.append(len(seen))
     quadratic.value(d)
     assert [*found, len(seen)] == counts
-
-
-# ------------------------------------------------------------------------------------------- the optimum
 
 
 def test_pcg_with_kfac_equals_least_squares(problem):
@@ -222,9 +216,6 @@ def test_weights_are_rows_given_twice_or_left_out(name, weight):
     close(other.quadratic().rhs(), problem.quadratic().rhs())
     close(other.quadratic().matvec(d), problem.quadratic().matvec(d))
     close(other.preconditioner()(d), problem.preconditioner()(d), 1e-8)
-
-
-# ---------------------------------------------------------------------------------------- the curvature
 
 
 def test_kfac_has_the_trace_and_is_symmetric_positive_definite_and_owns_every_parameter_once(problem):

@@ -51,9 +51,6 @@ def relative_residual(h: Tensor, b: Tensor, x: Tensor) -> float:
     return float((b.double() - h.double() @ x.double()).norm() / b.double().norm())
 
 
-# ---------------------------------------------------------------------------------------------------- PCG
-
-
 def block_diagonal_inverse(h: Tensor) -> Tensor:
     """What K-FAC is at its best: the inverse of diagonal blocks."""
     return torch.linalg.inv(torch.block_diag(*(h[i : i + 20, i : i + 20] for i in range(0, 60, 20))))
@@ -115,9 +112,6 @@ def test_norms_of_long_vectors_accumulate_in_float64():
     result = pcg(lambda v: h * v, b, identity, 1e-6, 1)
     expected = (b - h * result.x).double().norm() / b.double().norm()
     assert result.residual_norms[-1] == pytest.approx(float(expected), rel=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------- statuses
 
 
 def run_sgd(matvec, b, precondition, tol, max_iter, *callback) -> SolverResult:
@@ -196,9 +190,6 @@ def test_slow_progress_is_no_stagnation(solver):
     assert result.status is Status.MAX_ITER
     norms = result.residual_norms
     assert any(later > 0.5 * earlier for earlier, later in zip(norms, norms[40:], strict=False))
-
-
-# ---------------------------------------------------------------------------------------------------- SGD
 
 
 class Batches:
