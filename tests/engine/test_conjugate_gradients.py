@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
-
 import numpy as np
 import pytest
 import torch
@@ -77,12 +75,9 @@ def test_statuses() -> None:
     _, hopeless = run(h, rhs[:, :1], rough, tol=1e-30, max_iter=10_000)
     assert hopeless.status is Status.STAGNATED
     assert hopeless.n_iter < 1000
-    assert all(status.value.endswith(".") for status in Status)
-    with pytest.raises(FrozenInstanceError):
-        short.status = Status.CONVERGED  # type: ignore[misc]
 
 
 def test_nothing_to_solve() -> None:
-    assert run(torch.eye(4), torch.zeros(4, 2))[1].n_iter == 0
-    x, course = run(torch.eye(4), torch.zeros(4, 0))
-    assert (x.shape, course.converged) == ((4, 0), True)
+    for outputs in (0, 2):
+        x, course = run(torch.eye(4), torch.zeros(4, outputs))
+        assert (x.shape, course.n_iter, course.converged) == ((4, outputs), 0, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.linear import close
 from torch import Tensor
 
 from sklearn_lqf.engine.conjugate_gradients import Status
@@ -46,50 +45,26 @@ def test_estimates_are_near_the_exact_answers(overlap: float) -> None:
     assert variances[0] == pytest.approx(variances[1], rel=0.16)
 
 
-def test_the_estimate_solves_with_conjugate_gradients() -> None:
-    x, s, y, new = correlated(0.7)
-    form, exact = EstimatedForm(x, s, EVEN, tol=1e-11, max_iter=500), ColumnForm(x, s)
-    found, expected = form.solve(y), exact.solve(y)
-    assert found.course is not None
-    assert found.course.converged
-    close(found.coef, expected.coef.numpy(), accuracy=1e-8)
-    close(found.dual, expected.dual.numpy(), accuracy=1e-8)
-    close(form.hat(new), exact.hat(new).numpy(), accuracy=1e-8)
-
-
 @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
 @pytest.mark.parametrize("width", [0.01, 1.0, 100.0])
-def test_tol_bounds_the_error_of_outputs(tol: float, width: float) -> None:
-    x, s, y, _ = correlated(0.7)
-    x, y = width * x, y * torch.tensor([1.0, 1e-6], dtype=torch.float64) + 5.0  # each output has a scale of its own
-    found, exact = EstimatedForm(x, s, EVEN, tol=tol, max_iter=5000).solve(y), ColumnForm(x, s).solve(y)
+def test_tol_bounds_the_error_of_outputs_and_is_near_it(tol: float, width: float) -> None:
+    x, s, y, new = correlated(0.7)
+    x, new = width * x, width * new
+    y = y * torch.tensor([1.0, 1e-6], dtype=torch.float64) + 5.0  # each output has a scale of its own
+    form, form_of_oracle = EstimatedForm(x, s, EVEN, tol=tol, max_iter=5000), ColumnForm(x, s)
+    found, exact = form.solve(y), form_of_oracle.solve(y)
     assert found.course is not None
     assert found.course.status is Status.CONVERGED
+    assert found.course.errors[-1] <= tol
     outputs = [x @ f.coef + f.intercept for f in (found, exact)]
     mean = (s @ y) / s.sum()
     error, size = ((s @ v.square() / s.sum()).sqrt() for v in (outputs[0] - outputs[1], y - mean))
-    assert bool((error <= found.course.errors[-1] * size * (1 + 1e-6)).all())
-    assert found.course.errors[-1] <= tol
-
-
-def test_the_bound_is_near_the_error_at_the_default_tolerance() -> None:
-    ratios = []
-    for overlap in (0.2, 0.7, 1.0):
-        for width in (0.3, 1.0, 3.0):
-            x, s, y, _ = correlated(overlap)
-            found, exact = EstimatedForm(width * x, s, EVEN, tol=1e-3, max_iter=5000).solve(y), ColumnForm(width * x, s)
-            assert found.course is not None
-            error = (found.dual - exact.solve(y).dual) / s[:, None]  # of the residuals
-            ratio = found.course.errors[-1] * y.sub((s @ y) / s.sum()).square().mul(s[:, None]).sum(0).sqrt()
-            ratios += (ratio / error.square().mul(s[:, None]).sum(0).sqrt()).tolist()
-    assert min(ratios) >= 1
-    assert np.median(ratios) <= 10
-
-
-def test_tol_bounds_the_error_of_a_row_of_the_hat() -> None:
-    x, s, _, new = correlated(0.7)
-    found, exact = EstimatedForm(x, s, EVEN, tol=1e-3, max_iter=500), ColumnForm(x, s)
-    assert float((found.hat(new) - exact.hat(new)).norm(dim=1).max()) < 1e-2 * float(exact.hat(new).norm(dim=1).min())
+    bound = found.course.errors[-1] * size
+    assert bool((error <= bound * (1 + 1e-6)).all())
+    if width == 1 and tol == 1e-3:  # the default tolerance
+        assert float((bound / error).median()) <= 10
+        wrong = (form.hat(new) - form_of_oracle.hat(new)).norm(dim=1)
+        assert float(wrong.max()) < 1e-2 * float(form_of_oracle.hat(new).norm(dim=1).min())
 
 
 def test_estimated_diagonals_lie_between_nothing_and_the_weights() -> None:

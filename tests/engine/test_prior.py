@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +30,10 @@ def problem(n: int = 13, outputs: int = 3, seed: int = 0) -> tuple[list[np.ndarr
     multiplicity = np.where(rng.random(n) < 0.5, 1.0, rng.uniform(1.0, 4.0, n))
     groups = [centered(rng.standard_normal((n, d)), weights) for d in (2, 5, 20)]
     targets = groups[0] @ rng.standard_normal((2, outputs)) + 0.5 * rng.standard_normal((n, outputs)) + 7.0
-    return groups, Rows(kernels(groups), targets, weights, multiplicity, outputs)
+    rows = Rows(kernels(groups), targets, weights, multiplicity, outputs)
+    for array in (rows.kernels, rows.targets, rows.weights, rows.multiplicity):
+        array.flags.writeable = False  # a search must not change its input
+    return groups, rows
 
 
 def kernels(groups: list[np.ndarray]) -> np.ndarray:
@@ -46,8 +49,8 @@ def needle(n: int = 60, noise_groups: int = 5, seed: int = 1) -> Rows:
 
 
 def repeated(rows: Rows, counts: np.ndarray) -> tuple[Rows, Rows]:
-    """Rows with whole multiplicities as weights, and the same with each row given as often."""
-    index = np.repeat(np.arange(len(counts)), counts)
+    """Rows with whole multiplicities as weights, and the same with each row given as often, in another order."""
+    index = np.random.default_rng(3).permutation(np.repeat(np.arange(len(counts)), counts))
     once = rows.weights  # of one image
     joined = replace(rows, weights=once * counts, multiplicity=counts.astype(float))
     given = Rows(rows.kernels[:, index][:, :, index], rows.targets[index], once[index], np.ones(len(index)), rows.free)
@@ -100,7 +103,7 @@ def test_gradient_equals_finite_differences(kind, outputs):
 
 
 @KINDS
-def test_row_of_weight_two_equals_row_twice(kind):
+def test_row_of_weight_two_equals_row_twice_in_any_order(kind):
     _, rows = problem(n=26)
     joined, given = repeated(rows, np.tile([1, 2, 3, 1], 7)[:26])
     for a, b in zip(criterion(joined, THETA, kind), criterion(given, THETA, kind), strict=True):
@@ -118,27 +121,17 @@ def test_row_of_weight_two_equals_row_twice(kind):
 
 
 @KINDS
-def test_copies_favor_a_large_scale(kind):
-    _, rows = problem(n=15)
-    joined, _ = repeated(rows, np.full(15, 3))
-    alone = replace(joined, multiplicity=np.ones(15))
-    ones = np.ones(3)
-    assert scale_prior(joined, ones, kind=kind) > scale_prior(alone, ones, kind=kind)
-
-
-@KINDS
-def test_order_of_rows_does_not_matter(kind):
-    _, rows = problem()
-    order = np.random.default_rng(3).permutation(len(rows.weights))
-    shuffled = Rows(
-        np.ascontiguousarray(rows.kernels[:, order][:, :, order]),
-        rows.targets[order],
-        rows.weights[order],
-        rows.multiplicity[order],
-        rows.free,
-    )
-    first, second = (learn_prior(r, np.ones(3), kind=kind) for r in (rows, shuffled))
-    np.testing.assert_allclose(first, second, rtol=1e-6)  # rounding, amplified by L-BFGS
+def test_scale_equals_the_best_of_a_fine_grid(kind):
+    _, rows = problem(n=30)
+    shares = np.array([5.0, 2.0, 1.0])
+    grid = np.linspace(-9, 12, 1051)
+    values = [criterion(rows, np.exp(u) * shares / 8, kind)[0] + 0.01 * u**2 for u in grid]
+    best = grid[int(np.argmin(values))]
+    assert np.log(scale_prior(rows, shares, kind=kind)) == pytest.approx(best, abs=0.03)  # the step is 0.02
+    # So does the search for the prior of one group, whose scale alone a narrow hyper-prior leaves to be learned.
+    one = replace(rows, kernels=rows.kernels[:1])
+    learned = learn_prior(one, np.ones(1), kind=kind, deviation=1e-2)
+    assert np.log(learned[0]) == pytest.approx(np.log(scale_prior(one, np.ones(1), kind=kind)), abs=0.02)
 
 
 @KINDS
@@ -166,6 +159,7 @@ def test_learned_prior_is_a_minimum(kind, total):
     _, rows = problem(n=40)  # more rows than features: the noise is seen, and the scale stays off its bounds
     expected, deviation = np.array([1.0, 4.0, 2.0]), np.array([0.5, 1.0, 2.0])
     theta = learn_prior(rows, expected, kind=kind, deviation=deviation, total=total)
+    assert total is None or theta.sum() == pytest.approx(total, rel=1e-12)
     shares = expected / expected.sum()
 
     def objective(log_theta: np.ndarray) -> float:
@@ -186,26 +180,6 @@ def test_learned_prior_is_a_minimum(kind, total):
             assert objective(moved) > best - 1e-3  # the search stops at slopes of 1e-2
 
 
-def test_total_is_kept():
-    _, rows = problem()
-    for total in (1e-3, 1.0, 50.0):
-        theta = learn_prior(rows, np.array([1.0, 2.0, 3.0]), total=total)
-        assert theta.sum() == pytest.approx(total, rel=1e-12)
-        assert (theta > 0).all()
-
-
-@KINDS
-def test_search_is_deterministic_and_keeps_its_input(kind):
-    _, rows = problem()
-    before = [a.copy() for a in (rows.kernels, rows.targets, rows.weights, rows.multiplicity)]
-    for a in (rows.kernels, rows.targets, rows.weights, rows.multiplicity):
-        a.flags.writeable = False
-    first, second = (learn_prior(rows, np.ones(3), kind=kind) for _ in range(2))
-    assert (first == second).all()
-    for a, b in zip((rows.kernels, rows.targets, rows.weights, rows.multiplicity), before, strict=True):
-        assert (a == b).all()
-
-
 @KINDS
 def test_constant_group_breaks_nothing(kind):
     _, rows = problem(n=40)
@@ -215,8 +189,6 @@ def test_constant_group_breaks_nothing(kind):
     assert np.isfinite(theta).all() and (theta > 0).all()
     # The others are as without it but for the weak hyper-prior on the scale, of which they have less a priori.
     np.testing.assert_allclose(np.log(theta[:3]), np.log(learn_prior(rows, np.ones(3), kind=kind)), atol=0.05)
-    joint = learn_prior(with_zero, np.ones(4), kind=kind, total=2.0)
-    assert (joint > 0).all() and joint.sum() == pytest.approx(2.0)
     alone = replace(rows, kernels=zero)
     assert 0 < learn_prior(alone, np.ones(1), kind=kind)[0] < np.inf
     assert 0 < scale_prior(alone, np.ones(1), kind=kind) < np.inf
@@ -225,28 +197,19 @@ def test_constant_group_breaks_nothing(kind):
 @KINDS
 @pytest.mark.parametrize("total", [None, 3.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 12])
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e6])
-def test_equal_targets_leave_the_expected_shares(kind, total, n, value):
+def test_equal_targets_leave_the_expected_shares_and_few_rows_suffice(kind, total, n):
     rng = np.random.default_rng(n)
     groups = [centered(rng.standard_normal((n, 4)), np.ones(n)) if n > 1 else np.zeros((1, 4)) for _ in range(3)]
-    targets = np.full((n, 2), value) + np.array([0.0, 0.3])
-    rows = Rows(kernels(groups), targets, np.full(n, 1.7), np.ones(n), 2)
-    assert criterion(rows, THETA, kind)[0] == 0
-    theta = learn_prior(rows, THETA, kind=kind, total=total)
-    np.testing.assert_allclose(theta / theta.sum(), THETA / THETA.sum(), rtol=1e-12)
-    assert np.isfinite(theta).all() and (theta > 0).all()
-    assert scale_prior(rows, THETA, kind=kind) == 1
-
-
-@KINDS
-@pytest.mark.parametrize("total", [None, 3.0])
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("outputs", [1, 2])
-def test_few_rows(kind, total, n, outputs):
-    rng = np.random.default_rng(n)
-    groups = [centered(rng.standard_normal((n, 4)), np.ones(n)) for _ in range(3)]
-    targets = np.eye(2)[[0, 1, 1][:n]][:, :outputs]
+    for value in (0.0, 0.1, -1e6):
+        targets = np.full((n, 2), value) + np.array([0.0, 0.3])
+        rows = Rows(kernels(groups), targets, np.full(n, 1.7), np.ones(n), 2)
+        assert criterion(rows, THETA, kind)[0] == 0
+        theta = learn_prior(rows, THETA, kind=kind, total=total)
+        np.testing.assert_allclose(theta / theta.sum(), THETA / THETA.sum(), rtol=1e-12)
+        assert np.isfinite(theta).all() and (theta > 0).all()
+        assert scale_prior(rows, THETA, kind=kind) == 1
     for multiplicity in (1.0, 2.0):
+        targets = np.eye(2)[np.arange(n) % 2]
         rows = Rows(kernels(groups), targets, np.full(n, multiplicity), np.full(n, multiplicity), 1)
         theta = learn_prior(rows, np.ones(3), kind=kind, total=total)
         assert np.isfinite(theta).all() and (theta > 0).all()
@@ -265,15 +228,6 @@ def test_targets_without_noise_stay_within_the_bounds(kind):
 
 
 @KINDS
-def test_extreme_weights_need_no_jitter(kind):
-    _, rows = problem()
-    weights = np.geomspace(1e-6, 1e3, len(rows.weights))
-    rows = replace(rows, weights=weights)
-    value, gradient = criterion(rows, 1e4 * THETA, kind)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
-
-
-@KINDS
 def test_kernels_rounded_to_float32_work_at_any_scale(kind):
     rng = np.random.default_rng(7)
     base = rng.standard_normal((80, 3)).astype(np.float32)
@@ -281,45 +235,13 @@ def test_kernels_rounded_to_float32_work_at_any_scale(kind):
     noise = rng.standard_normal(kernel.shape) * 1e-6
     kernel += noise + noise.T
     assert np.linalg.eigvalsh(1e9 * kernel + np.eye(80)).min() < 0  # no Cholesky factor as it stands
-    rows = Rows(kernel[None], rng.standard_normal((80, 1)), np.ones(80), np.ones(80), 1)
-    value, gradient = criterion(rows, np.array([1e9]), kind)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
+    for weights in (np.ones(80), np.geomspace(1e-6, 1e3, 80)):
+        rows = Rows(kernel[None], rng.standard_normal((80, 1)), weights, np.ones(80), 1)
+        value, gradient = criterion(rows, np.array([1e9]), kind)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-@KINDS
-@pytest.mark.parametrize("seed", range(4))
-def test_scale_equals_the_best_of_a_fine_grid(kind, seed):
-    _, rows = problem(n=25, seed=seed)
-    shares = np.array([5.0, 2.0, 1.0])
-    grid = np.linspace(-9, 12, 2101)
-    values = [criterion(rows, np.exp(u) * shares / 8, kind)[0] + 0.01 * u**2 for u in grid]
-    best = grid[int(np.argmin(values))]
-    assert np.log(scale_prior(rows, shares, kind=kind)) == pytest.approx(best, abs=0.02)  # the step is 0.01
-
-
-@KINDS
-def test_learned_scale_agrees_with_scale_prior_for_one_group(kind):
-    _, rows = problem(n=30)
-    rows = replace(rows, kernels=rows.kernels[:1])
-    # A narrow hyper-prior leaves the scale alone to be learned.
-    theta = learn_prior(rows, np.ones(1), kind=kind, deviation=1e-2)
-    assert np.log(theta[0]) == pytest.approx(np.log(scale_prior(rows, np.ones(1), kind=kind)), abs=0.02)
-
-
-@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
-def test_bad_input_is_refused(bad):
-    _, rows = problem()
-    with pytest.raises(ValueError, match="expected must be positive and finite"):
-        learn_prior(rows, np.array([1.0, bad, 1.0]))
-    with pytest.raises(ValueError, match="deviation must be positive and finite"):
-        learn_prior(rows, np.ones(3), deviation=bad)
-    with pytest.raises(ValueError, match="total must be positive and finite"):
-        learn_prior(rows, np.ones(3), total=bad)
-    with pytest.raises(ValueError, match="shares must be positive and finite"):
-        scale_prior(rows, np.array([1.0, bad, 1.0]))
-
-
-def test_unknown_kind_shape_and_bad_kernel_are_refused():
+def test_bad_input_is_refused():
     _, rows = problem()
     calls = [
         lambda kind: criterion(rows, THETA, kind),
@@ -329,14 +251,14 @@ def test_unknown_kind_shape_and_bad_kernel_are_refused():
     for call in calls:
         with pytest.raises(ValueError, match="kind must be one of"):
             call("evidenz")
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        for name, numbers in {"expected": np.array([1.0, bad, 1.0]), "deviation": bad, "total": bad}.items():
+            with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+                learn_prior(rows, **{"expected": np.ones(3), name: numbers})
+        with pytest.raises(ValueError, match="shares must be positive and finite"):
+            scale_prior(rows, np.array([1.0, bad, 1.0]))
     with pytest.raises(ValueError, match="one number for each of the 3 kernels"):
         learn_prior(rows, np.ones(2))
     for kernel in (-rows.kernels, np.full_like(rows.kernels, np.nan)):
         with pytest.raises(np.linalg.LinAlgError, match="finite and positive semi-definite"):
             criterion(replace(rows, kernels=kernel), 100 * THETA)
-
-
-def test_rows_are_immutable():
-    _, rows = problem()
-    with pytest.raises(FrozenInstanceError):
-        rows.free = 2

@@ -64,13 +64,6 @@ def test_groups_are_standardized_with_the_weights():
     assert s.sum() == pytest.approx(np.maximum(GIVEN, 1).sum())  # the number of images
     np.testing.assert_allclose(s / GIVEN, s[0] / GIVEN[0])
     np.testing.assert_allclose(s @ psi, 0, atol=1e-9)
-    norms = [s @ np.square(part).sum(1) / s.sum() for part in np.split(psi, [5, 9, 12, 16], axis=1)]
-    np.testing.assert_allclose(norms, [1, 1, 1, 0.5, 0.5])  # parts of a group have equal shares
-    twice = pose(ROWS.taking(np.repeat(np.arange(N), 2)))
-    np.testing.assert_allclose(twice.standardization.scale, found.standardization.scale)
-
-
-def test_features_that_are_not_finite_are_refused():
     wrong = np.where(np.arange(FEATURES.size).reshape(FEATURES.shape) == 7, np.inf, FEATURES)
     with pytest.raises(ValueError, match="not all finite"):
         pose(replace(ROWS, features=wrong))
@@ -129,28 +122,22 @@ def many(monkeypatch) -> TrainingRows:
     return TrainingRows(features, np.eye(C)[codes], np.ones(200), rng.integers(0, 256, (200, 16), dtype=np.uint8))
 
 
-def test_rows_of_the_prior_are_some_of_each_class(many):
-    sample = pose(many)._prior_rows()
-    assert np.bincount(many.targets[sample].argmax(1)).tolist() == [10, 10, 10]
-    assert len(np.unique(sample)) == 30
+def test_rows_of_the_prior_are_some_of_each_class_chosen_by_content(many):
+    one = pose(many)
+    chosen = one._prior_rows()
+    assert np.bincount(many.targets[chosen].argmax(1)).tolist() == [10, 10, 10]
+    assert len(np.unique(chosen)) == 30
     plain = pose(many, stratified=False, free=C)._prior_rows()
     assert len(plain) == 30 and np.bincount(many.targets[plain].argmax(1))[0] > 15
-
-
-def test_rows_of_the_prior_are_chosen_by_content(many):
     order = np.random.default_rng(2).permutation(200)
-    one, other = pose(many), pose(many.taking(order))
-    assert set(one._prior_rows()) == set(order[other._prior_rows()])
+    other = pose(many.taking(order))
+    assert set(chosen) == set(order[other._prior_rows()])
     np.testing.assert_allclose(other.variances, one.variances, rtol=1e-6)
     grown = pose(many.joined(replace(many.taking(order[:1]), digests=np.full((1, 16), 255, np.uint8))))
-    assert len(set(grown._prior_rows()) - set(one._prior_rows())) <= 1  # one image more hardly changes the choice
-
-
-def test_copies_stand_together_in_the_prior(many):
-    chosen = pose(many)._prior_rows()
+    assert len(set(grown._prior_rows()) - set(chosen)) <= 1  # one image more hardly changes the choice
+    # Copies stand together.
     weighted = replace(many, given=np.where(np.isin(np.arange(200), chosen[::3]), 2.0, 1.0))
-    repeated = np.r_[np.arange(200), chosen[::3]]
-    twice = pose(many.taking(repeated))
+    twice = pose(many.taking(np.r_[np.arange(200), chosen[::3]]))
     assert len(twice._prior_rows()) == 40
     np.testing.assert_allclose(twice.variances, pose(weighted).variances, rtol=1e-6)
 
@@ -199,12 +186,6 @@ def test_conjugate_gradients_say_how_they_went():
     assert "max_iter" in pose(solver="pcg", max_iter=1).solve("auto")[0].advice
 
 
-def test_with_one_exact_block_estimates_are_exact():
-    closed, found = (pose(prior="last", solver=solver).solve("auto") for solver in ("closed", "pcg"))
-    np.testing.assert_allclose(found[1], closed[1], atol=1e-9)
-    assert found[0].noise == pytest.approx(closed[0].noise, rel=1e-9)
-
-
 def test_what_does_not_fit_is_estimated():
     assert pose(budget=1000).solve("auto")[0].method == "estimate"
     assert pose(budget=8 * N**2).solve("auto")[0].method == "rows"
@@ -212,44 +193,18 @@ def test_what_does_not_fit_is_estimated():
         pose(budget=1000, solver="closed").solve("auto")
 
 
-def test_noise_has_the_largest_restricted_likelihood():
+# ------------------------------------------------------------------------------------------------------ penalties
+
+
+def test_at_a_penalty_shares_are_those_of_the_prior():
     found = pose()
-    phi, s, images = scaled(found, found.variances), found.weights, np.maximum(GIVEN, 1).sum()
-    inverse = np.linalg.inv(phi @ phi.T + np.diag(1 / s))
-    m = inverse - np.outer(inverse.sum(1), inverse.sum(0)) / inverse.sum()
-    expected = np.trace(found.targets.T @ m @ found.targets) / ((images - 1) * (C - 1))
-    assert found.solve("auto")[0].noise == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_row_of_weight_two_is_a_row_given_twice():
-    repeated = np.repeat(np.arange(N), np.where(GIVEN == 2, 2, 1))
-    twice = replace(ROWS.taking(repeated), given=np.where(GIVEN == 2, 1.0, GIVEN)[repeated])
-    (one, left_out), (other, others) = pose().solve("auto"), pose(twice).solve("auto")
-    np.testing.assert_allclose(other.weight, one.weight, rtol=0, atol=1e-6 * np.abs(one.weight).max())
-    np.testing.assert_allclose(others, left_out[repeated], atol=1e-6)
-    assert other.noise == pytest.approx(one.noise, rel=1e-6)
-
-
-# -------------------------------------------------------------------------------------------- penalties and units
-
-
-@pytest.mark.parametrize("alpha", [0.01, 1, 30.0])
-def test_at_a_penalty_shares_are_those_of_the_prior(alpha):
-    found = pose()
-    theta = found.variances_at(alpha)
-    np.testing.assert_allclose(theta * alpha, found.variances / found.variances.sum())
-    np.testing.assert_allclose(found.held_out(alpha), refits(found, theta), atol=1e-8)
-    solution, held_out = found.solve(alpha)
-    np.testing.assert_allclose(held_out, found.held_out(alpha), atol=1e-12)
-    np.testing.assert_allclose(solution.variances, theta)
-    assert found.variances_at("auto") is found.variances
-
-
-def test_targets_are_in_their_unit():
-    unit = np.array([1.0, 10.0, 0.1])
-    rows = replace(ROWS, targets=ROWS.targets * unit)
-    found = Problem(rows, GROUPS, GIVEN, unit, RECIPE).solve("auto")[0]
-    np.testing.assert_allclose(found.weight, pose().solve("auto")[0].weight, rtol=1e-9, atol=1e-12)
+    for alpha in (0.01, 1, 30.0):
+        theta = found.variances_at(alpha)
+        np.testing.assert_allclose(theta * alpha, found.variances / found.variances.sum())
+        np.testing.assert_allclose(found.held_out(alpha), refits(found, theta), atol=1e-8)
+        solution, held_out = found.solve(alpha)
+        np.testing.assert_allclose(held_out, found.held_out(alpha), atol=1e-12)
+        np.testing.assert_allclose(solution.variances, theta)
 
 
 def test_a_fitted_solution_keeps_scale_and_prior():
