@@ -14,22 +14,15 @@ from support.images import Pairs, as_files, as_pil, encoded, whole
 
 from sklearn_lqf.images.reading import ImageInputs
 
-TURNS = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
-
 
 def exif(orientation: int) -> Image.Exif:
     found = Image.Exif()
     found[0x0112] = orientation
     return found
+
+
+def opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content))
 
 
 # -------------------------------------------------------------------------------------------------------- colors
@@ -40,8 +33,7 @@ def test_pil_modes_are_converted(color, mode):
     image = Image.fromarray(color[0]).convert(mode)
     for target, in_channels in (("RGB", 3), ("L", 1)):
         expected = np.asarray(image.convert(target))
-        options = {"in_channels": in_channels}
-        assert torch.equal(whole([image], **options), whole(expected[None], **options))
+        assert torch.equal(whole([image], in_channels=in_channels), whole(expected[None], in_channels=in_channels))
 
 
 def test_palette_with_transparency_is_read_silently(gray, tmp_path):
@@ -69,51 +61,46 @@ def test_files_for_other_than_1_or_3_channels(color, tmp_path):
 # --------------------------------------------------------------------------------------------------- orientation
 
 
-@pytest.mark.parametrize("orientation", TURNS)
-@pytest.mark.parametrize("format", ["png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["png", "webp", "tiff", "jpeg"])
 def test_orientation_of_files_is_applied(color, tmp_path, orientation, format):
-    path = tmp_path / f"turned.{format}"
     options = {"lossless": True} if format == "webp" else {}
-    Image.fromarray(color[0]).save(path, exif=exif(orientation), **options)
-    expected = whole(TURNS[orientation](color[0])[None])
+    content = encoded(color[0], format, exif=exif(orientation), **options)
+    turned = opened(content)
+    if format != "tiff":  # which Pillow turns as it loads them, and in some versions again
+        expected = ImageOps.exif_transpose(turned)
+    else:
+        expected = ImageOps.exif_transpose(opened(encoded(color[0], exif=exif(orientation))))
+    expected = whole(np.asarray(expected)[None])
+    path = tmp_path / f"turned.{format}"
+    path.write_bytes(content)
     assert ImageInputs([path]).image_shape[:2] == expected.shape[2:]
-    with Image.open(path) as image:  # untouched since it was opened
-        for X in ([path], [path.read_bytes()], [image]):
-            assert torch.equal(whole(X), expected)
-
-
-@pytest.mark.parametrize("orientation", TURNS)
-def test_orientation_is_that_of_pillow(color, orientation):
-    content = encoded(color[0], "jpeg", exif=exif(orientation))
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
-    assert torch.equal(whole([content]), whole(expected[None]))
+    for X in ([path], [content], [opened(content)]):
+        assert torch.equal(whole(X), expected)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda image: image.rotate(90, expand=True),
-        lambda image: image.transpose(Image.Transpose.ROTATE_90),
         lambda image: image.convert("RGB"),
         lambda image: image.copy(),
         lambda image: image.crop((0, 0, 5, 5)),
     ],
 )
 def test_images_that_were_changed_are_taken_as_they_are(color, change):
-    content = encoded(color[0], exif=exif(6))
-    changed = change(Image.open(io.BytesIO(content)))
+    changed = change(opened(encoded(color[0], exif=exif(6))))
     pixels = whole(np.asarray(changed)[None])
     with pytest.warns(UserWarning, match=r"X\[1\].*changed after it was opened.*exif_transpose.*del image.getexif"):
-        found = whole([*as_pil(pixels[0].permute(1, 2, 0).numpy()[None].astype(np.uint8)), changed])
+        found = whole([*as_pil(np.zeros_like(changed)[None]), changed])
     assert torch.equal(found[1:], pixels)
     del changed.getexif()[0x0112]  # the remedy
     assert torch.equal(whole([changed]), pixels)
 
 
 def test_images_that_pillow_turned_are_taken_as_they_are(color):
-    content = encoded(color[0], exif=exif(6))
     expected = whole(np.rot90(color[0], -1)[None])
-    image = Image.open(io.BytesIO(content))
+    image = opened(encoded(color[0], exif=exif(6)))
     assert torch.equal(whole([ImageOps.exif_transpose(image)]), expected)
     if "in_place" in inspect.signature(ImageOps.exif_transpose).parameters:  # Pillow >= 9.5
         ImageOps.exif_transpose(image, in_place=True)
@@ -121,7 +108,7 @@ def test_images_that_pillow_turned_are_taken_as_they_are(color):
 
 
 def test_one_warning_names_the_images_of_a_batch(color):
-    X = [Image.open(io.BytesIO(encoded(image, exif=exif(6)))).copy() for image in color]
+    X = [opened(encoded(image, exif=exif(6))).copy() for image in color]
     inputs = ImageInputs([*as_pil(color[:1]), *X])
     with pytest.warns(UserWarning) as caught:
         inputs.batch(0, 4)
@@ -129,12 +116,6 @@ def test_one_warning_names_the_images_of_a_batch(color):
     assert "X[1]" in str(caught[0].message)
     assert "So are X[2], X[3]." in str(caught[0].message)
     inputs.batch(4, 7)  # silently
-
-
-def offset_of_orientation(orientation: int) -> bytes:
-    """EXIF whose other tag is broken, with a sound orientation."""
-    entries = [struct.pack("<HHLL", 0x010F, 2, 1000, 5000), struct.pack("<HHLHH", 0x0112, 3, 1, orientation, 0)]
-    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + b"".join(entries) + bytes(4)
 
 
 BROKEN = {
@@ -151,25 +132,25 @@ BROKEN = {
 def test_broken_metadata_make_no_image_unreadable(color, tmp_path, format, case):
     content = encoded(color[0], format, exif=BROKEN[case], **({"lossless": True} if format == "webp" else {}))
     (tmp_path / f"a.{format}").write_bytes(content)
-    expected = whole(np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[None])
+    expected = whole(np.asarray(opened(content).convert("RGB"))[None])
     with pytest.warns(UserWarning, match=r"orientation of X\[0\] \('.*a\..*'\) cannot be read.*EXIF.*save it anew"):
         assert torch.equal(whole([tmp_path / f"a.{format}"]), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert torch.equal(whole([Image.open(io.BytesIO(content))]), expected)
+        assert torch.equal(whole([opened(content)]), expected)
 
 
 def test_orientation_is_read_beside_tags_that_are_broken(color):
-    content = encoded(color[0], exif=offset_of_orientation(6))
-    assert torch.equal(whole([content]), whole(np.rot90(color[0], -1)[None]))
+    entries = [struct.pack("<HHLL", 0x010F, 2, 1000, 5000), struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)]
+    broken = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + b"".join(entries) + bytes(4)
+    assert torch.equal(whole([encoded(color[0], exif=broken)]), whole(np.rot90(color[0], -1)[None]))
 
 
 # -------------------------------------------------------------------------------------------------- broken files
 
 
 def test_missing_file(color, tmp_path):
-    X = [*as_files(color, tmp_path), tmp_path / "missing.png"]
-    inputs = ImageInputs(X)
+    inputs = ImageInputs([*as_files(color, tmp_path), tmp_path / "missing.png"])
     inputs.batch(0, len(color))
     with pytest.raises(FileNotFoundError, match=r"X\[7\] \('.*missing\.png'\) does not exist") as caught:
         inputs.batch(7, 8)
@@ -194,27 +175,21 @@ def test_truncated_file(rng, tmp_path, suffix, kept, n_jobs):
     assert "0x" not in str(caught.value)
 
 
-def test_corrupt_file(color, tmp_path):
-    path = as_files(color[:1], tmp_path)[0]
-    content = bytearray(path.read_bytes())
-    content[60:90] = b"\x00" * 30  # breaks a checksum, for which PIL raises SyntaxError, not OSError
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"X\[0\] \('.*0\.png'\) cannot be read as an image"):
-        whole([path])
-
-
-def test_files_that_are_no_images(tmp_path):
+def test_files_that_are_no_images(color, tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    for path, reason in ((tmp_path / "text.png", "none that Pillow knows"), (tmp_path, "directory")):
-        with pytest.raises(ValueError, match=rf"X\[0\] .* cannot be read as an image: .*{reason}") as caught:
+    content = bytearray(encoded(color[0]))
+    content[60:90] = b"\x00" * 30  # breaks a checksum, for which PIL raises SyntaxError, not OSError
+    (tmp_path / "sum.png").write_bytes(content)
+    for path, reason in (
+        (tmp_path / "text.png", "none that Pillow knows"),
+        (tmp_path, "directory"),
+        (tmp_path / "sum.png", ""),
+    ):
+        with pytest.raises(ValueError, match=rf"X\[0\] .* cannot be read as an image: .*{reason}"):
             whole([path])
-        assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(ValueError, match=r"X\[0\] cannot be read as an image: its format is none") as caught:
         whole([b"secret"])
     assert "secret" not in str(caught.value)
-
-
-def test_pil_image_whose_file_is_truncated(color, tmp_path):
     path = as_files(color[:1], tmp_path)[0]
     path.write_bytes(path.read_bytes()[:-100])
     with Image.open(path) as image, pytest.raises(ValueError, match=r"X\[0\] is a PIL image that cannot be"):
@@ -229,23 +204,22 @@ def test_decompression_bomb(color, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_broken_files_are_named_together(color, tmp_path, n_jobs):
-    paths = as_files(np.repeat(color, 6, axis=0), tmp_path)
-    bad = [3, 17, 40]
-    for index in bad[:2]:
-        paths[index].write_bytes(b"no image")
-    paths[40].unlink()
+def test_broken_files_among_a_thousand_are_named_together(color, tmp_path, n_jobs):
+    sound = as_files(color, tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    paths = [sound[i % 7] for i in range(1000)]
+    paths[3] = paths[17] = tmp_path / "broken.png"
+    paths[990] = tmp_path / "gone.png"
     for X in (paths, Pairs(paths)):
         with pytest.raises(ValueError, match=r"^3 elements of X cannot be used:") as caught:
             ImageInputs(X, image_size=4, n_jobs=n_jobs).batch(0, 8)
-        assert all(f"X[{index}]" in str(caught.value) for index in bad)
-    for index in range(5, 20):
-        paths[index].write_bytes(b"no image")
+        assert all(f"X[{index}]" in str(caught.value) for index in (3, 17, 990))
+    paths[5:20] = [tmp_path / "broken.png"] * 15
     with pytest.raises(ValueError, match=r"^At least 10 elements of X cannot be used:") as caught:
         ImageInputs(paths, image_size=4, n_jobs=n_jobs).batch(0, 8)
     assert str(caught.value).count("X[") == 10
     with pytest.raises(FileNotFoundError, match=r"^2 elements"):
-        whole([tmp_path / "gone.png", paths[0], tmp_path / "lost.png"])
+        whole([tmp_path / "gone.png", sound[0], tmp_path / "lost.png"])
 
 
 def test_files_are_closed(color, tmp_path, monkeypatch):
@@ -273,13 +247,9 @@ def test_a_data_set_whose_items_change(color):
 
 
 def test_an_item_that_a_data_set_cannot_make(color):
-    def fail(image):
-        raise RuntimeError("no such record")
-
-    with pytest.raises(
-        ValueError, match=r"X\[0\] cannot be taken from the data set \(.*Pairs\): RuntimeError: no such"
-    ):
-        whole(Pairs(color[:1], fail))
+    message = r"X\[0\] cannot be taken from the data set \(.*Pairs\): ZeroDivisionError: division"
+    with pytest.raises(ValueError, match=message):
+        whole(Pairs(color[:1], lambda image: 1 / 0))
 
 
 def test_image_folder_of_torchvision(color, tmp_path):
@@ -287,5 +257,4 @@ def test_image_folder_of_torchvision(color, tmp_path):
     for name, images in (("ant", color[:3]), ("bee", color[3:])):
         (tmp_path / name).mkdir()
         as_files(images, tmp_path / name)
-    X = datasets.ImageFolder(tmp_path)
-    assert torch.equal(whole(X), whole(color))
+    assert torch.equal(whole(datasets.ImageFolder(tmp_path)), whole(color))
