@@ -112,13 +112,8 @@ NORMS = {
 def test_normalizations(norm):
     net = pooled(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 5, 3), nn.Tanh())
     check(net, IMAGES)
-    for tangent_layers in ["all", *([["1"]] if list(norm.parameters()) else [])]:
-        network, activations = linearized(net, IMAGES, tangent_layers)
-        expected, d = network.at(activations), rand(network.n_parameters)
-        point = network.at([z.contiguous(memory_format=torch.channels_last) for z in activations])
-        u = rand(*expected.outputs.shape, seed=1)
-        assert_close(point.jvp(d), expected.jvp(d))
-        assert_close(point.vjp(u), expected.vjp(u))
+    if list(norm.parameters()):
+        check(net, IMAGES, tangent_layers=["1"])
 
 
 def test_tangent_of_a_folded_batch_norm():
@@ -209,7 +204,8 @@ def _in_place(h, k):
 def test_operations(operation, tangent_layers):
     if operation is OPERATIONS["size as an argument"]:
         needs_sizes_as_arguments()
-    network = check(randomized(Net(operation)), IMAGES, tangent_layers=tangent_layers)
+    anywhere = operation is not OPERATIONS["view"]  # torch has no view of several axes with the channels last
+    network = check(randomized(Net(operation)), IMAGES, tangent_layers=tangent_layers, channels_last=anywhere)
     # All that has an influence is linearized as part of a graph, and the rest has no place in it.
     assert "h.weight" in network.names
     # Devices are read from the batch, and constants follow the module.
@@ -454,44 +450,21 @@ def test_products_at_one_point():
         without.vjp(u)
 
 
-# -------------------------------------------------------------------------------------------------- layout
-
-
 def test_flat_layout():
     network, _ = linearized(small_net(), IMAGES, ["second", "gate"])
     shapes = {"second.weight": (4, 2, 3, 3), "second.bias": (4,), "gate.weight": (4, 4), "gate.bias": (4,)}
     assert network.names == list(shapes)
     assert list(network.slices) == [*shapes, "head.weight", "head.bias"]
     vector = torch.arange(network.n_parameters, dtype=torch.float64)
-    assert torch.equal(torch.cat([vector[s] for s in network.slices.values()]), vector)
     body, weight, bias = network.views(vector)
     assert {n: tuple(p.shape) for n, p in body.items()} == shapes
-    assert weight.shape == (OUTPUTS, 4)
     assert torch.equal(torch.cat([p.flatten() for p in [*body.values(), weight, bias]]), vector)
     body["gate.bias"].zero_()  # views, not copies
     assert vector[network.slices["gate.bias"]].count_nonzero() == 0
     # The parameters are those of the tail, and these alone have gradients.
     assert all(p.requires_grad for p in network.parameters)
     assert not any(p.requires_grad for p in network.trunk.parameters())
-    assert {id(p) for p in network.parameters} <= {id(p) for p in network.module.parameters()}
-
-
-def test_layers_for_kronecker_factors():
-    network, activations = linearized(small_net(), IMAGES, "all")
-    assert set(network.kronecker_layers()) == {"first", "second", "gate"}
-    assert set(linearized(small_net(), IMAGES, ["gate"])[0].kronecker_layers()) == {"gate"}
-    # From inputs and gradients of the outputs of a layer follows the gradient of its weight.
-    point, u = network.at(activations), rand(3, OUTPUTS)
-    [(x, out)] = point.layer_calls("gate")
-    without_influence = (network.parameters[0] * 2).sum()
-    gradient, zero = point.output_gradients([out, without_influence], u)
-    assert_close(gradient.mT @ x.detach(), point.vjp(u)[network.slices["gate.weight"]].view(4, 4))
-    assert zero == 0
-    # A layer may be used twice, or not at all.
-    network, activations = linearized(randomized(Net(OPERATIONS["a layer called twice"])), IMAGES)
-    calls = network.at(activations).layer_calls("h")
-    assert [tuple(x.shape) for x, _ in calls] == [(3, 3, 8, 8), (3, 3, 8, 8)]
-    assert network.at(activations).layer_calls("nothing") == []
+    assert set(network.kronecker_layers()) == {"second", "gate"}
 
 
 # ------------------------------------------------------------------------------- networks that do not trace
