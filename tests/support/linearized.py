@@ -92,8 +92,8 @@ def assert_close(actual, expected, tolerance=1e-10):
 def check(features, x, *, expected=None, rename=None, jacobians=(), channels_last=True, **options):
     """Products of a network agree with those of the oracle on ``expected``, by default the same network.
 
-    So do, of the parameters named in ``jacobians``, the Jacobians of each image. ``channels_last``: whether maps may lie
-    in memory in that order, too.
+    So do, of the parameters named in ``jacobians``, the Jacobians of each image. ``channels_last``: maps may lie in
+    memory in that order, too.
     """
     network, activations = linearized(features, x, **options)
     oracle = Oracle(features if expected is None else expected, x, network, rename)
