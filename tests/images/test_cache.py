@@ -5,12 +5,9 @@ import errno
 import gc
 import os
 import tempfile
-from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 import joblib
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,14 +67,8 @@ def test_auto_takes_the_first_place_with_room(memory, disk, kind):
     assert batches.kind == kind
 
 
-def test_what_changes_its_input_in_place_leaves_the_file_alone():
-    batches = made("disk")
-    batches[0][0].zero_()
-    assert torch.equal(made("disk")[0][0], ROWS[:4])
-
-
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
 
 
 def test_no_file_is_left(monkeypatch, tmp_path):
@@ -114,19 +105,13 @@ def test_full_disk(monkeypatch):
     assert_holds_all(batches)
 
 
-# ----------------------------------------------------------------------------------------------- out of memory
-
-
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_batches_shrink_to_what_the_device_bears(kind):
     batches = made(kind, 8, Evaluate(limit=3))
     assert batches.batch_size == 2
     assert_holds_all(batches)
-
-
-def test_one_row_is_too_much():
     with pytest.raises(MemoryError, match=r"batches of one row \(too many\)"):
-        made("memory", 8, Evaluate(limit=0))
+        made(kind, 8, Evaluate(limit=0))
 
 
 # ------------------------------------------------------------------------------------------ shared between fits
@@ -143,31 +128,32 @@ class Hidden(nn.Module):
         return self.value * x
 
 
-SEEN: Counter[int] = Counter()  # rows by trunk
-
-
 class Trunk(nn.Module):
+    """Two activations, the first of which has its channels last."""
+
     def __init__(self, value: float = 2.0):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(value))
 
-    @property
-    def rows(self):
-        return SEEN[id(self)]
-
     def forward(self, x):
-        SEEN[id(self)] += len(x)
         return (self.weight * x).contiguous(memory_format=torch.channels_last), x.sum((1, 2, 3), keepdim=True)[:, 0, 0]
 
 
 @torch.no_grad()
 def evaluated(memory, images, trunk, options=()):
-    """Activations by way of the memory, and how many rows the trunk saw."""
-    before = trunk.rows
-    found = SharedActivations(memory, trunk, options)(images, trunk)
-    assert all(torch.equal(a, b) for a, b in zip(found, Trunk(float(trunk.weight))(images), strict=True))
+    """How many rows a trunk has to see for activations by way of the memory, which are its own."""
+    seen = []
+
+    def evaluate(x):
+        seen.append(len(x))
+        found = trunk(x)
+        return found if isinstance(found, tuple) else (found,)
+
+    found, expected = SharedActivations(memory, trunk, options)(images, evaluate), trunk(images)
+    for a, b in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        torch.testing.assert_close(a, b)  # batches of another size may round otherwise
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    return trunk.rows - before
+    return sum(seen)
 
 
 def test_each_image_is_evaluated_once(tmp_path):
@@ -176,37 +162,31 @@ def test_each_image_is_evaluated_once(tmp_path):
     assert evaluated(memory, ROWS[[2, 0, 5]], trunk) == 1
     assert evaluated(joblib.Memory(tmp_path, verbose=0), ROWS[:6], Trunk()) == 1
     assert evaluated(joblib.Memory(tmp_path, verbose=0, mmap_mode="r"), ROWS[:6], Trunk()) == 0
+    for other in (evaluated(memory, ROWS, Trunk(3.0)), evaluated(memory, ROWS, trunk, "other preprocessing")):
+        assert other == N
+    assert evaluated(memory, ROWS.double(), trunk) == N
 
 
 def test_what_is_another_trunk(tmp_path):
     memory = joblib.Memory(tmp_path, verbose=0)
-    assert evaluated(memory, ROWS, Trunk()) == N
-    assert evaluated(memory, ROWS, Trunk(3.0)) == N
-    assert evaluated(memory, ROWS, Trunk(), "other preprocessing") == N
-    assert evaluated(memory, ROWS.double(), Trunk()) == N
     state = nn.Conv2d(4, 4, 3).state_dict()
-    networks = [
-        [nn.ReLU()], [nn.ReLU(), nn.ReLU()], [nn.GELU()], [nn.LeakyReLU(0.1)], [nn.LeakyReLU(0.2)], [nn.MaxPool2d(2)],
-        [nn.AvgPool2d(2)], [nn.Conv2d(4, 4, 3)], [nn.Conv2d(4, 4, 3, 2)], [nn.Conv2d(4, 4, 3, dilation=2)],
-        [nn.Conv2d(4, 4, 3, padding=1)], [Hidden(1.0)], [Hidden(2.0)],
+    convolutions = [nn.Conv2d(4, 4, 3, **o) for o in ({}, {"stride": 2}, {"dilation": 2}, {"padding": 1})]
+    for layer in convolutions:
+        layer.load_state_dict(state)
+    layers = [
+        nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU()), nn.GELU(), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2),
+        nn.MaxPool2d(2), nn.AvgPool2d(2), *convolutions, Hidden(1.0), Hidden(2.0),
     ]  # fmt: skip
-    keys = set()
-    for layers in networks:
-        if isinstance(layers[0], nn.Conv2d):
-            layers[0].load_state_dict(state)
-        graphs = (torch.fx.symbolic_trace(nn.Sequential(*copy.deepcopy(layers))) for _ in range(2))
-        one, same = (SharedActivations(memory, graph, ())._trunk for graph in graphs)
-        assert one == same
-        keys.add(one)
-    assert len(keys) == len(networks)
+    images = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for layer in layers:
+        graphs = (torch.fx.symbolic_trace(nn.Sequential(copy.deepcopy(layer))) for _ in range(2))
+        assert [evaluated(memory, images, graph) for graph in graphs] == [2, 0]
 
 
-def test_an_entry_that_was_lost_is_evaluated_again(tmp_path):
-    memory, trunk = joblib.Memory(tmp_path, verbose=0), Trunk()
-    evaluated(memory, ROWS[:3], trunk)
-    shared = SharedActivations(memory, trunk, ())
-    shared._recall = lambda image, name, value: value  # joblib computes what it cannot read: from nothing
-    shared._recall.check_call_in_cache = lambda *_: True
-    with torch.no_grad():
-        found = shared(ROWS[:3], trunk)
-    np.testing.assert_array_equal(found[0], 2 * ROWS[:3])
+@pytest.mark.filterwarnings("ignore:Exception while loading results")
+def test_an_entry_that_was_broken_is_evaluated_again(tmp_path):
+    memory = joblib.Memory(tmp_path, verbose=0)
+    evaluated(memory, ROWS[:3], Trunk())
+    entry = next(tmp_path.rglob("output.pkl"))
+    entry.write_bytes(entry.read_bytes()[:50])
+    assert evaluated(memory, ROWS[:3], Trunk()) == 1

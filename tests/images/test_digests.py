@@ -18,35 +18,29 @@ def digests(images: torch.Tensor = ROWS) -> torch.Tensor:
     return seen.images
 
 
-def test_a_fingerprint_is_that_of_the_set():
-    expected = Fingerprint.of(digests(), TARGETS, WEIGHTS)
+def test_a_fingerprint_is_that_of_the_set_and_shows_every_change():
+    every, order = digests(), np.random.default_rng(0).permutation(N)
+    expected = Fingerprint.of(every, TARGETS, WEIGHTS)
     assert len(expected) == 32
-    order = np.random.default_rng(0).permutation(N)
-    assert Fingerprint.of(digests()[order], TARGETS[order], WEIGHTS[order]) == expected
-    assert Fingerprint.of(digests(ROWS.contiguous()), TARGETS, WEIGHTS) == expected
-    assert Fingerprint.of(digests(), -1.0 * (-TARGETS), WEIGHTS) == expected  # one zero, not two
-    assert Fingerprint.of(digests(), TARGETS.astype(int), WEIGHTS) == expected
-
-
-def test_a_fingerprint_shows_every_change():
-    every = digests()
+    for same in (
+        (every[order], TARGETS[order], WEIGHTS[order]),
+        (digests(ROWS.contiguous()), TARGETS, WEIGHTS),
+        (every, -1.0 * (-TARGETS), WEIGHTS),  # one zero, not two
+        (every, TARGETS.astype(int), WEIGHTS),
+    ):
+        assert Fingerprint.of(*same) == expected
     other = ROWS.clone()
     other[3, 0, 0, 0] += 1e-6
-    swapped = np.r_[1, 0, 2:N]
-    twice = np.r_[0:N, 4, 4]
-    found = [
-        Fingerprint.of(*data)
-        for data in (
-            (every, TARGETS, WEIGHTS),
-            (digests(other), TARGETS, WEIGHTS),
-            (digests(ROWS.double()), TARGETS, WEIGHTS),
-            (every[swapped], TARGETS, WEIGHTS),
-            (every, TARGETS[swapped], WEIGHTS),
-            (every, TARGETS, WEIGHTS[swapped]),
-            (every, TARGETS, 2 * WEIGHTS),
-            (every[1:], TARGETS[1:], WEIGHTS[1:]),
-            (every[twice], TARGETS[twice], WEIGHTS[twice]),  # a pair does not cancel
-            (every[:0], TARGETS[:0], WEIGHTS[:0]),
-        )
+    swapped, twice = np.r_[1, 0, 2:N], np.r_[0:N, 4, 4]
+    changed = [
+        (digests(other), TARGETS, WEIGHTS),
+        (digests(ROWS.double()), TARGETS, WEIGHTS),
+        (every[swapped], TARGETS, WEIGHTS),
+        (every, TARGETS[swapped], WEIGHTS),
+        (every, TARGETS, WEIGHTS[swapped]),
+        (every, TARGETS, 2 * WEIGHTS),
+        (every[1:], TARGETS[1:], WEIGHTS[1:]),
+        (every[twice], TARGETS[twice], WEIGHTS[twice]),  # a pair does not cancel
+        (every[:0], TARGETS[:0], WEIGHTS[:0]),
     ]
-    assert len(set(found)) == len(found)
+    assert len({expected, *(Fingerprint.of(*data) for data in changed)}) == 1 + len(changed)

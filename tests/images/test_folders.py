@@ -75,7 +75,9 @@ def test_broken_files_are_named_together(folder, color):
         whole(load_image_folder(folder, broken="ignore").paths)
 
 
-def test_sub_folders_without_images_and_images_without_sub_folder(folder, color):
+def test_what_is_left_out_is_said(folder, color):
+    with pytest.warns(UserWarning, match=r"one class, 'data'.*If its sub-folders are the classes, pass that folder"):
+        assert load_image_folder(folder.parent).target_names == ["data"]
     (folder / "empty").mkdir()
     as_files(color[:1], folder)
     with pytest.warns(UserWarning) as caught:
@@ -85,31 +87,21 @@ def test_sub_folders_without_images_and_images_without_sub_folder(folder, color)
     assert "1 sub-folders" in found[1] and "'empty'" in found[1]
 
 
-def test_one_class(folder):
-    with pytest.warns(UserWarning, match=r"one class, 'data'.*If its sub-folders are the classes, pass that folder"):
-        assert load_image_folder(folder.parent).target_names == ["data"]
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([], r"no image in its 0 sub-folders, each of which is to be a class\. Extensions.*\.jpg"),
         (["a.png", "b.png"], r"no image in its 0 sub-folders.*but 2 in itself: images lie in the folder of their"),
         (["class/readme.txt", "class/.hidden.png"], "no image in its 1 sub-folders"),
+        (["class/broken.png"], "no image that can be decoded"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_folders_without_images(tmp_path, files, message):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=message):
-        load_image_folder(tmp_path)
-
-
-def test_no_file_that_can_be_decoded(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "text.png").write_text("no image")
-    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="no image that can be decoded"):
         load_image_folder(tmp_path, broken="skip")
 
 
