@@ -162,6 +162,7 @@ def test_nothing_of_the_forgotten_remains(case):
     model.leave_one_out()
     assert leaks(known, model) == {"memory": set(), "pickle": set()}
 
+
 BAD_INDICES = [
     ([3, 15], r"from 0 to 14, got \[15\]"), (-1, r"got \[-1\]"), ([4, 3, 4], r"twice: \[4\]"), ([1.0, 2.0], "float64"),
     (np.arange(N) == 3, "bool"), (None, "ints"), ([[1, 2]], r"shape \(1, 2\)"), (np.arange(1, N), "1 training"),

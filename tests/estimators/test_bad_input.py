@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from scipy import sparse
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
@@ -136,44 +134,26 @@ def objects(*elements: Any) -> np.ndarray:
     return found
 
 
-def spoiled(value: float, dtype: str = "float32") -> np.ndarray:
+def spoiled(value: float) -> np.ndarray:
     """Images as floats, one value of which is another."""
-    found = (X / 255).astype(dtype)
+    found = (X / 255).astype("float32")
     found[7, 3, 2, 1] = value
     return found
 
 
-def of_kind(mode: str) -> list[Image.Image]:
-    return [Image.fromarray(x[..., 0].astype(mode)) for x in X]
-
-
-# X, and what is said of it; with 12 labels.
+# X, and what is said of it; with 12 labels. What else is no image, the tests of reading know.
 IMAGES: dict[str, tuple[Any, str]] = {
-    "nothing": (None, ""), "a number": (3, ""), "one path": ("a.png", "list"), "a dict": ({"a": 1}, ""),
-    "one image": (Image.fromarray(X[0]), "list"), "a row of numbers": (NUMBERS, "2"), "an empty list": ([], ""),
-    "five axes": (X[None], r"5 dimension"), "no image": (X[:0], r"0 sample"), "no width": (X[:, :, :0], ""),
-    "two channels": (X[..., :2], "2 channels"), "four channels": (X[..., [0, 1, 2, 2]], "4 channels.*alpha"),
-    "channels first": (X.transpose(0, 3, 1, 2), "channel_axis=0"),
-    **{dtype: (X.astype(dtype), "dtype.*uint8") for dtype in ("int64", "uint16", "bool", "complex64", "str")},
+    "nothing": (None, ""), "a number": (3, ""), "one path": ("a.png", "list"), "a row of numbers": (NUMBERS, "2"),
+    "an empty list": ([], ""), "five axes": (X[None], r"5 dimension"), "no image": (X[:0], r"0 sample"),
+    "four channels": (X[..., [0, 1, 2, 2]], "4 channels.*alpha"),
+    "channels first": (X.transpose(0, 3, 1, 2), "channel_axis=0"), "ints": (X.astype("int64"), "dtype.*uint8"),
     "nested lists of ints": (X.tolist(), "uint8"), "sparse": (sparse.csr_matrix(VECTORS), "toarray"),
-    "bfloat16": (torch.zeros(12, 8, 8, 3, dtype=torch.bfloat16), "bfloat16"),
     "a tensor elsewhere": (torch.zeros(12, 8, 8, 3, device="meta"), "CPU tensor"),
-    "nan": (spoiled(NAN), r"NaN.*X\["), "nan in halves": (spoiled(NAN, "float16"), r"NaN.*X\["),
-    "infinity": (spoiled(-INF), r"infinity.*X\["), "floats to 255": (X.astype(float), r"0\.\.1.*uint8"),
-    "just above 1": (spoiled(1.01), r"0\.\.1"), "just below 0": (spoiled(-0.01), r"0\.\.1"),
-    "absent files": (["a.png"] * 12, r"X\[0\].*does not exist"),
+    "nan": (spoiled(NAN), r"NaN.*X\["), "just above 1": (spoiled(1.01), r"0\.\.1"),
     "an absent file": ([*X[:11], "gone.png"], r"X\[11\].*does not exist"),
-    "None first": ([None, *X[1:]], r"X\[0\].*NoneType"), "None last": (objects(*X[:11], None), r"X\[11\].*NoneType"),
-    "None in a Series": (pd.Series([*X[:11], None]), r"X\[11\].*NoneType"),
-    **{f"{type(e).__name__} among them": ([*X[:7], e, *X[8:]], r"X\[7\]")
-       for e in (NAN, 5, b"a.png", ["a.png"], np.zeros(4))},
-    "empty among them": ([*X[:11], X[0, :0]], r"X\[11\].*empty"),
-    "ints among them": ([*X[:11], X[0].astype(int)], r"X\[11\].*int64.*uint8"),
+    "None last": (objects(*X[:11], None), r"X\[11\].*NoneType"),
     "nan among them": ([*X[:11], spoiled(NAN)[7]], r"NaN.*X\[11\]"),
-    "floats to 255 among them": ([*X[:11], X[0] * 1.0], r"0\.\.1.*X\[11\]"),
-    "four channels among them": ([*X[:11], X[0][..., [0, 1, 2, 2]]], r"X\[11\] has 4 channels"),
     "mixed sizes": ([*X[:11], X[0, :4]], r"X\[11\] is 4x8.*image_size"),
-    "16 bits": (of_kind("uint16"), r"X\[0\].*8 bits"), "floats in files": (of_kind("float32"), r"X\[0\].*8 bits"),
 }  # fmt: skip
 OF_FITS = {"other length": (X[:5], "inconsistent"), "raveled": (RAVELED, "image_shape")}
 OF_PREDICTIONS = {"another size": (X[:, :4], "image_size"), "shorter rows": (RAVELED[:, :-3], "189 .*192 features")}
@@ -183,7 +163,6 @@ WRONG = (ValueError, TypeError, FileNotFoundError)
 @pytest.fixture(scope="module")
 def fitted() -> dict[str, Any]:
     models = {kind: made(kind).fit(X, targets(kind)) for kind in ESTIMATORS}
-    models["raveled"] = made("classifier", image_shape=(8, 8, 3)).fit(frame("p"), Y)
     models["vectors"] = LQFClassifier().fit(VECTORS, Y)
     models["targets"] = made("regressor").fit(X, np.c_[NUMBERS, NUMBERS])
     models["labels"] = made("classifier").fit(X, LABELS)
@@ -265,17 +244,10 @@ def test_weights():
 # ------------------------------------------------------------------------------------------------------- methods
 
 
-def frame(prefix: str) -> pd.DataFrame:
-    """Raveled images with names of columns."""
-    return pd.DataFrame(RAVELED).rename(columns=lambda name: f"{prefix}{name}")
-
-
 # Estimator, call, and what is said.
 CALLS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("vectors", lambda m: m.predict(X), "fitted on vectors"),
     ("vectors", lambda m: m.predict(VECTORS[:, :3]), "3 features.*5"),
-    ("raveled", lambda m: m.predict(frame("q")), "feature names"),
-    ("raveled", lambda m: m.predict(frame("p").iloc[:, :-1]), "missing"),
     ("classifier", lambda m: m.leave_one_out(X, np.append(Y[1:], "yak")), "yak"),
     ("classifier", lambda m: m.influence(X, Y, X[:1], ["yak"]), "y_test.*yak"),
     ("classifier", lambda m: m.influence(X, Y, X[:2], Y[:1]), "inconsistent"),
@@ -287,14 +259,13 @@ CALLS: list[tuple[str, Callable[[Any], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(CALLS)))
-def test_calls(number, fitted):
-    kind, call, message = CALLS[number]
-    state = dict(vars(fitted[kind]))
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        call(fitted[kind])
-    assert vars(fitted[kind]).keys() == state.keys()
-    assert all(v is state[k] for k, v in vars(fitted[kind]).items())  # nothing was set
+def test_calls(fitted):
+    for kind, call, message in CALLS:
+        state = dict(vars(fitted[kind]))
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            call(fitted[kind])
+        assert vars(fitted[kind]).keys() == state.keys()
+        assert all(v is state[k] for k, v in vars(fitted[kind]).items())  # nothing was set
 
 
 FIRST_CALLS: list[tuple[dict[str, Any], Callable[[Any], Any], str]] = [
@@ -308,20 +279,19 @@ FIRST_CALLS: list[tuple[dict[str, Any], Callable[[Any], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(FIRST_CALLS)))
-def test_first_calls(number):
-    parameters, call, message = FIRST_CALLS[number]
-    refused(made("classifier", store_data=True, **parameters), call, (ValueError, RuntimeError), message)
+def test_first_calls():
+    for parameters, call, message in FIRST_CALLS:
+        refused(made("classifier", store_data=True, **parameters), call, (ValueError, RuntimeError), message)
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_not_fitted(kind):
-    for name in ("predict", "predict_proba", "predict_log_proba", "decision_function", "features", "forget"):
+    y = targets(kind)
+    calls: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(("predict", "decision_function", "predict_proba", "predict_log_proba", "features"), (X,)),
+        "forget": (0,), "score": (X, y), "to_module": (), "leave_one_out": (), "influence": (X, y, X), "save": ("a/b",),
+    }  # fmt: skip
+    for name, arguments in calls.items():
+        model = made(kind, store_data=True)
         if hasattr(ESTIMATORS[kind], name) or name == "forget":
-            refused(made(kind, store_data=True), lambda m, n=name: getattr(m, n)(X), NotFittedError, "not fitted")
-    calls: list[Callable[[Any], Any]] = [
-        lambda m: m.score(X, targets(kind)), lambda m: m.to_module(), lambda m: m.leave_one_out(X, targets(kind)),
-        lambda m: m.leave_one_out(), lambda m: m.influence(X, targets(kind), X), lambda m: m.save("absent/file"),
-    ]  # fmt: skip
-    for call in calls:
-        refused(made(kind), call, NotFittedError, "not fitted")
+            refused(model, lambda m, n=name, a=arguments: getattr(m, n)(*a), NotFittedError, "not fitted")

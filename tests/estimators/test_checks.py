@@ -1,18 +1,17 @@
 """scikit-learn's own suite of checks, run for real: on two-dimensional data, without expected failures."""
 
 import pytest
-from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
+from sklearn.utils.estimator_checks import check_estimator
 
 from sklearn_lqf import ImageFeatures, LQFClassifier, LQFClassifierCV, LQFRegressor
 
 # The number of checks that apply to each, which must not fall unseen.
 ESTIMATORS = {
     "classifier": (LQFClassifier(), 55),
-    "others": (LQFClassifier(tangents="both", tangent_layers="all", negative_slope=0.1, store_data=True), 56),
-    "iterative": (LQFClassifier(solver="pcg", prior="equal"), 55),
+    "others": (LQFClassifier(tangents="both", n_directions=2, negative_slope=0.1, store_data=True), 56),
+    "iterative": (LQFClassifier(solver="pcg", prior="last"), 55),
     "paper": (LQFClassifier(model="paper"), 55),
-    "cv": (LQFClassifierCV(alphas=[0.1, 1.0], cv=2), 55),
-    "leave one out": (LQFClassifierCV(alphas=[0.1, 1.0], store_data=True), 56),
+    "cv": (LQFClassifierCV(alphas=[0.1], store_data=True), 56),
     "regressor": (LQFRegressor(store_data=True), 50),
     "features": (ImageFeatures(), 45),
 }
@@ -28,14 +27,6 @@ def test_every_check_passes(name):
     skipped = {r["check_name"] for r in results if r["status"] == "skipped"}
     assert skipped <= {"check_array_api_input"}
     assert sum(r["status"] == "passed" for r in results) >= count
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_nothing_is_excused(name):
-    estimator, count = ESTIMATORS[name]
     tags = estimator.__sklearn_tags__()
-    assert not tags.non_deterministic
-    assert not tags.no_validation
-    assert not tags._skip_test
     assert tags.input_tags.two_d_array
-    assert len(list(estimator_checks_generator(estimator))) >= count
+    assert not (tags.non_deterministic or tags.no_validation or tags._skip_test)

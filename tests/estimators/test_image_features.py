@@ -8,6 +8,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from support.data import make_images, tiny_net
+from support.images import as_files
 
 from sklearn_lqf import ImageFeatures, LQFClassifier, LQFRegressor
 from sklearn_lqf.estimators import data
@@ -38,12 +39,7 @@ def test_a_ridge_regression_on_tuned_features_is_the_regressor():
 
 
 def test_beside_columns_of_a_table(tmp_path):
-    from PIL import Image
-
-    paths = [tmp_path / f"{i}.png" for i in range(len(X))]
-    for path, image in zip(paths, X, strict=True):
-        Image.fromarray(image).save(path)
-    table = pd.DataFrame({"path": [str(p) for p in paths], "size": np.arange(len(X), dtype=float)})
+    table = pd.DataFrame({"path": [str(p) for p in as_files(X, tmp_path)], "size": np.arange(len(X), dtype=float)})
     both = make_column_transformer(
         (ImageFeatures(tiny_net(), **DOUBLE), ["path"]), ("passthrough", ["size"]), verbose_feature_names_out=False
     ).set_output(transform="pandas")
