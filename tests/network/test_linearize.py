@@ -302,11 +302,13 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize(("function", "formula"), FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions_without_forward_mode_derivative(function, formula):
-    layers = {"first": nn.Linear(5, 4), "last": nn.Linear(4, 3)}
-    found, expected = (
-        randomized(Other(lambda m, x, f=f: m.last(f(m.first(x))), **layers)) for f in (function, formula)
-    )
-    check(found, VECTORS, expected=expected)
+    """In a network that does not trace: torch.fx looks into the functions."""
+
+    def network(f):
+        layers = {"first": nn.Linear(5, 4), "last": nn.Linear(4, 3)}
+        return randomized(Other(lambda m, x: m.last(f(m.first(x))) if x.abs().sum() > 0 else x, **layers))
+
+    check(network(function), VECTORS, expected=network(formula), traced=False)
 
 
 # ----------------------------------------------------------------------------------------------- attention
