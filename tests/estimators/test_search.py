@@ -8,7 +8,7 @@ import torch
 from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.linear_model import Ridge, RidgeClassifierCV
-from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from support.data import make_images, merged, tiny_net
 from torch import nn
@@ -49,17 +49,13 @@ def certainty(estimator, rows, y) -> float:
     return float(np.log(estimator.predict_proba(rows)).sum())
 
 
-# -------------------------------------------------------------------------------------------------------- folds
-
 # Parameters, y, whether there are weights, and the scorers.
 CASES = {
-    "plain": ({}, Y, False, [None, hits, certainty]),
-    "scorers": ({}, Y, False, ["balanced_accuracy", "roc_auc_ovr", "neg_log_loss"]),
+    "plain": ({}, Y, False, [None, "roc_auc_ovr", "neg_log_loss", hits]),
     "balanced": ({"class_weight": "balanced", "views": BOTH_VIEWS}, Y, True, [hits]),
-    "two classes": ({"prior": "evidence"}, np.where(Y == "cow", "ant", Y), False, ["roc_auc", hits]),
+    "two classes": ({"prior": "evidence"}, np.where(Y == "cow", "ant", Y), False, ["roc_auc"]),
     "labels": ({"prior": {"last": 2.0, "block2.1 tangents": 1.0}}, LABELS, False, [None, hits, certainty]),
     "directions": ({"tangents": "both"}, Y, True, [certainty]),
-    "last features": ({"prior": "last"}, Y, False, [hits]),
     "vectors": ({"backbone": NETWORK}, Y, False, [hits]),
 }
 
@@ -103,7 +99,7 @@ def test_folds_may_be_given_and_features_are_evaluated_once(monkeypatch):
             np.testing.assert_array_equal(model.cv_results_[key], value)
 
 
-@pytest.mark.parametrize("scoring", [None, "neg_log_loss", hits])
+@pytest.mark.parametrize("scoring", ["neg_log_loss", hits])
 def test_weights_are_multiplicities_also_in_scores(scoring):
     counts = 1 + np.arange(N) % 3 % 2
     repeated, place = np.repeat(np.arange(N), counts), np.arange(N) % 2
@@ -148,13 +144,8 @@ def test_given_folds_do_not_outlive_their_rows():
     assert model.fit(X, Y).forget([0]).n_splits_ == 2
 
 
-# ------------------------------------------------------------------------------------------------ leave-one-out
-
-
 @pytest.mark.parametrize(
-    ("parameters", "weighted"),
-    [({}, False), ({"views": BOTH_VIEWS}, True), ({"class_weight": "balanced"}, True)],
-    ids=["plain", "views", "balanced"],
+    ("parameters", "weighted"), [({"views": BOTH_VIEWS}, False), ({"class_weight": "balanced"}, True)]
 )
 def test_without_folds_images_are_left_out_one_by_one(parameters, weighted):
     """By refits of scikit-learn's Ridge with scale and prior held fixed; a row of weight above 1 keeps the rest."""
@@ -189,7 +180,6 @@ def test_scorers_of_what_is_left_out():
     probabilities, names = softmax(outputs / model.temperature_, 1), model.classes_
     for scoring, expected in {
         "accuracy": np.mean(names[outputs.argmax(1)] == Y),
-        "balanced_accuracy": balanced_accuracy_score(Y, names[outputs.argmax(1)]),
         "roc_auc_ovr": roc_auc_score(Y, probabilities, multi_class="ovr"),
         "neg_log_loss": -log_loss(Y, probabilities),
     }.items():
@@ -201,14 +191,9 @@ def test_of_the_last_features_alone_the_choice_is_that_of_ridge():
     model = search(prior="last", alphas=alphas).fit(X, Y)
     features = model.features(X)[:, :16]
     ridge = RidgeClassifierCV(alphas).fit(features, Y)  # targets of -1 and 1: four times the squared error
+    assert 0 < model.best_index_ < len(alphas) - 1
     assert ridge.alpha_ == pytest.approx(model.alpha_, rel=1e-12)
     assert 4 * model.best_score_ == pytest.approx(ridge.best_score_, rel=1e-8)
-    assert 0 < model.best_index_ < len(alphas) - 1
-    np.testing.assert_allclose(2 * model.coef_[:, :16], ridge.coef_, rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose(2 * model.intercept_ - 1, ridge.intercept_, rtol=1e-7, atol=1e-9)
-
-
-# ------------------------------------------------------------------------------------- attributes and parameters
 
 
 def test_among_equal_scores_the_first_wins_and_nan_is_last():
@@ -232,9 +217,6 @@ def test_parameters_attributes_and_pickles():
     np.testing.assert_array_equal(results["alpha"], ALPHAS)
     assert model.best_index_ == results["mean_test_score"].argmax()
     assert (model.best_alpha_, model.best_score_) == (ALPHAS[model.best_index_], results["mean_test_score"].max())
-    splits = np.array([results[f"split{k}_test_score"] for k in range(3)])
-    np.testing.assert_allclose(results["mean_test_score"], splits.mean(0))
-    np.testing.assert_allclose(results["std_test_score"], splits.std(0))
 
 
 @pytest.mark.parametrize("cv", [None, 2])
