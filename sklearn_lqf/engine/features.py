@@ -194,7 +194,7 @@ class GroupFeatures:
 
     def _read(self, features: Tensor) -> Tensor:
         """Columns of the groups, from those of the network."""
-        read = features.new_zeros(features.shape[0], self._n_read)
+        read = self._factor.new_zeros(features.shape[0], self._n_read)
         return read.index_add_(1, self._place, features * self._factor)
 
     def _with_directions(self, activations: Sequence[Tensor]) -> Tensor:

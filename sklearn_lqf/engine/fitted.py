@@ -6,7 +6,7 @@ Hides in which units the solver worked, the views of an image, and what of the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..images.digests import Fingerprint
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
-from ..runtime.arithmetic import float64_device, in_ordinary_arithmetic
+from ..runtime.arithmetic import float64_device, in_ordinary_arithmetic, in_precision
 from .features import Group, GroupFeatures, draw_directions
 from .problem import Problem, Recipe, Solution, TrainingRows
 
@@ -41,6 +41,8 @@ class FeatureReader:
         Norms of the parts of the network's features; see `draw`.
     views : tuple of str
         Views of an image over which features are averaged.
+    precision : {"full", "bfloat16"}
+        In which products of the network are computed; see `within`.
     """
 
     network: PreparedNetwork
@@ -49,6 +51,7 @@ class FeatureReader:
     seed: int
     scales: np.ndarray
     views: tuple[str, ...] = ("identity",)
+    precision: str = "full"
     _built: GroupFeatures = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,29 @@ class FeatureReader:
             directions = draw_directions(found[:, : parts[0].size], n_directions, generator).numpy()
         return cls(network, directions, sketch_size, seed, scales, tuple(views))
 
+    def within(self, tolerance: float) -> FeatureReader:
+        """This reader in bfloat16, if that is precise enough, else itself.
+
+        Parameters
+        ----------
+        tolerance : float
+            Largest norm that the error of the features of a group may have on reference images, relative to the norm
+            of these features less their mean.
+        """
+        if tolerance == 0:
+            return self
+        faster = replace(self, precision="bfloat16")
+        batches = self.network.reference_inputs(_REFERENCES).split(self.network.rows_at_once(_REFERENCES))
+        exact, found = (
+            torch.cat([read(x).cpu() for x in batches]).double() for read in (self.reading(None), faster.reading(None))
+        )
+        for start, stop in self.columns.values():
+            wanted = exact[:, start:stop]
+            error = float((found[:, start:stop] - wanted).norm())
+            if not error <= tolerance * float((wanted - wanted.mean(0)).norm()):
+                return self
+        return faster
+
     @property
     def groups(self) -> list[Group]:
         """Of the columns of the features."""
@@ -112,11 +138,12 @@ class FeatureReader:
 
     def reading(self, memory: Any) -> Callable[[Tensor], Tensor]:
         """Images (B, ...) to features (B, D) on the device; trunk activations are kept in a joblib.Memory, or None."""
-        activations = self.network.evaluator(memory)
+        activations = self.network.evaluator(memory, self.precision)
 
         def read(images: Tensor) -> Tensor:
             views = [images.flip(-1) if view == "flip" else images for view in self.views]
-            parts = [self._evaluate(activations(view)) for view in views]
+            with in_precision(self.precision, self.network.device):
+                parts = [self._evaluate(activations(view)) for view in views]
             return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
         return read

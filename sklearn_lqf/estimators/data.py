@@ -172,12 +172,13 @@ class Inputs(Parameters):
         self, backbone: Backbone, rows: Any, keep: np.ndarray, weights: np.ndarray, device: torch.device
     ) -> FeatureReader:
         """What reads images, or vectors; that of a network by name is made once for several fits."""
-        seed, views = self._draw_seed(), self._view_names()
+        seed, views, tolerance = self._draw_seed(), self._view_names(), float(self._execution.tolerance)
         count = int(self.n_directions) if self._reads_directions() else 0
 
         def make() -> FeatureReader:
             network = self._prepare(backbone, rows, keep, weights, device)
-            return FeatureReader.draw(network, count, self.sketch_size, seed, views)
+            reader = FeatureReader.draw(network, count, self.sketch_size, seed, views)
+            return reader.within(tolerance if network.dtype == torch.float32 else 0.0)
 
         if isinstance(rows, np.ndarray) or not isinstance(self.backbone, str):
             return make()
@@ -185,7 +186,7 @@ class Inputs(Parameters):
         said = (
             backbone, self.tangents, self.tangent_layers, self.negative_slope, self.preprocessing,
             self._reads_last_alone, self._reads_directions(), rows.size, self._execution.dtype, device, count,
-            self.sketch_size, seed, views,
+            self.sketch_size, seed, views, tolerance,
         )  # fmt: skip
         module = backbone.module
         tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))

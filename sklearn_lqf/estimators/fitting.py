@@ -133,6 +133,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             reader = self._reader(backbone, inputs, keep, weights, device)
             network = reader.network
         self.device_ = str(network.device)
+        self.precision_ = "full" if self._paper else reader.precision
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
             if self._paper:
                 rows = (inputs, keep, targets[keep], weights[keep], given[keep], labels)

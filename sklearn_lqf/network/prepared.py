@@ -189,12 +189,12 @@ class PreparedNetwork:
         tensors = (v for v in pytree.tree_leaves(list(values.values())) if isinstance(v, Tensor))
         return max(1, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
 
-    def evaluator(self, memory: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def evaluator(self, memory: Any, precision: str = "full") -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The function `activations`, with its results kept in a joblib.Memory; None: they are not kept."""
         trunk = self.split.trunk
         if memory is None or isinstance(trunk, NoTrunk):
             return self.activations
-        shared = SharedActivations(memory, trunk, (self.preprocessing, self.dtype, self.device.type))
+        shared = SharedActivations(memory, trunk, (self.preprocessing, self.dtype, self.device.type, precision))
         return lambda images: tuple(z.to(self.device) for z in shared(images, self.activations))
 
     def __getstate__(self) -> dict[str, Any]:

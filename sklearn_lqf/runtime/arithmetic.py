@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
@@ -147,6 +147,11 @@ def _settings_of_the_process() -> Iterator[None]:
         finally:
             if torch.get_default_dtype() is not dtype:
                 torch.set_default_dtype(dtype)
+
+
+def in_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, products of float32 on a device are computed in ``"bfloat16"``; ``"full"`` changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 # -------------------------------------------------------------------------------------------------------- devices
