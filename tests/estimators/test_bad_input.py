@@ -85,7 +85,8 @@ BAD: dict[str, list[Any]] = {
 }  # fmt: skip
 ITEMS: dict[str, list[Any]] = {
     "device": ["quantum", "", "cuda:99", "meta", None, 1.5, PAIR], "dtype": [*CHOICE, "float16", torch.float64],
-    "tolerance": [-0.1, NAN, "0", None], "batch_size": COUNT, "n_jobs": [0, 2.5, "2"], "memory": [3, True, []], "distributed": BOOL, "download": BOOL,
+    "tolerance": [-0.1, NAN, "0", None], "batch_size": COUNT, "n_jobs": [0, 2.5, "2"],
+    "memory": [3, True, []], "distributed": BOOL, "download": BOOL,
 }  # fmt: skip
 
 
