@@ -31,21 +31,15 @@ def different(module, state):
     return [key for key, value in module.state_dict().items() if not torch.equal(value, state[key])]
 
 
-@pytest.mark.parametrize("as_text", [True, False])
-def test_file_of_a_torchvision_model(as_text, path):
-    module = built(torchvision.models.squeezenet1_1)
-    saved(module.state_dict(), path)
-    loaded = load_backbone(SMALL, str(path) if as_text else path)
-    assert_same_state(loaded.module, module)
-    assert loaded.preprocessing == IMAGENET
-
-
-@pytest.mark.parametrize("name", [SMALL, "mnasnet0_5"])  # MNASNet insists on a version, which this format drops
-def test_safetensors_file(name, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
+@pytest.mark.parametrize("name", [SMALL, "mnasnet0_5"])  # MNASNet insists on a version, which safetensors drops
+def test_files_of_torchvision_models(name, path):
     module = built(lambda: torchvision.models.get_model(name, weights=None))
-    safetensors.save_file(module.state_dict(), tmp_path / "weights.safetensors")
-    assert_same_state(load_backbone(name, tmp_path / "weights.safetensors").module, module)
+    saved(module.state_dict(), path)
+    assert load_backbone(name, path).preprocessing == IMAGENET
+    assert_same_state(load_backbone(name, str(path)).module, module)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(module.state_dict(), path.with_suffix(".safetensors"))
+    assert_same_state(load_backbone(name, path.with_suffix(".safetensors")).module, module)
 
 
 @pytest.mark.parametrize("suffix", ["", ".weights"])
@@ -95,13 +89,11 @@ def test_a_network_without_classifier_has_no_entries_that_may_be_absent(path):
         load_backbone(net, path)
 
 
-def test_counts_of_batches_may_be_missing(path):
+def test_what_older_versions_wrote(path):
+    """Without counts of batches; the layers of DenseNet had other names."""
     state = trained().state_dict()
     del state["norm.num_batches_tracked"]
     assert torch.equal(load_backbone(Net, saved(dict(state), path)).module.conv.weight, state["conv.weight"])
-
-
-def test_old_names_of_densenet_are_understood(path):
     module = built(torchvision.models.densenet121)
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])\.")
     state = OrderedDict((old.sub(r"\1.\2.", key), value) for key, value in module.state_dict().items())
