@@ -33,7 +33,13 @@ TIMM = {
     "resnet50_clip": (64, 6),
     "swin_tiny_patch4_window7_224": (64, 4),  # a constant of five axes
     "hiera_tiny_224": (64, 13),  # optional arguments
+    "swinv2_tiny_window16_256": (64, 4),
     "efficientnet_b0": (32, 6),
+    "efficientformerv2_s0": (64, 5),
+    "convnextv2_atto": (64, 4),
+    "mobilenetv3_small_050": (64, 6),
+    "regnetx_002": (64, 5),
+    "edgenext_xx_small": (64, 4),
     "samvit_base_patch16": (32, 15),  # tokens in a map
     "dm_nfnet_f0": (64, 9),  # standardized weights
 }
