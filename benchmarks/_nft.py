@@ -1,7 +1,7 @@
 """Ordinary non-linear fine-tuning (NFT), tuned as an expert would: the opponent of the benchmarks."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ MOMENTUM, WEIGHT_DECAY, WARM_UP = 0.9, 1e-4, 0.1
 VALIDATION = 0.2  # part of the training images
 FROZEN_RATES = (1e-3, 3e-3, 1e-2)
 UNFROZEN_RATES = (3e-3, 1e-2, 3e-2)
+_LAST_STAGE = 5  # the first block of the last run at one resolution: what `tangent_layers=1` linearizes
+
+
+Train = Callable[[np.ndarray, np.ndarray, "Schedule", int], Any]
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,56 @@ def _network(n_classes: int, seed: int) -> tuple[nn.Module, Any]:
 
 def train(X: np.ndarray, codes: np.ndarray, schedule: Schedule, seed: int) -> Any:
     """SGD with Nesterov momentum, one cycle of the learning rate; returns X -> log-probabilities."""
-    n_classes = int(codes.max()) + 1
-    module, preprocessing = _network(n_classes, seed)
+    module, preprocessing = _network(int(codes.max()) + 1, seed)
     generator = torch.Generator().manual_seed(seed)
     x = preprocessing.normalize(torch.from_numpy(X).permute(0, 3, 1, 2))
-    y = torch.from_numpy(codes)
+
+    def batch(rows: Tensor, mirrored: Tensor | None) -> Tensor:
+        found = x[rows]
+        if mirrored is not None:
+            found[mirrored] = found[mirrored].flip(-1)
+        return found.contiguous(memory_format=torch.channels_last)
+
+    _descend(module, batch, torch.from_numpy(codes), schedule, generator)
+    return _predictor(module, preprocessing)
+
+
+def train_last_stage(X: np.ndarray, codes: np.ndarray, schedule: Schedule, seed: int) -> Any:
+    """The same for the last stage and the head alone, BatchNorm frozen: what is before is evaluated once.
+
+    Once more for the mirrored images, where the schedule has them.
+    """
+    module, preprocessing = _network(int(codes.max()) + 1, seed)
+    generator = torch.Generator().manual_seed(seed)
+    trunk = nn.Sequential(module.conv_stem, module.bn1, *module.blocks[:_LAST_STAGE]).eval()
+    tail = nn.Sequential(
+        *module.blocks[_LAST_STAGE:], module.conv_head, module.bn2, module.global_pool, module.classifier
+    )
+    x = preprocessing.normalize(torch.from_numpy(X).permute(0, 3, 1, 2))
+    cached = []
+    with torch.no_grad():
+        for images in (x, x.flip(-1))[: 1 + schedule.flips]:
+            parts = images.split(64)
+            cached.append(torch.cat([trunk(p.contiguous(memory_format=torch.channels_last)) for p in parts]))
+
+    def batch(rows: Tensor, mirrored: Tensor | None) -> Tensor:
+        found = cached[0][rows]
+        if mirrored is not None:
+            found[mirrored] = cached[1][rows[mirrored]]
+        return found.contiguous(memory_format=torch.channels_last)
+
+    _descend(tail, batch, torch.from_numpy(codes), schedule, generator)
+    return _predictor(module, preprocessing)
+
+
+def _descend(
+    module: nn.Module,
+    batch: Callable[[Tensor, Tensor | None], Tensor],
+    y: Tensor,
+    schedule: Schedule,
+    generator: torch.Generator,
+) -> None:
+    """Train a module, in place; ``batch`` gives its inputs by their rows, and which of them are mirrored."""
     optimizer = torch.optim.SGD(
         module.parameters(), lr=schedule.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
@@ -67,15 +116,15 @@ def train(X: np.ndarray, codes: np.ndarray, schedule: Schedule, seed: int) -> An
     module.train(not schedule.frozen)
     for _ in range(schedule.epochs):
         for rows in torch.randperm(len(y), generator=generator).tensor_split(n_batches):
-            batch = x[rows]
-            if schedule.flips:
-                mirrored = torch.rand(len(rows), generator=generator) < 0.5
-                batch[mirrored] = batch[mirrored].flip(-1)
+            mirrored = torch.rand(len(rows), generator=generator) < 0.5 if schedule.flips else None
             optimizer.zero_grad()
-            outputs = module(batch.contiguous(memory_format=torch.channels_last))
-            nn.functional.cross_entropy(outputs, y[rows]).backward()
+            nn.functional.cross_entropy(module(batch(rows, mirrored)), y[rows]).backward()
             optimizer.step()
             cycle.step()
+    module.eval()
+
+
+def _predictor(module: nn.Module, preprocessing: Any) -> Callable[[np.ndarray], np.ndarray]:
     module.eval()
 
     def predict(images: np.ndarray) -> np.ndarray:
@@ -107,7 +156,17 @@ def _rank(row: dict[str, Any]) -> tuple[float, float]:
     return row["validation_accuracy"], -row["validation_log_loss"]
 
 
-def _validate(splits: Sequence[tuple[np.ndarray, np.ndarray]], schedule: Schedule) -> dict[str, Any]:
+def best_rate(
+    X: np.ndarray, codes: np.ndarray, schedules: Sequence[Schedule], method: Train = train
+) -> tuple[Schedule, list[dict[str, Any]]]:
+    """The schedule with the best accuracy on a held-out part of the training images, and all that was tried."""
+    tried = [_validate([(X, codes)], schedule, method) for schedule in schedules]
+    return schedules[tried.index(max(tried, key=_rank))], tried
+
+
+def _validate(
+    splits: Sequence[tuple[np.ndarray, np.ndarray]], schedule: Schedule, method: Train = train
+) -> dict[str, Any]:
     start = time.process_time()
     accuracies, losses = [], []
     for seed, (X, codes) in enumerate(splits):
@@ -115,7 +174,7 @@ def _validate(splits: Sequence[tuple[np.ndarray, np.ndarray]], schedule: Schedul
             np.arange(len(codes)), test_size=max(VALIDATION, (codes.max() + 1) / len(codes)), stratify=codes,
             random_state=seed,
         )  # fmt: skip
-        log_p = train(X[fit], codes[fit], schedule, seed)(X[held_out])
+        log_p = method(X[fit], codes[fit], schedule, seed)(X[held_out])
         accuracies.append(float((log_p.argmax(1) == codes[held_out]).mean()))
         p = np.exp(np.nan_to_num(log_p, nan=-50.0))
         p /= p.sum(1, keepdims=True)

@@ -43,6 +43,11 @@ def fit_table(rows: Rows) -> str:
     return table(header, found)
 
 
+def mib(size: float) -> str:
+    """Bytes in MiB."""
+    return f"{size / 2**20:.0f}"
+
+
 def growth_table(rows: Rows) -> str:
     found = []
     before: dict[str, Any] = {}
@@ -51,12 +56,15 @@ def growth_table(rows: Rows) -> str:
         if r["varied"] == before.get("varied") and r["n"] > before["n"]:
             further = f"{1000 * (r['seconds'] - before['seconds']) / (r['n'] - before['n']):.1f}"
         amounts = [f"{r['seconds']:.1f}", f"{1000 * r['seconds'] / r['n']:.1f}", further]
-        memory = f"{r['host_bytes'] / 2**20:.0f}"
-        cells = [r["varied"], *(str(r[k]) for k in ("n", "classes", "size", "n_features", "solver"))]
-        found.append([*cells, *amounts, memory, f"{r['ms_predict']:.1f}"])
+        memory = [mib(r["host_bytes"]), mib(r["budget"]) if "budget" in r else ""]
+        accuracy = f"{100 * r['accuracy']:.1f}" if "accuracy" in r else ""
+        varied = f'`tangents="{r["tangents"]}"`, all layers' if "tangents" in r else r["varied"]
+        cells = [varied, *(str(r[k]) for k in ("n", "classes", "size", "n_features", "solver"))]
+        found.append([*cells, *amounts, *memory, accuracy, f"{r['ms_predict']:.1f}"])
         before = r
     header = ["varied", "images", "classes", "pixels", "features", "`solver_`", "seconds", "ms an image"]
-    return table([*header, "ms a further image", "memory, MiB", "ms to predict an image"], found)
+    header += ["ms a further image", "memory, MiB", "budget, MiB", "held-out accuracy, %"]
+    return table([*header, "ms to predict an image"], found)
 
 
 def solver_table(rows: Rows) -> str:
@@ -65,7 +73,7 @@ def solver_table(rows: Rows) -> str:
         for form in ("closed", "pcg"):
             part = r[form]
             name = f"closed form, {part['method']}" if form == "closed" else "conjugate gradients"
-            cells = [f"{part['seconds']:.1f}", str(part.get("n_iter", "")), f"{part['host_bytes'] / 2**20:.0f}"]
+            cells = [f"{part['seconds']:.1f}", str(part.get("n_iter", "")), mib(part["host_bytes"])]
             agreement = ["", ""]
             if form == "pcg":
                 agreement = [f"{r['largest_difference']:.1e}", f"{100 * r['same_class']:.1f}"]
@@ -96,6 +104,132 @@ def distributed_table(rows: Rows) -> str:
     return table([*header, "largest relative difference of `coef_`"], found)
 
 
+def shared_table(rows: Rows) -> str:
+    found = []
+    for r in rows:
+        parts = [max(s[part] for s in r["seconds"]) for part in ("read", "fit")]
+        same = "yes" if all(r["same_on_all"].values()) else ", ".join(k for k, v in r["same_on_all"].items() if not v)
+        as_one = "yes" if all(r["same_as_one"].values()) else ", ".join(k for k, v in r["same_as_one"].items() if not v)
+        differences = [f"{r[f'difference_of_{k}']:.0e}" if r["processes"] > 1 else "" for k in ("coef", "decision")]
+        names = [r["kind"], *(str(r[k]) for k in ("n_images", "n_features", "solver", "processes"))]
+        memory = ", ".join(mib(b) for b in r["host_bytes"])
+        found.append([*names, *(f"{p:.1f}" for p in parts), memory, *differences, same, as_one])
+    header = ["features read", "images", "features", "`solver_`", "processes", "reading, s", "fit, s"]
+    header += ["memory of each, MiB", "largest difference of `coef_`", "of decision values"]
+    return table([*header, "the same on all", "status as of one"], found)
+
+
+def predict_layers_table(rows: Rows) -> str:
+    names = {
+        "forward": "the network's own forward pass", "lqf": "LQF, defaults", "lqf, no tangents": "`tangents=None`",
+        **{f"lqf, network tangents, layers {k}": f'`tangents="network", tangent_layers={v}`'
+           for k, v in (("1", "1"), ("2", "2"), ("all", '"all"'))},
+    }  # fmt: skip
+    found = [
+        [names[k], str(r["n_features"].get(k, "")), f"{r['images_a_second'][k]:.0f}", f"{r['ratio'][k]:.2f}",
+         f"{1 / r['ratio'][k]:.2f}"]
+        for r in rows
+        for k in r["seconds"]
+    ]  # fmt: skip
+    n = rows[0]["n_predicted"] if rows else ""
+    header = [f"images: {n}", "features", "images a second", "time over the forward pass"]
+    return table([*header, "throughput over the forward pass"], found)
+
+
+def predict_classes_table(rows: Rows) -> str:
+    found = [
+        ["the network's own forward pass" if k == "forward" else k, f"{r['images_a_second'][k]:.0f}", f"{v:.2f}"]
+        for r in rows
+        for k, v in r["ratio"].items()
+    ]
+    return table(["classes", "images a second", "time over the forward pass"], found)
+
+
+def predict_paths_table(rows: Rows) -> str:
+    names = {
+        "decoding": "decoding alone", "forward": "the network's own forward pass alone",
+        "decoding and forward": "both, one after the other", "array": "LQF, from an array",
+    }  # fmt: skip
+    found = [
+        [names.get(k, f"LQF, from files, `{k}`"), f"{np.median(s):.2f}", f"{r['images_a_second'][k]:.0f}",
+         f"{r['ratio_decoded'][k]:.2f}"]
+        for r in rows
+        for k, s in sorted(r["seconds"].items(), key=lambda item: item[0] not in names)
+    ]  # fmt: skip
+    return table(["", "seconds", "images a second", "time over decoding and forward pass"], found)
+
+
+def module_table(rows: Rows) -> str:
+    names = {
+        "forward": "the network's own forward pass", "predict": "`decision_function`", "eager": "`to_module()`",
+        "compiled": "`torch.compile(to_module())`", "program, compiled": "its program of `torch.export`, compiled",
+        "onnxruntime": "its ONNX program, by onnxruntime",
+    }  # fmt: skip
+    found = []
+    for r in rows:
+        for name, label in names.items():
+            made = r["made"].get(name, {})
+            if "failed" in made:
+                found.append([label, "", "", "", made["failed"].splitlines()[0].replace("|", "/")[:100]])
+                continue
+            amounts = [f"{r['images_a_second'][name]:.0f}", f"{r['ratio'][name]:.2f}"]
+            extra = [f"{made['seconds_to_make']:.0f}", f"{made['largest_difference']:.0e}"] if made else ["", ""]
+            found.append([label, *amounts, *extra])
+    header = ["", "images a second", "time over the forward pass", "seconds to make"]
+    return table([*header, "largest difference of outputs, relative"], found)
+
+
+def alternatives_table(rows: Rows) -> str:
+    """Seconds over those of LQF, and points of accuracy above it, means over the splits."""
+    names = {
+        "lqf": "LQF", "logistic": "logistic regression on the last features, penalty by cross-validation",
+        "nft-last-stage": "fine-tuning of the last stage, the rest cached", "nft": "fine-tuning of all",
+    }  # fmt: skip
+    of = {(r["dataset"], r["split"], r["method"]): r for r in rows}
+    found = []
+    for dataset in dict.fromkeys(r["dataset"] for r in rows):
+        for method, name in names.items():
+            splits = [s for d, s, m in of if d == dataset and m == method and (d, s, "lqf") in of]
+            pairs = [(of[dataset, s, method], of[dataset, s, "lqf"]) for s in splits]
+            if not pairs:
+                continue
+            seconds = np.mean([a["cpu_seconds"] for a, _ in pairs])
+            accuracy = 100 * np.mean([a["accuracy"] for a, _ in pairs])
+            less = 100 * np.mean([a["accuracy"] - b["accuracy"] for a, b in pairs])
+            ratio = np.mean([a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs])
+            cells = [f"{seconds:.1f}", f"{ratio:.1f}", f"{accuracy:.1f}", "" if method == "lqf" else f"{less:+.1f}"]
+            found.append([dataset, str(pairs[0][0]["n_train"]), name, *cells])
+    header = ["data", "images", "method", "seconds of a fit", "over those of LQF"]
+    return table([*header, "accuracy, %", "minus that of LQF"], found)
+
+
+def faults_table(report: dict[str, Any]) -> str:
+    killed = {"killed": "killed (SIGKILL) in the middle of the reading", "ended": "not disturbed"}
+    rows = []
+
+    def add(r: dict[str, Any], what: str, says: str) -> None:
+        left = [*r.get("left_behind", []), *r.get("left_afterwards", [])]
+        if "message" in r and "left_behind" not in r:  # not measured, or without an answer
+            rows.append([what, str(r["n"]), "", says, ""])
+            return
+        size = r.get("bytes_of_files")
+        rows.append([what, str(r["n"]), mib(sum(size)) if size else "", says, ", ".join(left) or "nothing"])
+
+    def short(message: str) -> str:
+        return message.replace("|", "/").partition(" [/")[0].partition(" ([")[0]
+
+    for r in report.get("killed", []):
+        add(r, killed[r["way"]], f"exit code {r['exit_code']}")
+    for r in report.get("disk", []):
+        kept = [r.get("same_data"), r.get("same_parameters"), r.get("fits_afterwards")]
+        as_before = "; data and parameters as before, fits again" if all(kept) else ""
+        add(r, f"disk: {r['way']}", f"{short(r.get('message', ''))}{as_before}")
+    for r in report.get("process", []):
+        seconds = f"after {r['seconds']:.1f} s of at most {r['timeout']}: " if "seconds" in r else ""
+        add(r, f"process {r['killed']} of two killed while it reads", f"{seconds}{short(r.get('message', ''))}")
+    return table(["what happens", "images", "on the disk then, MiB", "what the fit says", "left behind"], rows)
+
+
 def newcomer_table(report: dict[str, Any]) -> str:
     commands = {
         "install": "installation, by the first of these commands", "demo": "`make demo`",
@@ -108,12 +242,19 @@ def newcomer_table(report: dict[str, Any]) -> str:
 
 def tables() -> dict[str, str]:
     """All tables by the names of their places."""
-    speed = read("speed-cpu")
+    speed, predict, distributed = read("speed-cpu"), read("predict-cpu"), read("distributed")
     return {
         "fits": fit_table(speed.get("fit", [])),
         "growth": growth_table(speed.get("growth", [])),
         "solvers": solver_table(speed.get("solver", [])),
         "search": search_table(speed.get("search", [])),
+        "predict-layers": predict_layers_table(predict.get("layers", [])),
+        "predict-classes": predict_classes_table(predict.get("classes", [])),
+        "predict-paths": predict_paths_table(predict.get("paths", [])),
+        "predict-module": module_table(predict.get("module", [])),
+        "alternatives": alternatives_table(read("alternatives").get("rows", [])),
+        "faults": faults_table(read("faults")),
         "newcomer": newcomer_table(read("newcomer")),
-        "distributed": distributed_table(read("distributed").get("rows", [])),
+        "distributed": distributed_table(distributed.get("rows", [])),
+        "shared": shared_table(distributed.get("shared", [])),
     }

@@ -8,23 +8,30 @@ Results are kept after each measurement, and a run that was stopped goes on wher
 """
 
 import argparse
-import json
-import multiprocessing
-import resource
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import DEFAULT_SIZE, read_images, split, write_report
-from sklearn.datasets import load_digits
+from _common import DEFAULT_SIZE, read_images, split
+from _timing import (
+    BACKBONE,
+    HELD_OUT,
+    RESULTS,
+    Memory,
+    Report,
+    Run,
+    forward,
+    in_own_process,
+    interleaved,
+    now,
+    ratios,
+    repeated_digits,
+)
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
-from torch import Tensor, nn
+from torch import nn
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV
 from sklearn_lqf.backbones.loading import load_backbone
@@ -32,9 +39,8 @@ from sklearn_lqf.engine.features import Group
 from sklearn_lqf.engine.fitted import FeatureReader
 from sklearn_lqf.engine.problem import Problem, Recipe, TrainingRows
 from sklearn_lqf.network.prepared import PreparedNetwork
+from sklearn_lqf.runtime.memory import memory_budget
 
-RESULTS = Path(__file__).parent / "results"
-BACKBONE = "efficientnet_lite0"
 PER_CLASS, PREDICTED = 50, 512
 KINDS: dict[str, dict[str, Any]] = {
     "lqf": {},
@@ -42,104 +48,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "lqf, mirrored": {"views": ("identity", "flip")},
     **{f"lqf, network tangents, {k}": {"tangents": "network", "n_directions": k} for k in (1, 4, 8)},
 }
-_ROUNDS_MIN, _ROUNDS_SECONDS = 3, 120  # rounds go on up to --repeats while they took less
-GROWTH: tuple[dict[str, Any], ...] = (  # each varies one thing
-    *({"varied": "images", "n": n, "size": 64, "classes": 10} for n in (200, 1000, 5000)),
-    *({"varied": "many images", "n": n, "size": 32, "classes": 10} for n in (1000, 5000, 20000)),
+IMAGES, ALL_LAYERS = (1000, 5000, 20000, 50000), 5000
+GROWTH: tuple[dict[str, Any], ...] = (  # beside those that grow with the images; each varies one thing
     *({"varied": "classes", "n": 1000, "size": 32, "classes": c} for c in (2, 10, 100, 500)),
     *({"varied": "pixels", "n": 200, "size": s, "classes": 10} for s in (64, 96, 128, 224)),
 )
-_NOISE = 8  # gray levels, of repeated images
-SOLVED, HELD_OUT, SOLVED_SIZE = (1000, 5000, 20000), 500, 32
+SOLVED, SOLVED_SIZE = (1000, 5000, 20000), 32
 _SOLVED_GROUPS = 4  # the last features, and groups of the last stages: about 4000 columns
 _TOL = 1e-3  # the default of the estimators
 SEARCH_ALPHAS, SEARCH_FOLDS, SEARCH_PER_CLASS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), 3, 20
 
-Run = Callable[[], Any]
-
-
-class Report:
-    """Rows by section, written after each measurement."""
-
-    def __init__(self, path: Path, device: torch.device):
-        self.path, self.device = path, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"benchmark": "speed"}
-        threads = self.content.get("threads", torch.get_num_threads())
-        if threads != torch.get_num_threads():  # which also decides whose seconds are counted
-            raise SystemExit(f"{path} was measured with {threads} threads: use --threads {threads}, or other --results")
-
-    def has(self, section: str, **key: Any) -> bool:
-        """Whether a row is there."""
-        return any(key.items() <= row.items() for row in self._rows(section))
-
-    def add(self, section: str, **row: Any) -> None:
-        """Keep a row."""
-        self._rows(section).append(row)
-        write_report(self.path, self.content, self.device)
-        print(section, json.dumps(row), flush=True)
-
-    def _rows(self, section: str) -> list[dict[str, Any]]:
-        return self.content.setdefault(section, [])
-
-
-# ------------------------------------------------------------------------------------------------------ timing
-
-
-def now(device: torch.device) -> float:
-    """Seconds when all that was asked of the device is done; with one thread of a CPU, seconds of the processor.
-
-    Those do not count other work on the machine; with several threads they would count waiting for each other.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def interleaved(contenders: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contender in each round."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    begin = time.perf_counter()
-    for done in range(repeats):
-        if done >= _ROUNDS_MIN and time.perf_counter() - begin > _ROUNDS_SECONDS:
-            break
-        for name, run in contenders.items():
-            start = now(device)
-            run()
-            found[name].append(round(now(device) - start, 6))
-    return found
-
-
-def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Medians over the rounds of what each takes over what ``base`` takes in the same round."""
-    return {name: float(np.median(np.divide(s, seconds[base]))) for name, s in seconds.items()}
-
-
-def peak_memory() -> int:
-    """Most bytes of host memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():  # the other figure begins, on Linux, with that of the parent process
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if "VmHWM" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1 << 10)
-
-
-def in_own_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What a function returns that runs in a fresh process, whose peak of memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
-
 
 # -------------------------------------------------------------------------------------------------- whole fits
-
-
-def forward(module: nn.Module, preprocessing: Any, X: np.ndarray, device: torch.device) -> Tensor:
-    """The network's own forward pass."""
-    with torch.inference_mode():
-        parts = torch.from_numpy(X).permute(0, 3, 1, 2).split(64)
-        normalized = (
-            preprocessing.normalize(x.to(device)).contiguous(memory_format=torch.channels_last) for x in parts
-        )
-        return torch.cat([module(x) for x in normalized]).cpu()
 
 
 def measure_fits(report: Report, args: argparse.Namespace, device: torch.device) -> None:
@@ -176,38 +96,49 @@ def measure_fits(report: Report, args: argparse.Namespace, device: torch.device)
 # ------------------------------------------------------------------------------------------------------ growth
 
 
-def repeated_digits(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raveled digits with a little noise, as often as it takes, and their labels."""
-    X, y = load_digits(return_X_y=True)
-    rows = np.arange(n) % len(X)
-    noise = np.random.default_rng(0).integers(0, _NOISE, (n, X.shape[1]))
-    return np.clip(X[rows] * (255 / 16) + noise, 0, 255).astype(np.uint8), y[rows]
+def growth_cases(images: list[int], all_layers: int) -> list[dict[str, Any]]:
+    """What is fitted: digits of one size, more and more of them; all layers read; and one thing varied of the rest."""
+    base = {"size": 64, "classes": 10}
+    kinds = [{"tangents": kind, "tangent_layers": "all"} for kind in ("network", "both")]
+    return [
+        *({"varied": "images", "n": n, **base} for n in images),
+        *({"varied": "tangents", "n": all_layers, **base, **kind} for kind in kinds),
+        *GROWTH,
+    ]
 
 
 def grow(case: dict[str, Any], threads: int, device_name: str) -> dict[str, Any]:
-    """Seconds and memory of one fit, in a process of its own."""
+    """Seconds, memory and accuracy of one fit, in a process of its own."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     X, y = repeated_digits(case["n"])
     if case["varied"] == "classes":
         y = np.random.default_rng(0).permutation(case["n"]) % case["classes"]
-    estimator = LQFClassifier(BACKBONE, image_shape=(8, 8), image_size=case["size"], execution={"device": device})
+    estimator = LQFClassifier(
+        BACKBONE, image_shape=(8, 8), image_size=case["size"], execution={"device": device},
+        **{name: case[name] for name in ("tangents", "tangent_layers") if name in case},
+    )  # fmt: skip
     estimator.fit(X[:20], np.arange(20) % 2)  # what the first fit of a process alone takes
-    before, start = peak_memory(), now(device)
-    estimator.fit(X, y)
-    found = {"seconds": round(now(device) - start, 3), "host_bytes": peak_memory() - before}
+    with Memory() as memory:
+        start = now(device)
+        estimator.fit(X, y)
+        found = {"seconds": round(now(device) - start, 3)}
+    found |= {"host_bytes": memory.peak, "anonymous_bytes": memory.anonymous, "budget": memory_budget()}
     if device.type == "cuda":
         found["device_bytes"] = torch.cuda.max_memory_allocated(device)
+    X_test, y_test = repeated_digits(HELD_OUT, held_out=True)
     start = now(device)
-    estimator.predict(X[:200])
-    found["ms_predict"] = round(1000 * (now(device) - start) / len(X[:200]), 3)
+    predicted = estimator.predict(X_test)
+    found["ms_predict"] = round(1000 * (now(device) - start) / len(X_test), 3)
+    if case["varied"] != "classes":  # whose labels are random
+        found["accuracy"] = float((predicted == y_test).mean())
     return {**found, "solver": estimator.solver_, "n_features": estimator.coef_.shape[1]}
 
 
 def measure_growth(report: Report, args: argparse.Namespace, device: torch.device) -> None:
     """One fit for each case, in fresh processes."""
-    for case in GROWTH:
-        if case["n"] <= args.most and not report.has("growth", **case):
+    for case in growth_cases(args.images, args.all_layers):
+        if (args.most is None or case["n"] <= args.most) and not report.has("growth", **case):
             report.add("growth", **case, **in_own_process(grow, case, args.threads, str(device)))
 
 
@@ -215,8 +146,9 @@ def measure_growth(report: Report, args: argparse.Namespace, device: torch.devic
 
 
 def read_features(n: int) -> tuple[np.ndarray, list[Group], np.ndarray]:
-    """Features of repeated digits in the groups that are solved for, and their labels."""
-    X, y = repeated_digits(n)
+    """Features of repeated digits in the groups that are solved for, and their labels; the last digits are held out."""
+    both = [repeated_digits(n), repeated_digits(HELD_OUT, held_out=True)]
+    X, y = (np.concatenate(part) for part in zip(*both, strict=True))
     backbone, shape = load_backbone(BACKBONE), (3, SOLVED_SIZE, SOLVED_SIZE)
     network = PreparedNetwork(
         backbone, shape, "head", 0.0, True, backbone.preprocessing, torch.float32, torch.device("cpu")
@@ -241,17 +173,20 @@ def solve(folder: str, groups: list[Group], case: dict[str, Any], threads: int) 
     targets, ones = np.eye(10)[codes[:n]], np.ones(n)
     rows = TrainingRows(np.ascontiguousarray(features[:n]), targets, ones, _digests(n))
     solver = "closed" if case["form"] == "closed" else "pcg"
-    recipe = Recipe("equal", solver, _TOL, 1000, 9, True, 1 << 40)
+    recipe = Recipe(
+        prior="equal", alpha="auto", solver=solver, tol=_TOL, max_iter=1000, free=9, stratified=True, budget=1 << 40
+    )
     problem = Problem(rows, groups, ones, np.ones(10), recipe)
-    before, start = peak_memory(), time.process_time() if threads == 1 else time.perf_counter()
-    form = problem.factorization(problem.variances)
-    coef, intercept = form.solve(torch.from_numpy(targets))
-    end = time.process_time() if threads == 1 else time.perf_counter()
+    with Memory() as memory:
+        start = now(torch.device("cpu"))
+        form = problem.factorization(problem.variances)
+        optimum = form.solve(torch.from_numpy(targets))
+        seconds = now(torch.device("cpu")) - start
     test = problem.scaled(np.asarray(features[-HELD_OUT:]), problem.variances)
-    np.save(Path(folder) / f"{case['form']}.npy", (test @ coef + intercept).numpy())
-    found = {"seconds": round(end - start, 3), "host_bytes": peak_memory() - before, "method": form.method}
-    if form.course is not None:
-        found |= {"n_iter": form.course.n_iter, "residual": form.course.residual_norms[-1]}
+    np.save(Path(folder) / f"{case['form']}.npy", (test @ optimum.coef + optimum.intercept).numpy())
+    found = {"seconds": round(seconds, 3), "host_bytes": memory.peak, "method": form.method}
+    if optimum.course is not None:
+        found |= {"n_iter": optimum.course.n_iter, "residual": optimum.course.errors[-1]}
     return found
 
 
@@ -262,11 +197,11 @@ def _digests(n: int) -> np.ndarray:
 
 def measure_solvers(report: Report, args: argparse.Namespace, device: torch.device) -> None:
     """Closed form and conjugate gradients for the same objective on the same features, on the CPU."""
-    wanted = [n for n in SOLVED if n <= args.most and not report.has("solver", n=n)]
+    wanted = [n for n in args.solved if not report.has("solver", n=n)]
     if not wanted:
         return
     with tempfile.TemporaryDirectory() as folder:
-        features, groups, y = read_features(max(wanted) + HELD_OUT)
+        features, groups, y = read_features(max(wanted))
         np.save(Path(folder) / "features.npy", features)
         np.save(Path(folder) / "codes.npy", y)
         for n in wanted:
@@ -326,14 +261,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison")
     parser.add_argument("--per-class", type=int, default=PER_CLASS, help="images a class of the section fit")
     parser.add_argument("--search-per-class", type=int, default=SEARCH_PER_CLASS)
-    parser.add_argument("--most", type=int, default=max(SOLVED), help="images; cases with more are left out")
+    parser.add_argument("--images", type=int, nargs="*", default=list(IMAGES), help="of the section growth")
+    parser.add_argument("--all-layers", type=int, default=ALL_LAYERS, help="images of its fits that read all layers")
+    parser.add_argument("--most", type=int, help="images; cases of the section growth with more are left out")
+    parser.add_argument("--solved", type=int, nargs="*", default=list(SOLVED), help="images of the section solver")
     parser.add_argument(
         "--results", type=Path, help="file of the results, default: benchmarks/results/speed-DEVICE.json"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    report = Report(args.results or RESULTS / f"speed-{args.device}.json", device)
+    report = Report(args.results or RESULTS / f"speed-{args.device}.json", device, "speed")
     for section in args.only:
         MEASURES[section](report, args, device)
 
