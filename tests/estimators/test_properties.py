@@ -25,7 +25,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
 settings.load_profile("ci")
 
-FITS = settings(max_examples=12)
+FITS = settings(max_examples=8)
 
 
 def tiny(channels: int = 3) -> nn.Module:
@@ -45,11 +45,8 @@ def classifier(channels: int = 3, **parameters: Any) -> LQFClassifier:
     return LQFClassifier(NETS[channels], **merged({"alpha": 0.1, "execution": {"dtype": "float64"}}, parameters))
 
 
-def regressor(channels: int = 3, **parameters: Any) -> LQFRegressor:
-    return LQFRegressor(NETS[channels], **merged({"alpha": 0.1, "execution": {"dtype": "float64"}}, parameters))
-
-
-# ------------------------------------------------------------------------------------------------------- strategies
+def regressor(**parameters: Any) -> LQFRegressor:
+    return LQFRegressor(NETS[3], **merged({"alpha": 0.1, "execution": {"dtype": "float64"}}, parameters))
 
 
 # The codes of labels: at least two of each of three classes, in any order.
@@ -79,9 +76,6 @@ def assert_close(one: Any, other: Any, rtol: float = 1e-6) -> None:
     np.testing.assert_allclose(one, other, rtol=0, atol=rtol * max(np.abs(other).max(), 1e-12))
 
 
-# -------------------------------------------------------------------------------------------------------- forms of X
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_form_gives_the_same_model(channels, tmp_path):
     X = np.random.default_rng(0).integers(0, 256, (6, 7, 8, 3)).astype(np.uint8)
@@ -107,15 +101,17 @@ def test_predictions_are_of_each_image_alone(data, problem):
     np.testing.assert_allclose(clf.decision_function([X[i] for i in chosen]), every[chosen], rtol=1e-9, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ labels
+def three(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(values, min_size=3, max_size=3, unique=True)
+
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5)
 LABELS = {
-    "text": st.lists(TEXT, min_size=3, max_size=3, unique=True),
-    "objects": st.lists(TEXT, min_size=3, max_size=3, unique=True),
-    "ints": st.lists(st.integers(-(2**40), 2**40), min_size=3, max_size=3, unique=True),
-    "small ints": st.lists(st.integers(-128, 127), min_size=3, max_size=3, unique=True),
-    "whole floats": st.lists(st.integers(-1000, 1000).map(float), min_size=3, max_size=3, unique=True),
+    "text": three(TEXT),
+    "objects": three(TEXT),
+    "ints": three(st.integers(-(2**40), 2**40)),
+    "small ints": three(st.integers(-128, 127)),
+    "whole floats": three(st.integers(-1000, 1000).map(float)),
     "bools": st.just([False, True, True]),
 }
 
@@ -132,14 +128,9 @@ def test_labels_are_names(data, problem):
     known = np.array(sorted(set(labels)), dtype=y.dtype)
     codes = np.searchsorted(known, y)
     expected = classifier().fit(X, codes)
-    container = data.draw(st.sampled_from(["array", "list", "series", "read-only"]))
-    given_y: Any = y
-    if container == "list":
-        given_y = y.tolist()
-    elif container == "series":
-        given_y = pd.Series(y, index=data.draw(st.permutations(range(len(y)))))
-    elif container == "read-only":
-        given_y.flags.writeable = False
+    y.flags.writeable = False
+    index = data.draw(st.permutations(range(len(y))))
+    given_y: Any = data.draw(st.sampled_from([y, y.tolist(), pd.Series(y, index=index)]))
     clf = classifier().fit(X, given_y)
     assert np.array_equal(clf.coef_, expected.coef_)
     assert np.array_equal(clf.classes_, known)
@@ -148,7 +139,6 @@ def test_labels_are_names(data, problem):
     assert np.array_equal(predicted, known[expected.predict(X)])
     probabilities = clf.predict_proba(X)
     np.testing.assert_allclose(probabilities.sum(1), 1)
-    assert (probabilities >= 0).all()
     assert np.array_equal(known[probabilities.argmax(1)], predicted)
     assert clf.score(X, given_y) == expected.score(X, codes)
 
@@ -163,9 +153,6 @@ def test_several_labels_in_any_form():
         assert np.array_equal(clf.predict(X), expected.predict(X))
 
 
-# ----------------------------------------------------------------------------------------------------------- weights
-
-
 def weights_of(draw: Callable, codes: np.ndarray, values: st.SearchStrategy) -> np.ndarray:
     """A weight for each row, not zero for all rows of a class."""
     weights = np.array(draw(st.lists(values, min_size=len(codes), max_size=len(codes))), dtype=float)
@@ -176,7 +163,7 @@ def weights_of(draw: Callable, codes: np.ndarray, values: st.SearchStrategy) -> 
 POSITIVE = st.floats(0.01, 10)
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     data=st.data(), problem=problems(), alpha=st.sampled_from(["auto", 0.1]),
     kind=st.sampled_from(["scaled", "zero", "repeated", "of classes", "permuted"]),
@@ -207,9 +194,6 @@ def test_weights(data, problem, alpha, kind):
     if kind in ("zero", "permuted"):
         assert one._model.fingerprint == other._model.fingerprint
     assert_same_model(other, one, X)
-
-
-# ---------------------------------------------------------------------------------------- order, batches and targets
 
 
 @FITS
@@ -276,7 +260,7 @@ def test_vectors_in_other_units(data, seed):
 # ------------------------------------------------------------------------------------- the same sum of squared errors
 
 # From 501 images on, the prior is learned from some of them.
-SOME, MANY = 20, 2000
+SOME, MANY = 20, 700
 
 
 def vectors(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -284,6 +268,18 @@ def vectors(n: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(n)
     y = np.arange(n) % 3
     return rng.normal(size=(n, 5)) + 0.9 * np.eye(5)[y], y
+
+
+def targets(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A noisy number for each vector."""
+    X, _ = vectors(n)
+    return X, X[:, 0] + np.random.default_rng(1).normal(size=n)
+
+
+def labels(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Several for each vector."""
+    X, y = vectors(n)
+    return X, np.c_[y == 0, y != 1, X[:, 4] > 0].astype(int)
 
 
 def noise(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -295,35 +291,22 @@ def noise(n: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels.astype(np.uint8), y
 
 
-def plain(X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return y
-
-
-def target(X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return X[:, 0] + np.random.default_rng(1).normal(size=len(X))
-
-
-def labels(X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.c_[y == 0, y != 1, X[:, 4] > 0].astype(int)
-
-
-# How X is drawn, and y of it; an estimator, the numbers of rows, and how near its answers are.
-CASES: dict[str, tuple[Callable, Callable, Any, list[int], float]] = {
-    "vectors": (vectors, plain, LQFClassifier(), [MANY], 1e-6),
-    "balanced": (vectors, plain, LQFClassifier(class_weight="balanced"), [SOME], 1e-6),
-    "evidence": (vectors, plain, LQFClassifier(prior="evidence"), [MANY], 1e-6),  # of few copies it has no bound
-    "targets": (vectors, target, LQFRegressor(), [SOME, MANY], 1e-6),
-    "labels": (vectors, labels, LQFClassifier(), [SOME], 1e-6),
-    "folds": (vectors, plain, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
-    "images": (noise, plain, LQFClassifier(tiny_net(), tangents="both"), [SOME, MANY], 1e-4),
+# How X and y are drawn; an estimator, the numbers of rows, and how near its answers are.
+CASES: dict[str, tuple[Callable, Any, list[int], float]] = {
+    "vectors": (vectors, LQFClassifier(), [MANY], 1e-6),
+    "balanced": (vectors, LQFClassifier(class_weight="balanced"), [SOME], 1e-6),
+    "evidence": (vectors, LQFClassifier(prior="evidence"), [MANY], 1e-6),  # of few copies it has no bound
+    "targets": (targets, LQFRegressor(), [SOME, MANY], 1e-6),
+    "labels": (labels, LQFClassifier(), [SOME], 1e-6),
+    "folds": (vectors, LQFClassifierCV(alphas=[0.03, 0.3, 3.0]), [SOME], 1e-6),
+    "images": (noise, LQFClassifier(tiny_net(), tangents="both"), [SOME, MANY], 1e-4),
 }
 
 
-@pytest.mark.parametrize(("case", "n"), [(case, n) for case in CASES for n in CASES[case][3]])
+@pytest.mark.parametrize(("case", "n"), [(case, n) for case in CASES for n in CASES[case][2]])
 def test_order_and_repetition_of_many_rows(case, n):
-    draw, values, estimator, _, rtol = CASES[case]
+    draw, estimator, _, rtol = CASES[case]
     X, y = draw(n)
-    y = values(X, y)
     weights = np.where(np.arange(n) % 4 == 1, 2, np.where(np.arange(n) % 5 == 2, 3, 1))
     order = np.random.default_rng(0).permutation(n)
     twice = np.random.default_rng(1).permutation(np.repeat(np.arange(n), weights))
