@@ -40,14 +40,6 @@ def kernels(groups: list[np.ndarray]) -> np.ndarray:
     return np.stack([g @ g.T for g in groups])
 
 
-def needle(n: int = 60, noise_groups: int = 5, seed: int = 1) -> Rows:
-    """One-hot targets of three classes that depend on group 2 alone."""
-    rng = np.random.default_rng(seed)
-    groups = [centered(rng.standard_normal((n, 8)), np.ones(n)) for _ in range(noise_groups + 1)]
-    labels = (groups[2] @ rng.standard_normal((8, 3))).argmax(1)
-    return Rows(kernels(groups), np.eye(3)[labels], np.ones(n), np.ones(n), 2)
-
-
 def repeated(rows: Rows, counts: np.ndarray) -> tuple[Rows, Rows]:
     """Rows with whole multiplicities as weights, and the same with each row given as often, in another order."""
     index = np.random.default_rng(3).permutation(np.repeat(np.arange(len(counts)), counts))
@@ -139,18 +131,6 @@ def test_offset_and_unit_of_targets_do_not_matter(kind):
     _, rows = problem()
     moved = replace(rows, targets=1e-3 * rows.targets + np.array([5.0, -2.0, 0.0]))
     np.testing.assert_allclose(criterion(moved, THETA, kind)[1], criterion(rows, THETA, kind)[1], rtol=1e-7, atol=1e-7)
-
-
-@KINDS
-@pytest.mark.parametrize("total", [None, 5.0])
-def test_informative_group_is_found(kind, total):
-    rows = needle()
-    theta = learn_prior(rows, np.ones(6), kind=kind, deviation=2.0, total=total)
-    assert theta.argmax() == 2
-    assert theta[2] > 0.7 * theta.sum()  # 1/6 before labels were seen
-    # With a narrow hyper-prior the same labels move the shares little.
-    narrow = learn_prior(rows, np.ones(6), kind=kind, deviation=0.05, total=total)
-    assert abs(narrow[2] / narrow.sum() - 1 / 6) < 0.05
 
 
 @KINDS

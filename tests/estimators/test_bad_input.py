@@ -182,23 +182,6 @@ def test_images(case, fitted):
             fitted["classifier"].predict(bad)
 
 
-ROWS: dict[str, tuple[Any, str]] = {
-    "one axis": (VECTORS[0], "2"), "nan": (np.where(VECTORS.max() == VECTORS, NAN, VECTORS), "X contains NaN"),
-    "infinity": (np.where(VECTORS.max() == VECTORS, INF, VECTORS), "X contains infinity"),
-    "complex": (VECTORS * 1j, "Complex"), "text": (np.full((12, 5), "a"), "could not convert string to float"),
-    "no row": (VECTORS[:0], "0 sample"), "no column": (VECTORS[:, :0], "0 feature|expecting 5"),
-    "sparse": (sparse.csr_matrix(VECTORS), "toarray"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ROWS)
-def test_vectors(case, fitted):
-    bad, message = ROWS[case]
-    refused(made("classifier", backbone="auto"), lambda m: m.fit(bad, Y), ERRORS, message)
-    with pytest.raises(ERRORS, match=message):
-        fitted["vectors"].predict(bad)
-
-
 # ------------------------------------------------------------------------------------------------- y and weights
 
 NOT_INDICATORS = "0 and 1|Unknown label type"

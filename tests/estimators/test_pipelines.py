@@ -9,8 +9,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.ensemble import BaggingClassifier, StackingClassifier
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401, makes HalvingGridSearchCV importable
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, cross_val_score, cross_validate
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support.data import make_images, tiny_net
@@ -21,7 +20,6 @@ from sklearn_lqf import ImageReader, LQFClassifier, LQFRegressor
 X, Y = make_images(n=36)
 TEST, LABELS = make_images(n=24, seed=1)
 SHAPE = (12, 12, 3)
-TWO = Y != "cow"
 
 
 def classifier(**parameters) -> LQFClassifier:
@@ -97,22 +95,6 @@ def test_bagging_of_raveled_images(table):
     assert not np.allclose(members[0].decision_function(TEST), members[1].decision_function(TEST))
     with pytest.raises(ValueError, match=r"216 features.*image_shape"):
         clone(pipeline).set_params(baggingclassifier__max_features=0.5).fit(X, Y)
-
-
-def test_thresholds_and_several_scorers():
-    clf = classifier().fit(X[TWO], Y[TWO])
-    two = TEST[LABELS != "cow"]
-    p = clf.predict_proba(two)[:, 1]
-    threshold = float(np.median(p))
-    fixed = FixedThresholdClassifier(clf, threshold=threshold, pos_label="bee").fit(X[TWO], Y[TWO])
-    assert np.array_equal(fixed.predict(two), np.where(p >= threshold, "bee", "ant"))
-    scoring = ["accuracy", "neg_log_loss"]
-    found = cross_validate(classifier(), X, Y, cv=2, scoring=scoring, return_estimator=True, return_indices=True)
-    for clf, held_out, *scores in zip(
-        found["estimator"], found["indices"]["test"], found["test_accuracy"], found["test_neg_log_loss"], strict=True
-    ):
-        assert scores[0] == clf.score(X[held_out], Y[held_out]) > 0.9
-        assert scores[1] == pytest.approx(-log_loss(Y[held_out], clf.predict_proba(X[held_out])))
 
 
 def test_regressor():
