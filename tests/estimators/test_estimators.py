@@ -95,7 +95,7 @@ def test_options(parameters):
     assert clf.converged_
     assert clf.score(X, Y) == 1.0
     test, labels = make_images(seed=1)
-    assert clf.score(test, labels) > 0.9
+    assert clf.score(test, labels) > 0.8
 
 
 def test_solvers_reach_one_optimum():
