@@ -50,15 +50,21 @@ def repeated(rows: Rows, counts: np.ndarray) -> tuple[Rows, Rows]:
 
 
 THETA = np.array([3.0, 0.4, 1.5])
+TOGETHER = np.array([0, 1, 1, 2, 0, 3, 3, 3, 2, 4, 0, 4, 1])  # the sets of 13 rows
 
 
-def test_leave_one_out_equals_refits():
+@pytest.mark.parametrize("together", [None, TOGETHER])
+def test_leave_one_out_equals_refits(together):
     groups, rows = problem()
+    rows = replace(rows, together=together)
     phi = np.hstack([np.sqrt(t) * g for t, g in zip(THETA, groups, strict=True)])
     squares = 0.0
     for i, m in enumerate(rows.multiplicity):
         weights = rows.weights.copy()
-        weights[i] *= 1 - 1 / m  # one of m identical images is left out
+        if together is None:
+            weights[i] *= 1 - 1 / m  # one of m identical images is left out
+        else:
+            weights[together == together[i]] = 0
         model = Ridge(alpha=1.0, solver="svd").fit(phi, rows.targets, sample_weight=weights)
         squares += rows.weights[i] * ((rows.targets[i] - model.predict(phi[i : i + 1])[0]) ** 2).sum()
     expected = 0.5 * rows.multiplicity.sum() * rows.free * np.log(squares)
@@ -81,9 +87,9 @@ def test_evidence_is_the_likelihood_of_contrasts(theta):
 
 
 @KINDS
-@pytest.mark.parametrize("outputs", [1, 3])
-def test_gradient_equals_finite_differences(kind, outputs):
-    _, rows = problem(outputs=outputs)
+@pytest.mark.parametrize(("outputs", "together"), [(1, None), (3, None), (3, TOGETHER)])
+def test_gradient_equals_finite_differences(kind, outputs, together):
+    rows = replace(problem(outputs=outputs)[1], together=together)
     _, gradient = criterion(rows, THETA, kind)
     step = 1e-5  # central differences: error of order step^2, rounding about 1e-16 / step
     for g in range(3):
@@ -124,13 +130,6 @@ def test_scale_equals_the_best_of_a_fine_grid(kind):
     one = replace(rows, kernels=rows.kernels[:1])
     learned = learn_prior(one, np.ones(1), kind=kind, deviation=1e-2)
     assert np.log(learned[0]) == pytest.approx(np.log(scale_prior(one, np.ones(1), kind=kind)), abs=0.02)
-
-
-@KINDS
-def test_offset_and_unit_of_targets_do_not_matter(kind):
-    _, rows = problem()
-    moved = replace(rows, targets=1e-3 * rows.targets + np.array([5.0, -2.0, 0.0]))
-    np.testing.assert_allclose(criterion(moved, THETA, kind)[1], criterion(rows, THETA, kind)[1], rtol=1e-7, atol=1e-7)
 
 
 @KINDS

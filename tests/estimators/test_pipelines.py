@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
-from sklearn.ensemble import BaggingClassifier, StackingClassifier
+from sklearn.ensemble import StackingClassifier
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401, makes HalvingGridSearchCV importable
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -18,7 +18,6 @@ from support.images import as_files
 from sklearn_lqf import ImageReader, LQFClassifier, LQFRegressor
 
 X, Y = make_images(n=36)
-TEST, LABELS = make_images(n=24, seed=1)
 SHAPE = (12, 12, 3)
 
 
@@ -83,18 +82,6 @@ def test_pipelines_and_searches_decode_once(table, tmp_path, monkeypatch):
     assert opened == paths
     expected = GridSearchCV(classifier(), grid, cv=2).fit(X, Y).cv_results_["mean_test_score"]
     np.testing.assert_array_equal(pipeline[-1].cv_results_["mean_test_score"], expected)
-
-
-def test_bagging_of_raveled_images(table):
-    bagging = BaggingClassifier(classifier(image_shape=SHAPE), 3, random_state=0)
-    pipeline = make_pipeline(ImageReader(raveled=True), bagging).fit(list(table["path"]), Y)
-    assert pipeline.score(TEST, LABELS) > 0.9
-    members = pipeline[-1].estimators_
-    votes = np.mean([m.predict_proba(TEST) for m in members], 0)  # each reads images, too
-    np.testing.assert_allclose(pipeline.predict_proba(TEST), votes, atol=1e-6)
-    assert not np.allclose(members[0].decision_function(TEST), members[1].decision_function(TEST))
-    with pytest.raises(ValueError, match=r"216 features.*image_shape"):
-        clone(pipeline).set_params(baggingclassifier__max_features=0.5).fit(X, Y)
 
 
 def test_regressor():
