@@ -16,8 +16,8 @@ from torch import Tensor
 __all__ = ["Preprocessing"]
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-# Of DINOv2, which was trained and evaluated at this size (Oquab et al., 2023) and has it on the hub of Hugging Face, too.
-# timm says 518, the size of the last part of its training, at which an image takes sixteen times as long.
+# Of DINOv2, which was trained and evaluated at this size (Oquab et al., 2023) and has it on the hub of Hugging Face,
+# too. timm says 518, the size of the last part of its training, at which an image takes sixteen times as long.
 _DINOV2_SIZE = (224, 224)
 
 

@@ -17,6 +17,7 @@ from ..io.files import load_estimator, pickled_state, save_estimator, unpickled_
 from ..paper.model import PaperModel
 from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic
 from .data import Inputs
+from .progress import Bars
 
 __all__ = ["FittedMethods"]
 
@@ -262,7 +263,8 @@ class FittedMethods(Inputs):
         model = self._grouped("rows")
         targets, given = self._known_targets(y, len(inputs), "y"), self._given_weights(sample_weight, len(inputs))
         keep = np.flatnonzero(self._weigh_classes(targets, given))
-        features, digests = self._evaluate(model.reader, inputs, keep)
+        with Bars(self.verbose) as bars:
+            features, digests = self._evaluate(model.reader, inputs, keep, bars)
         vectors = inputs[keep] if isinstance(inputs, np.ndarray) else None
         labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
         return TrainingRows(features, targets[keep], given[keep], digests, vectors, labels), keep

@@ -202,7 +202,7 @@ class ClassifierBase(ClassifierMixin, LQFBase):
             source = "the data contains" if classes is None else "classes names"
             raise ValueError(
                 f"{type(self).__name__} needs samples of at least 2 classes, but {source} only one class: "
-                f"{self.classes_[0]!r}"
+                f"{self.classes_.tolist()[0]!r}"
             )
         return self._encode(y, "y")
 

@@ -131,7 +131,7 @@ class Inputs(Parameters):
     def _in_batches(self, evaluate: Callable[[Tensor], Tensor], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
         size, count = self._model.network.rows_at_once(self._execution.batch_size), len(rows)
-        with Bars(self.verbose if count > size else 0) as bars:
+        with Bars(self.verbose) as bars:
             return evaluate_rows(evaluate, rows, np.arange(count), size, lambda _, batch: bars.rows(len(batch), count))
 
     @property
@@ -193,15 +193,14 @@ class Inputs(Parameters):
         return _READERS.get(digest(tensors, repr(said)), make)
 
     def _evaluate(
-        self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, progress: Bars | None = None
+        self, reader: FeatureReader, inputs: Any, chosen: np.ndarray, bars: Bars
     ) -> tuple[np.ndarray, np.ndarray]:
         """Raw features (n, D) and digests (n, 16) of some rows."""
         seen = Fingerprint(len(chosen))
 
         def see(start: int, images: Tensor) -> None:
             seen.see(np.arange(start, start + len(images)), images)
-            if progress is not None:
-                progress.rows(len(images), len(chosen))
+            bars.rows(len(images), len(chosen))
 
         size = reader.network.rows_at_once(self._execution.batch_size)
         features = evaluate_rows(reader.reading(self._execution.folder), inputs, chosen, size, see)

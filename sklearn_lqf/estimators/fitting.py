@@ -125,16 +125,17 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
                 f"One row with a positive weight is not enough (n_samples={len(inputs)}): give at least 2."
             )
         labels = None if groups is None else self._given_groups(groups, len(inputs))[keep]
-        # Prepare.
         recipe = self._new_recipe(targets.shape[1], labels is not None)
-        if self._paper:
-            network = self._prepare(backbone, inputs, keep, weights, device)
-        else:
-            reader = self._reader(backbone, inputs, keep, weights, device)
-            network = reader.network
-        self.device_ = str(network.device)
-        self.precision_ = "full" if self._paper else reader.precision
         with Progress(self, self.verbose if group.rank == 0 else 0, self.max_iter, X, y) as progress:
+            # Prepare.
+            with progress.step("preparing"):
+                if self._paper:
+                    network = self._prepare(backbone, inputs, keep, weights, device)
+                else:
+                    reader = self._reader(backbone, inputs, keep, weights, device)
+                    network = reader.network
+            self.device_ = str(network.device)
+            self.precision_ = "full" if self._paper else reader.precision
             if self._paper:
                 rows = (inputs, keep, targets[keep], weights[keep], given[keep], labels)
                 self._fit_paper(network, recipe, *rows, self._draw_seed(), progress)
@@ -238,7 +239,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
 
         # Its outputs for the training images know their labels; those of the ridge regression without the image do not.
         reader = FeatureReader.draw(network, 0, None, seed, ("identity",))
-        features, digests = self._evaluate(reader, inputs, keep)
+        features, digests = self._evaluate(reader, inputs, keep, progress)
         rows = TrainingRows(features, targets, given, digests, groups=groups)
         unit = self._target_unit(targets, weights)
         probe = Problem(rows, reader.groups, weights, unit, replace(recipe, prior="last", solver="auto"))
@@ -327,7 +328,7 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             weights = self._weigh_classes(rows.targets, rows.given)
             network = reader.network.standardized(rows.vectors, weights)
             reader = FeatureReader.draw(network, len(reader.directions), reader.sketch_size, reader.seed, reader.views)
-            features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)))
+            features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)), Bars(0))
             rows = replace(rows, features=features)
         with Bars(self.verbose) as bars:
             twin._solve(reader, model.recipe, rows, True, bars)

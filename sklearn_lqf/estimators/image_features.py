@@ -18,6 +18,7 @@ from ..runtime.arithmetic import choose_device, in_ordinary_arithmetic
 from .classifier import LQFClassifier
 from .data import Inputs
 from .parameters import with_shared_parameters
+from .progress import Bars
 from .regressor import LQFRegressor
 
 __all__ = ["ImageFeatures"]
@@ -172,8 +173,10 @@ class ImageFeatures(TransformerMixin, Inputs):
         rows, backbone = self._read_training_rows(X, None)
         given = self._given_weights(sample_weight, len(rows))
         every = np.arange(len(rows))
-        self._model = self._reader(backbone, rows, every, given, device)
-        features = self._evaluate(self._model, rows, every)[0]
+        with Bars(self.verbose) as bars:
+            with bars.step("preparing"):
+                self._model = self._reader(backbone, rows, every, given, device)
+            features, _ = self._evaluate(self._model, rows, every, bars)
         self._standardization = fit_standardization(features, given, self._model.groups)
         self._set_groups(np.ones(len(self._model.groups)))
         return features

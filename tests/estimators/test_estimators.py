@@ -197,7 +197,7 @@ def test_verbose_shows_a_bar(capsys):
     pytest.importorskip("tqdm")
     clf = classifier(verbose=1, execution={"batch_size": 5}).fit(X, Y)
     shown = capsys.readouterr().err
-    assert shown.index("reading") < shown.index("prior") < shown.index("solving")
+    assert shown.index("preparing") < shown.index("reading") < shown.index("prior") < shown.index("solving")
     clf.predict(X)
     assert "reading" in capsys.readouterr().err
     classifier(verbose=1, model="paper").fit(X, Y)
