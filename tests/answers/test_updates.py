@@ -246,14 +246,17 @@ def test_adding_and_forgetting_take_turns_and_go_on_after_pickling(case):
     assert_equal_fits(model.forget(np.array([10])), fitted(case, kept=True), data)
 
 
-def test_a_class_of_which_there_is_no_image_yet():
+def test_classes_of_which_there_is_no_image_yet_or_that_are_new():
     two = Y != "cow"
     model = classifier().partial_fit(X[two], Y[two], classes=["cow", "bee", "ant"])
     assert model.classes_.tolist() == ["ant", "bee", "cow"]
     assert model.decision_function(X).shape == (N, 3)
     assert set(model.predict(X[two])) == {"ant", "bee"}
     model.partial_fit(X[~two], Y[~two], classes=["ant", "bee", "cow"])
-    assert_equal_fits(model, classifier().fit(np.r_[X[two], X[~two]], np.r_[Y[two], Y[~two]]), X)
+    whole = classifier().fit(np.r_[X[two], X[~two]], np.r_[Y[two], Y[~two]])
+    assert_equal_fits(model, whole, X)
+    grown = classifier().fit(X[two], Y[two]).partial_fit(X[~two], Y[~two], classes=["ant", "bee", "cow"])
+    assert_equal_fits(grown, whole, X)
     with pytest.raises(ValueError, match="must name those of the calls before"):
         model.partial_fit(X[:1], Y[:1], classes=["ant", "bee"])
     model.fit(X, LABELS)  # from scratch, whatever was before

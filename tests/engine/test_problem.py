@@ -170,7 +170,8 @@ def test_solutions_are_those_of_ridge(form):
     if form == "pcg":
         assert 0 < solution.n_iter == len(solution.residual_norms) - 1
         assert solution.residual_norms[-1] <= 1e-12 < solution.residual_norms[0]
-        assert "max_iter" in pose(solver="pcg", max_iter=1).solve("auto")[0].advice
+        some = {"last": 1.0, "b directions": 3.0}
+        assert "max_iter" in pose(solver="pcg", max_iter=1, prior=some).solve("auto")[0].advice
     else:
         np.testing.assert_allclose(held_out, refits(found, theta), atol=1e-8)
         assert solution.n_iter == 0
