@@ -185,20 +185,6 @@ def test_what_does_not_fit_is_estimated():
         pose(budget=1000, solver="closed").solve("auto")
 
 
-# ------------------------------------------------------------------------------------------------------ penalties
-
-
-def test_at_a_penalty_shares_are_those_of_the_prior():
-    found = pose()
-    for alpha in (0.01, 1, 30.0):
-        theta = found.variances_at(alpha)
-        np.testing.assert_allclose(theta * alpha, found.variances / found.variances.sum())
-        np.testing.assert_allclose(found.held_out(alpha), refits(found, theta), atol=1e-8)
-        solution, held_out = found.solve(alpha)
-        np.testing.assert_allclose(held_out, found.held_out(alpha), atol=1e-12)
-        np.testing.assert_allclose(solution.variances, theta)
-
-
 def test_a_fitted_solution_keeps_scale_and_prior():
     solution, _ = pose(prior="evidence").solve(0.3)
     again = Problem(ROWS.taking(np.arange(10)), GROUPS, GIVEN[:10], np.ones(C), RECIPE, fitted=solution)

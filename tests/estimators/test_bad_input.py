@@ -28,7 +28,9 @@ ERRORS = (ValueError, TypeError)
 
 
 def made(kind: str, **parameters: Any) -> Any:
-    return ESTIMATORS[kind](**{"backbone": NET, "prior": "last", **parameters})
+    """Its images are read in several batches."""
+    given = {"backbone": NET, "prior": "last", "execution": {"batch_size": 5}}
+    return ESTIMATORS[kind](**{**given, **parameters})
 
 
 def targets(kind: str) -> np.ndarray:
@@ -185,17 +187,16 @@ def test_images(case, fitted):
 # ------------------------------------------------------------------------------------------------- y and weights
 
 NOT_INDICATORS = "0 and 1|Unknown label type"
+# What scikit-learn's own checks do not try.
 OF_ANY_KIND: dict[str, tuple[Any, str]] = {
-    "nothing": (None, "y"), "shorter": (NUMBERS[:5].astype(int), "inconsistent"), "empty": ([], "0 sample"),
-    "nan": (np.append(NUMBERS[1:], NAN), "y contains NaN"), "infinity": (np.append(NUMBERS[1:], INF), "y contains inf"),
-    "a number": (3, ""), "text": ("abc", ""), "complex": (NUMBERS * 1j, "Complex"),
-    "three axes": (np.zeros((12, 2, 2)), "dim 3"), "no column": (np.zeros((12, 0)), "0 feature"),
+    "shorter": (NUMBERS[:5].astype(int), "inconsistent"), "empty": ([], "0 sample"), "a number": (3, ""),
+    "text": ("abc", ""), "three axes": (np.zeros((12, 2, 2)), "dim 3"), "no column": (np.zeros((12, 0)), "0 feature"),
 }  # fmt: skip
 Y_CASES: dict[str, dict[str, tuple[Any, str]]] = {
     "classifier": {
         **OF_ANY_KIND, "one class": (np.repeat("ant", 12), "at least 2 classes.*'ant'"), "one row": (Y[:1], ""),
-        "fractions": (NUMBERS / 7, "continuous"), "None among labels": (objects(None, *Y[1:]), ""),
-        "mixed types": (objects(*[1, "a"] * 6), ""), "sets": ([{1}, {2}] * 6, ""),
+        "None among labels": (objects(None, *Y[1:]), ""), "mixed types": (objects(*[1, "a"] * 6), ""),
+        "sets": ([{1}, {2}] * 6, ""),
         "columns of text": (np.c_[Y, Y], NOT_INDICATORS), "columns of classes": (LABELS + np.arange(3), NOT_INDICATORS),
         "columns of fractions": (LABELS / 3, NOT_INDICATORS),
     },

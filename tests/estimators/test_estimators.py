@@ -98,18 +98,6 @@ def test_options(parameters):
     assert clf.score(test, labels) > 0.8
 
 
-def test_solvers_reach_one_optimum():
-    options = {"alpha": 0.1, "prior": "equal"}
-    closed = classifier(**options).fit(X, Y)
-    iterative = classifier(solver="pcg", tol=1e-10, **options).fit(X, Y)
-    assert (closed.solver_, iterative.solver_) == ("rows", "estimate")
-    assert_equal_models(iterative, closed, 1e-7)
-    pcg = classifier(model="paper", tol=1e-8, alpha=0.1).fit(X, Y)
-    options = {"model": "paper", "tol": 1e-8, "alpha": 0.1, "execution": {"batch_size": 8}}
-    sgd = classifier(solver="sgd", max_iter=2000, **options).fit(X, Y)
-    np.testing.assert_allclose(sgd.coef_, pcg.coef_, atol=1e-6 * np.abs(pcg.coef_).max())
-
-
 def test_attributes(fitted):
     assert list(fitted.classes_) == ["ant", "bee", "cow"]
     assert fitted.n_features_in_ == 432
