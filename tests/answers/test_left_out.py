@@ -251,10 +251,8 @@ def test_other_data_are_refused():
 
 def test_what_is_needed():
     bare = {**OPTIONS, "store_data": False}
-    model = LQFClassifier(**bare).fit(X, LABELS)
-    for call in (lambda: model.leave_one_out(), lambda: model.decision_function(X, return_std=True)):
-        with pytest.raises(ValueError, match="fit it with store_data=True"):
-            call()
+    with pytest.raises(ValueError, match="fit it with store_data=True"):
+        LQFClassifier(**bare).fit(X, LABELS).decision_function(X, return_std=True)
     paper = LQFClassifier(model="paper", **{**bare, "tol": 0.1}).fit(X, LABELS).set_params(store_data=True)
     calls = {
         "leave_one_out": lambda: paper.leave_one_out(X, LABELS),

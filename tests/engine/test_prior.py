@@ -222,22 +222,14 @@ def test_kernels_rounded_to_float32_work_at_any_scale(kind):
 
 def test_bad_input_is_refused():
     _, rows = problem()
-    calls = [
-        lambda kind: criterion(rows, THETA, kind),
-        lambda kind: learn_prior(rows, THETA, kind=kind),
-        lambda kind: scale_prior(rows, THETA, kind=kind),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match="kind must be one of"):
-            call("evidenz")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        learn_prior(rows, THETA, kind="evidenz")
     for bad in (0.0, -1.0, np.nan, np.inf):
         for name, numbers in {"expected": np.array([1.0, bad, 1.0]), "deviation": bad, "total": bad}.items():
             with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
                 learn_prior(rows, **{"expected": np.ones(3), name: numbers})
-        with pytest.raises(ValueError, match="shares must be positive and finite"):
-            scale_prior(rows, np.array([1.0, bad, 1.0]))
     with pytest.raises(ValueError, match="one number for each of the 3 kernels"):
-        learn_prior(rows, np.ones(2))
+        scale_prior(rows, np.ones(2))
     for kernel in (-rows.kernels, np.full_like(rows.kernels, np.nan)):
         with pytest.raises(np.linalg.LinAlgError, match="finite and positive semi-definite"):
             criterion(replace(rows, kernels=kernel), 100 * THETA)
