@@ -163,7 +163,7 @@ class Inputs(Parameters):
         layers = self.tangent_layers if self._paper or self._reads_directions() else "head"
         local = not self._paper and self.tangents in ("local", "both") and not self._reads_last_alone
         slope = float(self.negative_slope)
-        network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, precision, device)
+        network = PreparedNetwork(backbone, shape, layers, slope, local, preprocessing, precision, device, self.output)
         if layers is not self.tangent_layers:  # not needed, but a wrong name is a mistake all the same
             network.check_layers(self.tangent_layers)
         return network.standardized(rows[keep], weights[keep]) if vectors else network
@@ -186,7 +186,7 @@ class Inputs(Parameters):
         said = (
             backbone, self.tangents, self.tangent_layers, self.negative_slope, self.preprocessing,
             self._reads_last_alone, self._reads_directions(), rows.size, self._execution.dtype, device, count,
-            self.sketch_size, seed, views, tolerance,
+            self.sketch_size, seed, views, tolerance, self.output,
         )  # fmt: skip
         module = backbone.module
         tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))

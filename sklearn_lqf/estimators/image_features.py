@@ -94,6 +94,7 @@ class ImageFeatures(TransformerMixin, Inputs):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
+        output: Any = None,
         tangents: str | None = "local",
         tangent_layers: Any = 1,
         n_directions: int = 8,
@@ -109,6 +110,7 @@ class ImageFeatures(TransformerMixin, Inputs):
     ):
         self.backbone = backbone
         self.weights = weights
+        self.output = output
         self.tangents = tangents
         self.tangent_layers = tangent_layers
         self.n_directions = n_directions

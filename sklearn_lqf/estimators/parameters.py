@@ -44,6 +44,10 @@ weights : str, path or None, default="auto"
     ``"auto"``: the pre-trained weights of the named backbone, or a module as it is. None: random
     initialization. Else the name of a set of weights of torchvision, or a local file (state dict, loaded
     with ``weights_only=True``, or safetensors).
+output : str, int, sequence of these or None, default=None
+    Which part of what the backbone returns is the vector of an image, where it returns several tensors: a name or an
+    index, or the names and indices that lead to it. It is taken as it is; tokens (n, tokens, features) are averaged.
+    None: what is before the classifier, or a vector under a name in use, such as ``"pooler_output"``.
 tangents : {"local", "network", "both", None}, default="local"
     What is read of the network beside its last features. ``"local"``: of the layers of all stages the gradient of the
     mean of their own output by their weight, which is made of the mean of their input and costs no backward pass, and
@@ -252,6 +256,7 @@ class Parameters(BaseEstimator):
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "backbone": [str, nn.Module, callable],
+        "output": [str, Integral, Sequence, None],
         "tangents": [StrOptions({"local", "network", "both"}), None],
         "n_directions": [Interval(Integral, 0, None, closed="left")],
         "sketch_size": [Interval(Integral, 1, None, closed="left"), None],
@@ -274,6 +279,7 @@ class Parameters(BaseEstimator):
     # Parameters; those with a value here are not of every estimator, and have this one where they are absent.
     backbone: Any
     weights: Any
+    output: Any
     tangents: str | None
     tangent_layers: Any
     n_directions: int

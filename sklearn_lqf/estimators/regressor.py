@@ -73,6 +73,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
+        output: Any = None,
         tangents: str | None = "local",
         tangent_layers: Any = 1,
         n_directions: int = 8,
@@ -96,6 +97,7 @@ class LQFRegressor(MultiOutputMixin, RegressorMixin, LQFBase):
     ):
         self.backbone = backbone
         self.weights = weights
+        self.output = output
         self.tangents = tangents
         self.tangent_layers = tangent_layers
         self.n_directions = n_directions

@@ -115,6 +115,7 @@ class LQFClassifierCV(ClassifierBase):
         backbone: Any = "auto",
         *,
         weights: Any = "auto",
+        output: Any = None,
         tangents: str | None = "local",
         tangent_layers: Any = 1,
         n_directions: int = 8,
@@ -140,6 +141,7 @@ class LQFClassifierCV(ClassifierBase):
     ):
         self.backbone = backbone
         self.weights = weights
+        self.output = output
         self.tangents = tangents
         self.tangent_layers = tangent_layers
         self.n_directions = n_directions

@@ -227,6 +227,7 @@ def _network_header(network: PreparedNetwork, include_backbone: bool, tensors: d
     fitted = {
         "shape": network.shape,
         "options": network.options,
+        "output": network.output,
         "preprocessing": None if network.preprocessing is None else _fields(network.preprocessing),
         "dtype": str(network.dtype).removeprefix("torch."),
     }
@@ -266,7 +267,7 @@ class _SavedNetwork:
         Digest of these.
     weights : dict of str to Tensor, or None
         None if they are not in the file.
-    shape, options, preprocessing, dtype
+    shape, options, preprocessing, dtype, output
         As in `PreparedNetwork`.
     """
 
@@ -278,6 +279,7 @@ class _SavedNetwork:
     options: dict[str, Any]
     preprocessing: Preprocessing | None
     dtype: torch.dtype
+    output: Any = None
 
 
 def _saved_network(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _SavedNetwork:
@@ -381,8 +383,9 @@ def _built(backbone: Backbone, saved: _SavedNetwork, device: torch.device) -> Pr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # shown at fit
         network = PreparedNetwork(
-            backbone, saved.shape, **saved.options, preprocessing=saved.preprocessing, dtype=saved.dtype, device=device
-        )
+            backbone, saved.shape, **saved.options, preprocessing=saved.preprocessing, dtype=saved.dtype, device=device,
+            output=saved.output,
+        )  # fmt: skip
     further = sorted(set(_weights(network.source)) - set(saved.names))
     if further:
         raise ValueError(f"the backbone {backbone.name!r} has weights that the one of the fit had not: {further[:3]}")

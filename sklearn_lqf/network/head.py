@@ -34,8 +34,8 @@ _VECTORS = (
 )
 _TOKENS = "last_hidden_state"
 _REMEDY = (
-    "Pass a module that returns one vector for each image, or ends in one Linear layer; for example one that wraps "
-    "this and returns a part of its output."
+    "Name the part that is the vector by the parameter output, or pass a module that returns one vector for each image "
+    "or ends in one Linear layer."
 )
 
 
@@ -57,7 +57,7 @@ class Head:
 # ---------------------------------------------------------------------------------------------- one vector
 
 
-def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
+def as_vectors(module: nn.Module, example: Tensor, chosen: Any = None) -> nn.Module:
     """The network up to its last features, (B, ...) -> (B, D), without its classifier if it has one.
 
     Parameters
@@ -65,6 +65,8 @@ def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
     module : nn.Module
         In evaluation mode; a private copy, which is changed.
     example : Tensor of shape (B, ...)
+    chosen : str, int, sequence of these or None
+        Keys that lead to the vector in what the network returns, or the last of them; it is then taken as it is.
 
     Returns
     -------
@@ -76,6 +78,8 @@ def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
     ValueError
         The network returns no vector, or several. The message lists what was found.
     """
+    if chosen is not None:
+        return _chosen_part(module, example, chosen)
     if all(callable(getattr(module, name, None)) for name in ("forward_features", "forward_head", "reset_classifier")):
         return _of_timm(module, example)
     module = _interpolating(module, example)
@@ -95,6 +99,20 @@ def as_vectors(module: nn.Module, example: Tensor) -> nn.Module:
             "Append the pooling that belongs to it, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten() for a map."
         )
     return _of_parts(module, example, calls, output)
+
+
+def _chosen_part(module: nn.Module, example: Tensor, chosen: Any) -> nn.Module:
+    """The part of the output that the user names."""
+    module = _interpolating(module, example)
+    leaves = dict(_leaves(evaluate(module, example)))
+    keys = (chosen,) if isinstance(chosen, str | int) else tuple(chosen)
+    found = [place for place in leaves if place and keys in (place, place[-1:])]
+    if len(found) != 1 or not (_is_vector(leaves[found[0]]) or leaves[found[0]].ndim == 3):
+        raise ValueError(
+            f"output={chosen!r} must name one vector of each image, or tokens, in what the backbone returns: "
+            f"{_listed(leaves)}."
+        )
+    return Output(module, found[0], tokens="mean" if leaves[found[0]].ndim == 3 else None)
 
 
 def _of_timm(module: nn.Module, example: Tensor) -> nn.Module:
@@ -166,11 +184,10 @@ def _of_parts(module: nn.Module, example: Tensor, calls: list[_Call], output: An
             name.rpartition(".")[2] in ("cls_token", "class_embedding") for name, _ in module.named_parameters()
         )
         return Output(module, tokens[0], tokens="first" if first else "mean")
-    found_here = ", ".join(f"{_place(p)} of shape {tuple(leaf.shape)}" for p, leaf in leaves.items())
     raise ValueError(
         "The backbone must return one vector for each image, or name it "
         f"({', '.join(map(repr, (*_SCORES, *_VECTORS)))}); it returns {type(output).__name__}"
-        f"{f' with {found_here}' if found_here else ''}. {_REMEDY}"
+        f"{f' with {_listed(leaves)}' if leaves else ''}. {_REMEDY}"
     )
 
 
@@ -193,6 +210,10 @@ def _leaves(output: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
         items = enumerate(output)
     for key, value in items:
         yield from _leaves(value, (*place, key))
+
+
+def _listed(leaves: Mapping[tuple[str | int, ...], Tensor]) -> str:
+    return ", ".join(f"{_place(place)} of shape {tuple(leaf.shape)}" for place, leaf in leaves.items())
 
 
 def _place(place: tuple[str | int, ...]) -> str:

@@ -78,6 +78,8 @@ class PreparedNetwork:
         None for vectors.
     dtype : torch.dtype
     device : torch.device
+    output
+        As in `head.as_vectors`.
     """
 
     def __init__(
@@ -90,13 +92,14 @@ class PreparedNetwork:
         preprocessing: Preprocessing | None,
         dtype: torch.dtype,
         device: torch.device,
+        output: Any = None,
     ):
         source = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         dtypes = [p.dtype for p in source.parameters()]  # empty if the module has no layers, and so no head
         example = self._example(shape, dtypes[0] if dtypes else torch.float32)
-        source = as_vectors(source, example)
+        source = as_vectors(source, example, output)
         _refuse_mixing(source, example)
-        self.source, self.shape = source, tuple(shape)
+        self.source, self.shape, self.output = source, tuple(shape), output
         self.options = {
             "tangent_layers": tangent_layers,
             "negative_slope": negative_slope,

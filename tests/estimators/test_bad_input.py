@@ -59,6 +59,7 @@ BAD: dict[str, list[Any]] = {
     "backbone": [None, 3, [], b"resnet18", "resnet81", "timm:resnet81", "", lambda: None, "vector"],
     "weights": [3, True, [], NAN, "imagenet"],
     "tangents": ["", "LOCAL", 0, True, [], PAIR],
+    "output": [3.5, {}, "features", 0, [], ["a", 0]],
     "tangent_layers": [None, 1.5, True, {}, [1], PAIR, -1, "blok2", ["block2", "blok2"], ""],
     "n_directions": [None, -1, 2.5, "5", NAN, PAIR],
     "sketch_size": COUNT[1:],

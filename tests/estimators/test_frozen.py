@@ -35,7 +35,8 @@ CASES: dict[str, tuple[Any, np.ndarray, np.ndarray]] = {
 }
 # Of each parameter values with which `fit` would make another model, or none.
 OTHERS: dict[str, list[Any]] = {
-    "backbone": [tiny_net(seed=1, width=4), "resnet18"], "weights": ["of nobody"], "tangents": [None],
+    "backbone": [tiny_net(seed=1, width=4), "resnet18"], "weights": ["of nobody"], "output": ["a"],
+    "tangents": [None],
     "tangent_layers": ["all"], "n_directions": [0], "sketch_size": [None], "model": ["paper", "groups"],
     "prior": ["last", None], "alpha": [100.0], "alphas": [[100.0]], "cv": [None, KFold(3)], "scoring": [None, max],
     "class_weight": [None, {"ant": 5.0}], "negative_slope": [0.5], "solver": ["closed", "pcg"], "max_iter": [1],

@@ -228,12 +228,38 @@ def test_an_embedding_of_norm_one_keeps_its_projection():
         (nn.Sequential(nn.Linear(6, 4), nn.Softmax(1)), r"'1' \(Softmax\)"),
         (Other(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), **two()), r"last layer evaluated is 'b'"),
         (Other(lambda m, x: {"u": m.a(x).tanh(), "v": m.b(x).tanh()[:, :3]}, **two()),
-         r"it returns dict with \['u'\] of shape \(2, 4\), \['v'\] of shape \(2, 3\)\. Pass a module that returns"),
+         r"it returns dict with \['u'\] of shape \(2, 4\), \['v'\] of shape \(2, 3\)\. Name the part"),
         (Other(lambda m, x: m.a(x)[:, None], **two()), r"returns a tensor of shape \(2, 1, 4\)\. Append the pooling"),
-        (Other(lambda m, x: {}, **two()), "it returns dict. Pass a module"),
+        (Other(lambda m, x: {}, **two()), "it returns dict. Name the part"),
         (nn.Sequential(nn.Tanh()), r"'0' \(Tanh\)"),
     ],
 )  # fmt: skip
 def test_what_is_ambiguous_lists_what_was_found(net, message):
     with pytest.raises(ValueError, match=message):
         as_vectors(net.eval(), VECTORS)
+
+
+class Several(nn.Module):
+    """Vectors and tokens, one of them in a part of a part."""
+
+    def forward(self, x):
+        return {"low": x, "deep": {"x": 2 * x, "tokens": torch.stack([x, 3 * x], 1)}, "map": x[:, None, :, None]}
+
+
+@pytest.mark.parametrize(("chosen", "factor"), [("low", 1), ("x", 2), (("deep", "x"), 2), (["deep", "tokens"], 2)])
+def test_the_part_that_is_named_is_taken_as_it_is(chosen, factor):
+    torch.testing.assert_close(as_vectors(Several(), VECTORS, chosen)(VECTORS), factor * VECTORS)
+
+
+@pytest.mark.parametrize("chosen", ["deep", "map", 0, ("x", "deep"), "high"])
+def test_a_part_that_is_no_vector_is_refused_with_what_there_is(chosen):
+    with pytest.raises(ValueError, match=r"(?s)output=.*\['low'\] of shape \(2, 6\), \['deep'\]\['x'\]"):
+        as_vectors(Several(), VECTORS, chosen)
+
+
+def test_an_index_names_a_part_of_a_tuple():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, -x
+
+    torch.testing.assert_close(as_vectors(Two(), VECTORS, 1)(VECTORS), -VECTORS)
