@@ -29,9 +29,10 @@ def test_fits_share_a_network_as_long_as_it_is_the_same(made):
     second = LQFClassifier(prior="evidence", alpha=0.1).fit(X, Y)
     assert len(made) == 1
     assert second._model.reader is first._model.reader
+    assert LQFClassifier(random_state=1).fit(X, Y)._model.reader.seed != first._model.reader.seed
     other = LQFClassifier(weights=None, random_state=1).fit(X, Y)
     again = LQFClassifier(weights=None, random_state=1).fit(X, Y)
-    assert len(made) == 2
+    assert len(made) == 3
     assert_array_equal(again.decision_function(X), other.decision_function(X))
 
 
