@@ -140,9 +140,24 @@ class PreparedNetwork:
         self.split: Split = split_network(self.source, example, **self.options)
         for part in (self.split.trunk, self.split.tail):
             part.to(self.device)
-            if len(self.shape) == 3:
+        self._layout = self._choose_layout()
+        if self._layout is torch.channels_last:
+            for part in (self.split.trunk, self.split.tail):
                 _put_channels_last(part)
         self._row_bytes: int | None = None
+
+    def _choose_layout(self) -> torch.memory_format:
+        """Channels last for images, which convolutions prefer, unless the code of an untraced network cannot."""
+        if len(self.shape) != 3:
+            return torch.contiguous_format
+        self._layout = torch.channels_last
+        try:
+            if not self.split.traced:
+                with torch.no_grad():
+                    self.split.tail(*self.example_activations())
+        except RuntimeError:  # of a view that torch does not have in this layout
+            return torch.contiguous_format
+        return torch.channels_last
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
         """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
@@ -150,7 +165,7 @@ class PreparedNetwork:
             images = images.pin_memory()
         x = images.to(self.device, non_blocking=True).to(self.dtype)
         if self.preprocessing is not None:
-            x = self.preprocessing.normalize(x).contiguous(memory_format=torch.channels_last)
+            x = self.preprocessing.normalize(x).contiguous(memory_format=self._layout)
         with torch.no_grad(), full_precision():
             return tuple(self.split.trunk(x))
 
@@ -158,7 +173,7 @@ class PreparedNetwork:
         """Trunk activations of one random input, which is not an image of any data set."""
         example = self._example(self.shape, self.dtype)[:1].to(self.device)
         if len(self.shape) == 3:
-            example = example.contiguous(memory_format=torch.channels_last)
+            example = example.contiguous(memory_format=self._layout)
         with torch.no_grad(), full_precision():
             return tuple(self.split.trunk(example))
 
@@ -201,7 +216,7 @@ class PreparedNetwork:
         return lambda images: tuple(z.to(self.device) for z in shared(images, self.activations))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "_row_bytes")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "_row_bytes", "_layout")}
         state["device"] = str(self.device)
         return state
 

@@ -33,7 +33,7 @@ _LINEAR_FUNCTIONS = {
     operator.getitem, torch.nn.functional.adaptive_avg_pool2d, torch.nn.functional.avg_pool2d, torch.roll,
 }  # fmt: skip
 _LINEAR_METHODS = {
-    "view", "reshape", "flatten", "permute", "transpose", "contiguous", "mean", "sum", "chunk", "squeeze",
+    "reshape", "flatten", "permute", "transpose", "contiguous", "mean", "sum", "chunk", "squeeze",
     "unsqueeze", "expand", "unflatten", "unbind",
 }  # fmt: skip
 
@@ -228,8 +228,6 @@ class TracedTail:
             x_dot = dots[cast(fx.Node, node.args[0])]
             if isinstance(x_dot, tuple | list):  # an element of a tuple of tangents
                 return x_dot[args[1]]
-            if target == "view":  # the tangent may have another order in memory
-                return x_dot.reshape(*args[1:])
             return self._function(node)(x_dot, *args[1:], **kwargs)
         if target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
             pair = [dots[a] for a in node.args if isinstance(a, fx.Node)]

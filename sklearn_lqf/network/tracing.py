@@ -402,7 +402,16 @@ def _trace(
     for kept in (tracer.values, values, longer):  # they are large, and a tracer may live on
         kept.clear()
     make_functional(graph)
+    _take_any_layout(graph)
     simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, parts
+
+
+def _take_any_layout(graph: fx.GraphModule) -> None:
+    """Views of another shape become ``reshape``, in place: of tensors with the channels last torch may have none."""
+    for node in graph.graph.nodes:
+        if node.op == "call_method" and node.target == "view" and torch.dtype not in map(type, node.args):
+            node.target = "reshape"
+            node.kwargs = {{"size": "shape"}.get(name, name): value for name, value in node.kwargs.items()}

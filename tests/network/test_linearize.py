@@ -204,8 +204,7 @@ def _in_place(h, k):
 def test_operations(operation, tangent_layers):
     if operation is OPERATIONS["size as an argument"]:
         needs_sizes_as_arguments()
-    anywhere = operation is not OPERATIONS["view"]  # torch has no view of several axes with the channels last
-    network = check(randomized(Net(operation)), IMAGES, tangent_layers=tangent_layers, channels_last=anywhere)
+    network = check(randomized(Net(operation)), IMAGES, tangent_layers=tangent_layers)
     # All that has an influence is linearized as part of a graph, and the rest has no place in it.
     assert "h.weight" in network.names
     # Devices are read from the batch, and constants follow the module.
