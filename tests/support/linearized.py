@@ -89,11 +89,11 @@ def assert_close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
-def check(features, x, *, expected=None, rename=None, jacobians=(), channels_last=True, **options):
+def check(features, x, *, expected=None, rename=None, jacobians=(), **options):
     """Products of a network agree with those of the oracle on ``expected``, by default the same network.
 
-    So do, of the parameters named in ``jacobians``, the Jacobians of each image. ``channels_last``: maps may lie in
-    memory in that order, too.
+    So do, of the parameters named in ``jacobians``, the Jacobians of each image. Maps may lie in memory with the
+    channels last, too.
     """
     network, activations = linearized(features, x, **options)
     oracle = Oracle(features if expected is None else expected, x, network, rename)
@@ -106,10 +106,9 @@ def check(features, x, *, expected=None, rename=None, jacobians=(), channels_las
         assert_close(point.jvp(d), tangent)
         assert_close(point.vjp(u), oracle.vjp(u))
     assert_close(network.at(activations, gradients=False).jvp(d), tangent)
-    if channels_last:
-        last = [z.contiguous(memory_format=torch.channels_last) if z.ndim == 4 else z for z in activations]
-        assert_close(network.at(last).jvp(d), tangent)
-        assert_close(network.at(last).vjp(u), oracle.vjp(u))
+    last = [z.contiguous(memory_format=torch.channels_last) if z.ndim == 4 else z for z in activations]
+    assert_close(network.at(last).jvp(d), tangent)
+    assert_close(network.at(last).vjp(u), oracle.vjp(u))
     found = network.sample_jacobians(activations, jacobians) if jacobians else {}
     assert set(found) == set(jacobians)
     for name, jacobian in found.items():
