@@ -203,6 +203,21 @@ def alternatives_table(rows: Rows) -> str:
     return table([*header, "accuracy, %", "minus that of LQF"], found)
 
 
+def precision_table(rows: Rows) -> str:
+    """Means over the splits of a data set."""
+    found = []
+    for dataset in dict.fromkeys(r["dataset"] for r in rows):
+        mine = [r for r in rows if r["dataset"] == dataset]
+        cells = [
+            f"{np.mean([r[kind][name] for r in mine]) * factor:.{digits}f}"
+            for name, factor, digits in (("seconds_fit", 1, 1), ("seconds_predict", 1, 1), ("accuracy", 100, 2))
+            for kind in ("full", "bfloat16")
+        ]
+        found.append([dataset, *cells, f"{100 * np.mean([r['agreement'] for r in mine]):.1f}"])
+    header = [f"{what}, {kind}" for what in ("fit, s", "predict, s", "accuracy, %") for kind in ("full", "bfloat16")]
+    return table(["data", *header, "same class, %"], found)
+
+
 def faults_table(report: dict[str, Any]) -> str:
     killed = {"killed": "killed (SIGKILL) in the middle of the reading", "ended": "not disturbed"}
     rows = []
@@ -252,6 +267,7 @@ def tables() -> dict[str, str]:
         "predict-classes": predict_classes_table(predict.get("classes", [])),
         "predict-paths": predict_paths_table(predict.get("paths", [])),
         "predict-module": module_table(predict.get("module", [])),
+        "precision": precision_table(read("precision").get("rows", [])),
         "alternatives": alternatives_table(read("alternatives").get("rows", [])),
         "faults": faults_table(read("faults")),
         "newcomer": newcomer_table(read("newcomer")),
