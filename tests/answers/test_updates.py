@@ -13,6 +13,7 @@ from sklearn.exceptions import NotFittedError
 from support.data import make_images, merged, tiny_net
 
 from sklearn_lqf import LQFClassifier, LQFClassifierCV, LQFRegressor
+from sklearn_lqf.engine.fitted import FeatureReader
 from sklearn_lqf.engine.problem import Problem, TrainingRows
 
 N, GONE = 15, [1, 5, 12]
@@ -208,15 +209,15 @@ def after(function):
 
 
 @pytest.mark.parametrize(
-    ("case", "place"),
-    [("images", "_choose_prior"), ("images", "factorization"), ("vectors", "solve")],
+    ("case", "owner", "place"),
+    [("images", Problem, "_choose_prior"), ("images", FeatureReader, "shares"), ("vectors", Problem, "solve")],
 )
-def test_an_interrupt_changes_nothing(case, place, monkeypatch):
+def test_an_interrupt_changes_nothing(case, owner, place, monkeypatch):
     model, (_, data, y, _) = fitted(case), CASES[case]
     before, outputs = pickle.dumps(model), model.predict(data)
     for change in (lambda: model.forget(GONE), lambda: model.partial_fit(data[:4], y[:4])):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(Problem, place, after(getattr(Problem, place)))
+            patched.setattr(owner, place, after(getattr(owner, place)))
             change()
         assert pickle.dumps(model) == before
         assert np.array_equal(model.predict(data), outputs)
