@@ -49,12 +49,14 @@ def fit_probe(X: np.ndarray, codes: np.ndarray) -> Predict:
 def fine_tune(method: str, schedule: _nft.Schedule, seed: int) -> Callable[[np.ndarray, np.ndarray], Predict]:
     """Fine-tuning by a schedule; X, codes -> X -> codes.
 
-    Where it diverges, which the training images tell, it is repeated at a third of the learning rate.
+    Where it diverges, which the loss of the training images tells, it is repeated at a third of the learning rate.
     """
 
     def fit(X: np.ndarray, codes: np.ndarray) -> Predict:
-        tried = schedule
-        while not np.isfinite((log_p_of := TRAIN[method](X, codes, tried, seed))(X[:1])).all():
+        tried, loss = schedule, np.inf
+        while not loss < np.log(codes.max() + 1) / 2:  # half the loss of a guess
+            log_p_of = TRAIN[method](X, codes, tried, seed)
+            loss = -float(log_p_of(X)[np.arange(len(codes)), codes].mean())
             tried = replace(tried, lr=tried.lr / 3)
         return lambda images: log_p_of(images).argmax(1)
 
