@@ -150,7 +150,6 @@ def learn_prior(
     *,
     kind: str = "leave-one-out",
     deviation: float | np.ndarray = 1.0,
-    total: float | None = None,
     max_iter: int = 60,
 ) -> np.ndarray:
     """Prior variances of the groups that are most probable given the rows.
@@ -165,8 +164,6 @@ def learn_prior(
         What judges the prior; see `criterion`.
     deviation : float or ndarray of shape (G,), default=1.0
         How far the log of each variance is expected to be from ``expected``, positive.
-    total : float or None, default=None
-        Sum of theta. None: learned as well.
     max_iter : int, default=60
         Largest number of iterations of L-BFGS.
 
@@ -178,7 +175,7 @@ def learn_prior(
     Raises
     ------
     ValueError
-        If ``kind`` is unknown, or if ``expected``, ``deviation`` or ``total`` are not positive and finite.
+        If ``kind`` is unknown, or if ``expected`` or ``deviation`` are not positive and finite.
     numpy.linalg.LinAlgError
         As `criterion`.
 
@@ -188,34 +185,26 @@ def learn_prior(
 
         theta_g = e_g exp(z_g + u),   minimize  criterion(theta) + sum_g z_g^2 / (2 deviation_g^2) + 0.01 u^2
 
-    With ``total``, theta = total softmax(log e + z) and there is no u. |z_g| is at most 9, u in [-9, 12], and L-BFGS
-    starts at z = 0, u = log 10.
+    |z_g| is at most 9, u in [-9, 12], and L-BFGS starts at z = 0, u = log 10.
     """
     shares = _shares(expected, len(rows.kernels), "expected")
     spread = np.broadcast_to(np.asarray(deviation, dtype=np.float64), shares.shape)
     _check_positive(spread, "deviation")
-    if total is not None:
-        _check_positive(np.asarray(total, dtype=np.float64), "total")
     _judge(kind)
     groups = len(shares)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
-        z = point[:groups]
-        theta = _theta(shares, point, total)
+        z, u = point[:groups], point[groups]
+        theta = _theta(shares, point)
         value, slope = criterion(rows, theta, kind)
         slope = slope * theta  # with respect to log theta
         value += float((z**2 / (2 * spread**2)).sum())
-        if total is not None:
-            return value, slope - theta / total * slope.sum() + z / spread**2
-        u = point[groups]
         return value + _SCALE_PENALTY * u**2, np.append(slope + z / spread**2, slope.sum() + 2 * _SCALE_PENALTY * u)
 
-    start, bounds = np.zeros(groups), [(-_LOG_RATIO, _LOG_RATIO)] * groups
-    if total is None:
-        start, bounds = np.append(start, _START), [*bounds, _LOG_SCALE]
+    start, bounds = np.append(np.zeros(groups), _START), [*[(-_LOG_RATIO, _LOG_RATIO)] * groups, _LOG_SCALE]
     options = {"maxiter": max_iter, "gtol": _GRADIENT_TOLERANCE}
     found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-    return _theta(shares, found.x, total)
+    return _theta(shares, found.x)
 
 
 def scale_prior(rows: Rows, shares: np.ndarray, *, kind: str = "leave-one-out") -> float:
@@ -362,12 +351,9 @@ def _centered(rows: Rows) -> np.ndarray | None:
     return None if constant.all() else centered
 
 
-def _theta(shares: np.ndarray, point: np.ndarray, total: float | None) -> np.ndarray:
-    """Variances (G,) at a point of the search: z and u, or z alone if the total is given."""
-    weights = shares * np.exp(point[: len(shares)])
-    if total is None:
-        return weights * np.exp(point[len(shares)])
-    return total * weights / weights.sum()
+def _theta(shares: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """Variances (G,) at a point of the search, z and u."""
+    return shares * np.exp(point[:-1] + point[-1])
 
 
 def _shares(values: np.ndarray, groups: int, name: str) -> np.ndarray:
