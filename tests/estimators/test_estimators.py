@@ -1,6 +1,7 @@
 """LQFClassifier on images: the scikit-learn contract where its own checks do not reach."""
 
 import copy
+import dataclasses
 import pickle
 
 import joblib
@@ -255,3 +256,9 @@ def test_networks_that_mix_the_images_of_a_batch_or_need_two_rows():
             return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).squeeze())
 
     assert classifier(backbone=Squeezed().eval(), tangents=None).fit(X, Y).converged_
+
+
+def test_views_are_averaged(fitted):
+    one, images = fitted._model.reader, torch.rand(3, 3, *X.shape[1:3], dtype=torch.float64)
+    both = dataclasses.replace(one, views=("identity", "flip")).reading(None)(images)
+    torch.testing.assert_close(both, (one.reading(None)(images) + one.reading(None)(images.flip(-1))) / 2)
