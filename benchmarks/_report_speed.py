@@ -218,6 +218,14 @@ def precision_table(rows: Rows) -> str:
     return table(["data", *header, "same class, %"], found)
 
 
+def small_table(rows: Rows) -> str:
+    found = [
+        [r["phase"], *(f"{r[k]:.2f}" if r[k] or r["phase"] != "import" else "" for k in ("first", "second"))]
+        for r in rows
+    ]
+    return table(["phase", "first fit of a process, s", "second, s"], found)
+
+
 def faults_table(report: dict[str, Any]) -> str:
     killed = {"killed": "killed (SIGKILL) in the middle of the reading", "ended": "not disturbed"}
     rows = []
@@ -268,6 +276,7 @@ def tables() -> dict[str, str]:
         "predict-paths": predict_paths_table(predict.get("paths", [])),
         "predict-module": module_table(predict.get("module", [])),
         "precision": precision_table(read("precision").get("rows", [])),
+        "small": small_table(read("small").get("rows", [])),
         "alternatives": alternatives_table(read("alternatives").get("rows", [])),
         "faults": faults_table(read("faults")),
         "newcomer": newcomer_table(read("newcomer")),
