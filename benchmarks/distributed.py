@@ -30,8 +30,8 @@ from sklearn_lqf import LQFClassifier
 
 N_CLASSES, IMAGES, SHARED_IMAGES, SHARED_SIZE, PROCESSES = 10, 384, 4000, 32, (1, 2, 4)
 KINDS: dict[str, dict[str, Any]] = {"local": {}, "network": {"tangents": "network"}}
-# More images than features in closed form; all groups of the defaults by conjugate gradients, which stop at a tolerance:
-# as they come, and where nothing but rounding should be left of the difference.
+# More images than features, in closed form; and all groups of the defaults by conjugate gradients, which stop at a
+# tolerance: at the default, and where nothing but rounding should be left of the difference.
 SHARED: dict[str, dict[str, Any]] = {
     "last features": {"tangents": None},
     "all groups": {"solver": "pcg"},
