@@ -133,6 +133,8 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
                     network = self._prepare(backbone, inputs, keep, weights, device)
                 else:
                     reader = self._reader(backbone, inputs, keep, weights, device)
+                    if (precision := group.of_the_first(reader.precision)) != reader.precision:
+                        reader = replace(reader, precision=precision)
                     network = reader.network
             self.device_ = str(network.device)
             self.precision_ = "full" if self._paper else reader.precision
