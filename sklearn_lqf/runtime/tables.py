@@ -5,6 +5,7 @@ Hides where the rows are. The files have no name, so they vanish with the proces
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -128,7 +129,7 @@ class RowTable:
         with self._explained(rows):
             room = disk_budget() if self._disk is None else self._disk
             if rows[:1].nbytes * self._n > room:
-                raise TemporaryFileError(f"of which it may take {amount(room)}")
+                raise TemporaryFileError(errno.ENOSPC, f"of which they may take {amount(room)}")
             self._file = RowFile(rows.shape[1:], rows.dtype)
 
     @contextmanager
@@ -138,9 +139,9 @@ class RowTable:
         except TemporaryFileError as error:
             size, folder = amount(rows[:1].nbytes * self._n), tempfile.gettempdir()
             raise OSError(
-                error.errno or 0,
+                error.errno,
                 f"The features of {self._n} images take {size}, more than the {amount(self._memory)} of memory meant "
-                f"for them, and there is no room in the folder of temporary files, {folder} ({error.strerror or error})"
+                f"for them, and there is no room in the folder of temporary files, {folder} ({error.strerror})"
                 ": make room, point TMPDIR elsewhere, or use fewer features (tangents=None) or fewer images.",
             ) from error
 

@@ -41,8 +41,11 @@ class FullDisk:
 
 
 def test_no_room_is_an_error_that_says_what_to_do(monkeypatch):
-    with pytest.raises(OSError, match=r"11 images take 176 bytes, more than the 8 bytes.*take 99 bytes.*TMPDIR"):
+    with pytest.raises(
+        OSError, match=r"11 images take 176 bytes, more than the 8 bytes.*take 99 bytes.*TMPDIR"
+    ) as caught:
         filled(8, disk=99)
+    assert caught.value.errno == errno.ENOSPC
     monkeypatch.setattr(tempfile, "TemporaryFile", FullDisk)
     with pytest.raises(OSError, match=r"11 images take 176 bytes.*No space left.*tangents=None") as caught:
         filled(8)
