@@ -28,7 +28,7 @@ from accuracy import features, fit_logistic
 from sklearn_lqf import LQFClassifier
 
 DATASETS, PER_CLASS, SPLITS, EPOCHS = ("trashnet", "monkeys", "seedlings"), 30, 2, 25
-RATES = {"nft": (1e-3, 3e-3, 1e-2), "nft-last-stage": (3e-3, 1e-2, 3e-2)}
+RATES = {"nft": (1e-3, 3e-3, 1e-2), "nft-last-stage": (1e-3, 3e-3, 1e-2)}
 TRAIN: dict[str, _nft.Train] = {"nft": _nft.train, "nft-last-stage": _nft.train_last_stage}
 
 Case = dict[str, Any]
