@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..runtime.arithmetic import float64_device
-from ..runtime.memory import device_budget
+from ..runtime.memory import PIECE_BYTES, device_budget
 from ..runtime.processes import ALONE, ProcessGroup
 from .centered import ScaledFeatures
 from .estimate import EstimatedForm
@@ -315,9 +315,11 @@ class Problem:
         fits = closed_form_fits(len(weights), features.shape[1], budget)
         if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
             return factorize(features, weights, budget, group=self._processes)
+        whole = 8 * features.shape[0] * features.shape[1]  # bytes in float64, which are kept if there is room
         return EstimatedForm(
             features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter,
-            multiplicity=self._on_device(self.multiplicity), group=self._processes,
+            multiplicity=self._on_device(self.multiplicity), piece=whole if whole <= budget else PIECE_BYTES,
+            group=self._processes,
         )  # fmt: skip
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
