@@ -89,7 +89,7 @@ class LinearizedModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs (B, n_outputs)."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export
+        if torch.compiler.is_compiling():  # torch.export, torch.compile
             return self._outputs(images, self.features.exported)
         with ordinary_arithmetic(), torch.no_grad():
             # Autograd refuses tensors that were made in inference mode.
