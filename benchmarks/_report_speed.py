@@ -239,7 +239,7 @@ def faults_table(report: dict[str, Any]) -> str:
         rows.append([what, str(r["n"]), mib(sum(size)) if size else "", says, ", ".join(left) or "nothing"])
 
     def short(message: str) -> str:
-        return message.replace("|", "/").partition(" [/")[0].partition(" ([")[0]
+        return message.replace("|", "/").partition(": make room")[0].partition(" (timeout of")[0]
 
     for r in report.get("killed", []):
         add(r, killed[r["way"]], f"exit code {r['exit_code']}")
