@@ -15,7 +15,7 @@ from torch import Tensor
 from ..runtime.memory import PIECE_BYTES, pieces
 from ..runtime.processes import ALONE, ProcessGroup
 
-__all__ = ["CenteredRows", "Features", "ScaledFeatures", "add_lower"]
+__all__ = ["CenteredRows", "Features", "ScaledFeatures"]
 
 _BLOCKS = 16  # of a symmetric matrix, of which one half is computed: 1/32 of it is computed for nothing
 
@@ -188,7 +188,7 @@ class CenteredRows:
         n, own = len(self.weights), self._own
         found = torch.zeros(own.stop - own.start, n, dtype=torch.float64, device=self.mean.device)
         for mine in self.columns():
-            add_lower(found, mine, self._group.all_gather_rows(mine), own.start)
+            _add_lower(found, mine, self._group.all_gather_rows(mine), own.start)
         return self._group.all_gather_rows(found)
 
     def curvature(self) -> Tensor:
@@ -196,13 +196,13 @@ class CenteredRows:
 
         def add(out: Tensor, rows: slice, phi: Tensor) -> None:
             weighted = (phi * self.weights[rows, None].sqrt()).T
-            add_lower(out, weighted, weighted)
+            _add_lower(out, weighted, weighted)
 
         d = len(self.mean)
         return self.sum(torch.zeros(d, d, dtype=torch.float64, device=self.mean.device), add)
 
 
-def add_lower(out: Tensor, left: Tensor, right: Tensor, start: int = 0) -> None:
+def _add_lower(out: Tensor, left: Tensor, right: Tensor, start: int = 0) -> None:
     """Add L R' to some rows of a symmetric matrix, in its lower triangle and little above.
 
     Parameters

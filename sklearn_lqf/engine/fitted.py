@@ -77,8 +77,7 @@ class FeatureReader:
         directions, scales = np.empty((0, parts[0].size)), np.ones(len(parts))
         if n_directions or len(parts) > 1:
             plain = cls(network, directions, sketch_size, seed, scales)._built
-            batches = network.reference_inputs(_REFERENCES).split(network.rows_at_once(_REFERENCES))
-            found = torch.cat([plain.network_features(network.activations(x)) for x in batches])
+            found = _of_references(network, lambda x: plain.network_features(network.activations(x)))
             scales = plain.part_norms(found).numpy()
             generator = torch.Generator().manual_seed(seed)
             directions = draw_directions(found[:, : parts[0].size], n_directions, generator).numpy()
@@ -96,10 +95,7 @@ class FeatureReader:
         if tolerance == 0:
             return self
         faster = replace(self, precision="bfloat16")
-        batches = self.network.reference_inputs(_REFERENCES).split(self.network.rows_at_once(_REFERENCES))
-        exact, found = (
-            torch.cat([read(x).cpu() for x in batches]).double() for read in (self.reading(None), faster.reading(None))
-        )
+        exact, found = (_of_references(self.network, r.reading(None)).cpu().double() for r in (self, faster))
         for start, stop in self.columns.values():
             wanted = exact[:, start:stop]
             error = float((found[:, start:stop] - wanted).norm())
@@ -171,6 +167,12 @@ class FeatureReader:
         for name, value in state.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
+
+
+def _of_references(network: PreparedNetwork, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function of images returns for the reference images, in batches."""
+    batches = network.reference_inputs(_REFERENCES).split(network.rows_at_once(_REFERENCES))
+    return torch.cat([function(x) for x in batches])
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,11 @@ def evaluate_rows(
     """
     start, pending = 0, list[Tensor]()
     with RowTable(len(chosen)) as table:
+
+        def keep(parts: list[Tensor]) -> None:
+            for part in parts:
+                table.append(part.cpu().numpy())
+
         while start < len(chosen):
             images = select_rows(rows, chosen[start : start + batch_size])
 
@@ -275,12 +280,10 @@ def evaluate_rows(
 
             parts, batch_size = with_smaller_batches(work, batch_size)
             see(start, images)
-            for part in pending:
-                table.append(part.cpu().numpy())
+            keep(pending)
             pending = parts
             start += len(images)
-        for part in pending:
-            table.append(part.cpu().numpy())
+        keep(pending)
         return table.finish()
 
 

@@ -140,23 +140,23 @@ class PreparedNetwork:
         self.split: Split = split_network(self.source, example, **self.options)
         for part in (self.split.trunk, self.split.tail):
             part.to(self.device)
-        self._layout = self._choose_layout()
+        self._layout = self._choose_layout(example)
         if self._layout is torch.channels_last:
             for part in (self.split.trunk, self.split.tail):
                 _put_channels_last(part)
         self._row_bytes: int | None = None
 
-    def _choose_layout(self) -> torch.memory_format:
+    def _choose_layout(self, example: Tensor) -> torch.memory_format:
         """Channels last for images, which convolutions prefer, unless the code of an untraced network cannot."""
         if len(self.shape) != 3:
             return torch.contiguous_format
-        self._layout = torch.channels_last
-        try:
-            if not self.split.traced:
+        if not self.split.traced:
+            try:
                 with torch.no_grad():
-                    self.split.tail(*self.example_activations())
-        except RuntimeError:  # of a view that torch does not have in this layout
-            return torch.contiguous_format
+                    x = example[:1].to(self.device).contiguous(memory_format=torch.channels_last)
+                    self.split.tail(*self.split.trunk(x))
+            except RuntimeError:  # of a view that torch does not have in this layout
+                return torch.contiguous_format
         return torch.channels_last
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
