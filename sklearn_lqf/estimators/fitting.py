@@ -326,13 +326,15 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
         """Fit again to other rows, by the recipe of the fit; the estimator is as it was when this raises."""
         twin, model = copy.copy(self), self._grouped("an update")
         reader = model.reader
-        if rows.vectors is not None:  # whose standardization follows from all of them
-            weights = self._weigh_classes(rows.targets, rows.given)
-            network = reader.network.standardized(rows.vectors, weights)
-            reader = FeatureReader.draw(network, len(reader.directions), reader.sketch_size, reader.seed, reader.views)
-            features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)), Bars(0))
-            rows = replace(rows, features=features)
         with Bars(self.verbose) as bars:
+            if rows.vectors is not None:  # whose standardization follows from all of them
+                weights = self._weigh_classes(rows.targets, rows.given)
+                network = reader.network.standardized(rows.vectors, weights)
+                reader = FeatureReader.draw(
+                    network, len(reader.directions), reader.sketch_size, reader.seed, reader.views
+                )
+                features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)), bars)
+                rows = replace(rows, features=features)
             twin._solve(reader, model.recipe, rows, True, bars)
         self.__dict__.update(vars(twin))
         self._warn_unless_converged()
