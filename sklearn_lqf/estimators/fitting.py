@@ -330,9 +330,9 @@ class LQFBase(CallbackSupportMixin, FittedMethods):
             if rows.vectors is not None:  # whose standardization follows from all of them
                 weights = self._weigh_classes(rows.targets, rows.given)
                 network = reader.network.standardized(rows.vectors, weights)
-                reader = FeatureReader.draw(
-                    network, len(reader.directions), reader.sketch_size, reader.seed, reader.views
-                )
+                count = len(reader.directions)
+                drawn = FeatureReader.draw(network, count, reader.sketch_size, reader.seed, reader.views)
+                reader = replace(drawn, precision=reader.precision)
                 features, _ = self._evaluate(reader, rows.vectors, np.arange(len(rows)), bars)
                 rows = replace(rows, features=features)
             twin._solve(reader, model.recipe, rows, True, bars)

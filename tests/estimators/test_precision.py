@@ -41,3 +41,18 @@ def test_the_precision_is_that_of_the_fit(tmp_path):
 def test_float64_is_never_reduced():
     clf = LQFClassifier(tiny_net(), execution={"dtype": "float64", "tolerance": 1.0}).fit(X, Y)
     assert clf.precision_ == "full"
+
+
+@pytest.mark.parametrize(("tolerance", "accuracy"), [(0.0, 1e-4), (10.0, 0.2)])
+def test_updates_of_vectors_read_as_the_fit_did(tolerance, accuracy):
+    vectors = X.reshape(len(X), -1)[:, :8].astype(float)
+    execution = {"dtype": "float32", "tolerance": tolerance}
+
+    def model(rows: slice) -> LQFClassifier:
+        clf = LQFClassifier(tangents="network", random_state=3, store_data=True, execution=execution)
+        return clf.fit(vectors[rows], Y[rows])
+
+    updated, expected = model(slice(None)).forget(0), model(slice(1, None))
+    assert updated._model.reader.precision == expected.precision_ == ("bfloat16" if tolerance else "full")
+    found, wanted = updated.decision_function(vectors), expected.decision_function(vectors)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=accuracy * np.abs(wanted).max())
