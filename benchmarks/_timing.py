@@ -1,5 +1,6 @@
 """What the benchmarks of speed share: rows kept as they come, contenders in turns, peaks of memory, digits repeated."""
 
+import argparse
 import json
 import multiprocessing
 import resource
@@ -52,6 +53,25 @@ class Report:
     def rows(self, section: str) -> list[dict[str, Any]]:
         """The rows of a section."""
         return self.content.setdefault(section, [])
+
+
+def run_sections(
+    parser: argparse.ArgumentParser, name: str, measures: dict[str, Callable[..., None]], **about: Any
+) -> None:
+    """Run the sections of a benchmark that its arguments name, on the device and with the threads that they name."""
+    parser.add_argument("--only", nargs="+", choices=list(measures), default=list(measures))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison")
+    parser.add_argument(
+        "--results", type=Path, help=f"file of the results, default: benchmarks/results/{name}-DEVICE.json"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    report = Report(args.results or RESULTS / f"{name}-{args.device}.json", device, name, **about)
+    for section in args.only:
+        measures[section](report, args, device)
 
 
 def said(error: BaseException) -> str:

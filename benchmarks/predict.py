@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import DEFAULT_SIZE, read_folder, read_images, split
-from _timing import BACKBONE, BATCH, RESULTS, Report, Run, forward, interleaved, ratios, said
+from _timing import BACKBONE, BATCH, Report, Run, forward, interleaved, ratios, run_sections, said
 from torch import Tensor
 
 from sklearn_lqf import LQFClassifier
@@ -223,23 +223,11 @@ MEASURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=list(MEASURES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison")
     parser.add_argument("--predicted", type=int, default=PREDICTED, help="images")
     parser.add_argument("--size", type=int, default=DEFAULT_SIZE, help="pixels")
     parser.add_argument("--classes", type=int, nargs="+", default=list(CLASSES))
     parser.add_argument("--jobs", type=int, nargs="+", default=list(JOBS), help="n_jobs of the section paths")
-    parser.add_argument(
-        "--results", type=Path, help="file of the results, default: benchmarks/results/predict-DEVICE.json"
-    )
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    report = Report(args.results or RESULTS / f"predict-{args.device}.json", device, "predict", backbone=BACKBONE)
-    for section in args.only:
-        MEASURES[section](report, args, device)
+    run_sections(parser, "predict", MEASURES, backbone=BACKBONE)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from _common import DEFAULT_SIZE, read_images, split
 from _timing import (
     BACKBONE,
     HELD_OUT,
-    RESULTS,
     Memory,
     Report,
     Run,
@@ -28,6 +27,7 @@ from _timing import (
     now,
     ratios,
     repeated_digits,
+    run_sections,
 )
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -255,25 +255,13 @@ MEASURES = {"fit": measure_fits, "growth": measure_growth, "solver": measure_sol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=list(MEASURES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison")
     parser.add_argument("--per-class", type=int, default=PER_CLASS, help="images a class of the section fit")
     parser.add_argument("--search-per-class", type=int, default=SEARCH_PER_CLASS)
     parser.add_argument("--images", type=int, nargs="*", default=list(IMAGES), help="of the section growth")
     parser.add_argument("--all-layers", type=int, default=ALL_LAYERS, help="images of its fits that read all layers")
     parser.add_argument("--most", type=int, help="images; cases of the section growth with more are left out")
     parser.add_argument("--solved", type=int, nargs="*", default=list(SOLVED), help="images of the section solver")
-    parser.add_argument(
-        "--results", type=Path, help="file of the results, default: benchmarks/results/speed-DEVICE.json"
-    )
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    report = Report(args.results or RESULTS / f"speed-{args.device}.json", device, "speed")
-    for section in args.only:
-        MEASURES[section](report, args, device)
+    run_sections(parser, "speed", MEASURES)
 
 
 if __name__ == "__main__":
