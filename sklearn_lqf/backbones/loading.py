@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.memory import Recent
 from .backbone import SUPPORTED, Backbone, Wanted, finished, in_channels_of, own_generator, unknown_name
 from .huggingface import from_huggingface, image_tower
-from .packages import LITE
+from .packages import LITE, weights_file
 from .preprocessing import Preprocessing
 from .timm_models import efficientnet_lite, from_timm, set_image_size
 from .torchvision_models import from_torchvision, set_transformer_size, torchvision_names
 from .vectors import VectorNetwork, vector_network
 
 __all__ = ["Backbone", "VectorNetwork", "fit_to_size", "load_backbone"]
+
+_LOADED = Recent(2)  # backbones by name that were used last, for searches, which load one for each fit
 
 
 def load_backbone(
@@ -150,7 +153,20 @@ def _by_name(name: str, wanted: Wanted, vector_features: int | None) -> Backbone
             f"backbone={name!r} takes images, but X holds vectors of {vector_features} features: set "
             "image_shape if they are raveled images, else use backbone='vector'."
         )
-    return loader(name, wanted)
+    return _loaded_once(name, wanted, loader)
+
+
+def _loaded_once(name: str, wanted: Wanted, loader: Callable[[str, Wanted], Backbone]) -> Backbone:
+    """What a loader returns; weights that lie in one file on this machine are read again only if the file changes."""
+    if wanted.weights is None or wanted.architecture_only:
+        return loader(name, wanted)
+    path = weights_file(name, wanted.weights)
+    if path is None:
+        return loader(name, wanted)
+    status = path.stat()
+    key = (name, str(wanted.weights), wanted.image_size, path, status.st_ino, status.st_size, status.st_mtime_ns)
+    kept = _LOADED.get(key, lambda: loader(name, wanted))
+    return replace(kept, module=copy.deepcopy(kept.module))
 
 
 def _from_module(module: nn.Module, wanted: Wanted) -> Backbone:

