@@ -133,7 +133,10 @@ class FeatureReader:
         return self._built.layers
 
     def reading(self, memory: Any) -> Callable[[Tensor], Tensor]:
-        """Images (B, ...) to features (B, D) on the device; trunk activations are kept in a joblib.Memory, or None."""
+        """Images (B, ...) to features (B, D) on the device.
+
+        Trunk activations are kept in a joblib.Memory, and features that take gradients; None: they are not kept.
+        """
         activations = self.network.evaluator(memory, self.precision)
 
         def read(images: Tensor) -> Tensor:
@@ -142,7 +145,10 @@ class FeatureReader:
                 parts = [self._evaluate(activations(view)) for view in views]
             return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
-        return read
+        if not len(self.directions):  # the activations are all that takes time
+            return read
+        drawn = (self.sketch_size, self.seed, self.directions.tobytes(), self.scales.tobytes())
+        return self.network.features_evaluator(memory, read, (*drawn, self.views, self.precision))
 
     def _evaluate(self, activations: Sequence[Tensor]) -> Tensor:
         return self._built(activations)

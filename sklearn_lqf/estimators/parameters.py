@@ -124,10 +124,10 @@ execution : dict or None, default=None
     - ``"batch_size"``, int, 64: images evaluated at once, at most; fewer where memory requires it.
     - ``"n_jobs"``, int or None, None: threads that read and decode images while the network works, one for None, one
       for each processor for -1.
-    - ``"memory"``, str, path or joblib.Memory, None: folder in which the trunk activations of each image are shared
-      between fits, and with predictions: a grid search evaluates the trunk once for each image. They are found by the
-      content of image and trunk. As with any joblib.Memory nothing is ever removed from it, and it must be trusted,
-      since it is unpickled.
+    - ``"memory"``, str, path or joblib.Memory, None: folder in which what the network computes of each image is shared
+      between fits, and with predictions: a grid search evaluates the network once for each image. It holds trunk
+      activations, and features along directions, found by the content of image and network. As with any joblib.Memory
+      nothing is ever removed from it, and it must be trusted, since it is unpickled.
     - ``"distributed"``, bool, False: whether the processes of torch.distributed's default process group, started by
       torchrun and initialized by the caller, share the fit. Each calls `fit` with the same X and y, reads only the
       images of its share of the rows, keeps their features, and ends with the same model. ``random_state`` must be an

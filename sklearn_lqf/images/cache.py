@@ -1,4 +1,4 @@
-"""Trunk activations: of the rows of one fit within a budget of memory, and shared between fits.
+"""Activations: those of the rows of one fit within a budget of memory, and what is shared between fits.
 
 Hides where activations lie (memory of the device, of the host, a temporary file, or nowhere) and in which order of
 memory, and how those of one image are found again.
@@ -7,7 +7,6 @@ memory, and how those of one image are found again.
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..runtime.memory import device_budget, disk_budget, memory_budget, with_smaller_batches
 from ..runtime.tables import RowFile, TemporaryFileError, amount
-from .digests import DIGEST, image_digest, tensor_bytes
+from .digests import DIGEST, image_digest
 
 __all__ = ["SharedActivations", "TrunkCache", "batch_sizes"]
 
@@ -232,51 +231,35 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 
 class SharedActivations:
-    """Trunk activations of single images in a joblib.Memory, found by what an image and the trunk are.
+    """What a network computes of single images, in a joblib.Memory, found by what an image and the network are.
 
     Parameters
     ----------
     memory : joblib.Memory
-    trunk : nn.Module
-    options : object
-        What else the activations depend on, such as the preprocessing; its ``repr`` counts.
+    network : object
+        Everything that the values depend on beside the image: digests of modules, the preprocessing, and the like. Its
+        ``repr`` counts.
     """
 
-    def __init__(self, memory: Any, trunk: torch.nn.Module, options: object):
+    def __init__(self, memory: Any, network: object):
         self._recall = memory.cache(_recall, ignore=["value"])
-        digest = hashlib.blake2b(digest_size=DIGEST)
-        code = trunk.code if isinstance(trunk, torch.fx.GraphModule) else repr(trunk)
-        digest.update(repr((torch.__version__, code, options)).encode())
-        common = vars(torch.nn.Module()).keys()
-        for name, module in trunk.named_modules():
-            digest.update(repr((name, type(module).__module__, type(module).__qualname__)).encode())
-            for key in sorted(vars(module).keys() - common) if name else ():  # such as the stride of a convolution
-                value = vars(module)[key]
-                digest.update(key.encode() + (tensor_bytes(value) if isinstance(value, Tensor) else _text(value)))
-        for name, value in [*trunk.named_parameters(), *trunk.named_buffers()]:
-            digest.update(name.encode() + tensor_bytes(value))
-        self._trunk = digest.hexdigest()
+        self._network = hashlib.blake2b(repr(network).encode(), digest_size=DIGEST).hexdigest()
 
     def __call__(self, images: Tensor, evaluate: Callable[[Tensor], Activations]) -> Activations:
-        """Activations of images (B, ...), on any device; those not yet known are evaluated, together, and kept."""
+        """Values of images (B, ...), on any device; those not yet known are evaluated, together, and kept."""
         digests = [image_digest(x).hex() for x in images]
-        known = [self._recall.check_call_in_cache(d, self._trunk, None) for d in digests]
-        rows = [self._recall(d, self._trunk, None) if k else None for d, k in zip(digests, known, strict=True)]
+        known = [self._recall.check_call_in_cache(d, self._network, None) for d in digests]
+        rows = [self._recall(d, self._network, None) if k else None for d, k in zip(digests, known, strict=True)]
         missing = [i for i, row in enumerate(rows) if row is None]  # or lost since
         if missing:
             found = evaluate(images[missing])
             for k, i in enumerate(missing):
                 rows[i] = tuple(z[k].cpu().numpy() for z in found)
-                self._recall(digests[i], self._trunk, rows[i])
+                self._recall(digests[i], self._network, rows[i])
         stacked = [torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True)]
         return tuple(z.contiguous(memory_format=torch.channels_last) if z.ndim == 4 else z for z in stacked)
 
 
-def _recall(image: str, trunk: str, value: Any) -> Any:
+def _recall(image: str, network: str, value: Any) -> Any:
     """The value, which joblib keeps under the two digests."""
     return value
-
-
-def _text(value: object) -> bytes:
-    """The representation without addresses, which change from process to process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()

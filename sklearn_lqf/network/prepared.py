@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..backbones.loading import Backbone, VectorNetwork
 from ..backbones.preprocessing import Preprocessing
 from ..images.cache import SharedActivations
+from ..images.digests import module_digest
 from ..images.synthetic import reference_images
 from ..runtime.arithmetic import choose_device, full_precision, in_ordinary_arithmetic
 from ..runtime.memory import BATCH_BYTES, with_smaller_batches
@@ -31,6 +32,7 @@ from .tracing import Split, split_network
 
 __all__ = ["PREPARED_OTHERWISE", "PreparedNetwork"]
 
+_BUILT = {"split", "_layout", "_row_bytes", "_digests"}  # what `_build` makes
 PREPARED_OTHERWISE = (
     "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
     "code with which it was."
@@ -145,6 +147,7 @@ class PreparedNetwork:
             for part in (self.split.trunk, self.split.tail):
                 _put_channels_last(part)
         self._row_bytes: int | None = None
+        self._digests: dict[str, str] = {}
 
     def _choose_layout(self, example: Tensor) -> torch.memory_format:
         """Channels last for images, which convolutions prefer, unless the code of an untraced network cannot."""
@@ -209,14 +212,36 @@ class PreparedNetwork:
 
     def evaluator(self, memory: Any, precision: str = "full") -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The function `activations`, with its results kept in a joblib.Memory; None: they are not kept."""
-        trunk = self.split.trunk
-        if memory is None or isinstance(trunk, NoTrunk):
+        if memory is None or isinstance(self.split.trunk, NoTrunk):
             return self.activations
-        shared = SharedActivations(memory, trunk, (self.preprocessing, self.dtype, self.device.type, precision))
+        shared = SharedActivations(memory, (self._digest("trunk"), *self._numerics, precision))
         return lambda images: tuple(z.to(self.device) for z in shared(images, self.activations))
 
+    def features_evaluator(
+        self, memory: Any, features: Callable[[Tensor], Tensor], options: object
+    ) -> Callable[[Tensor], Tensor]:
+        """A function of images (B, ...) and of this network, with its results (B, D) kept in a joblib.Memory.
+
+        ``options`` are what else it depends on; their ``repr`` counts. The code of a network that does not trace is not
+        known well enough to find its features again, and None keeps nothing.
+        """
+        if memory is None or not self.split.traced:
+            return features
+        shared = SharedActivations(memory, (self._digest("trunk"), self._digest("tail"), *self._numerics, options))
+        return lambda images: shared(images, lambda x: (features(x),))[0].to(self.device)
+
+    @property
+    def _numerics(self) -> tuple[object, ...]:
+        return self.preprocessing, self.dtype, self.device.type
+
+    def _digest(self, part: str) -> str:
+        """Of the trunk or the tail, by which what it computes is found again."""
+        if part not in self._digests:
+            self._digests[part] = module_digest(getattr(self.split, part))
+        return self._digests[part]
+
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("split", "_row_bytes", "_layout")}
+        state = {k: v for k, v in self.__dict__.items() if k not in _BUILT}
         state["device"] = str(self.device)
         return state
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sklearn_lqf.images.cache import SharedActivations, TrunkCache, batch_sizes
+from sklearn_lqf.images.digests import module_digest
 
 N = 11
 ROWS = torch.randn(N, 4, 3, 2, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
@@ -149,7 +150,7 @@ def evaluated(memory, images, trunk, options=()):
         found = trunk(x)
         return found if isinstance(found, tuple) else (found,)
 
-    found, expected = SharedActivations(memory, trunk, options)(images, evaluate), trunk(images)
+    found, expected = SharedActivations(memory, (module_digest(trunk), options))(images, evaluate), trunk(images)
     for a, b in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
         torch.testing.assert_close(a, b)  # batches of another size may round otherwise
     assert found[0].is_contiguous(memory_format=torch.channels_last)
