@@ -17,6 +17,7 @@ from torch import Tensor
 from ..images.digests import Fingerprint
 from ..network.prepared import PREPARED_OTHERWISE, PreparedNetwork
 from ..runtime.arithmetic import float64_device, in_ordinary_arithmetic, in_precision
+from ..runtime.memory import pieces
 from .features import Group, GroupFeatures, draw_directions
 from .problem import Problem, Recipe, Solution, TrainingRows
 
@@ -234,7 +235,8 @@ class FittedModel:
     def outputs(self, features: np.ndarray) -> np.ndarray:
         """f(x) in the units of y, (n, C), for raw features (n, D)."""
         with np.errstate(invalid="ignore", over="ignore"):  # callers say which rows are not finite
-            return features @ self.weight + self.bias
+            parts = pieces(len(features), 8 * features.shape[1])  # in float64
+            return np.concatenate([features[part] @ self.weight + self.bias for part in parts])
 
     def evaluator(self, memory: Any) -> Callable[[Tensor], Tensor]:
         """Images (B, ...) to outputs (B, C) in float64; trunk activations are kept in a joblib.Memory, or None."""

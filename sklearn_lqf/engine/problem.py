@@ -15,6 +15,7 @@ import torch
 from ..runtime.arithmetic import float64_device
 from ..runtime.memory import PIECE_BYTES, device_budget
 from ..runtime.processes import ALONE, ProcessGroup
+from ..runtime.tables import copied_rows
 from .centered import ScaledFeatures
 from .estimate import EstimatedForm
 from .features import Group, Standardization, fit_standardization
@@ -90,16 +91,20 @@ class TrainingRows:
 
     def taking(self, chosen: np.ndarray) -> TrainingRows:
         """Copies of some rows."""
-        return replace(self, **{name: v[chosen] for name, v in self._columns().items()})
+        few = {name: v[chosen] for name, v in self._few().items()}
+        return replace(self, features=copied_rows((self.features, chosen)), **few)
 
     def joined(self, other: TrainingRows) -> TrainingRows:
         """These rows, then those of another."""
-        theirs = other._columns()
-        return replace(self, **{name: np.concatenate([v, theirs[name]]) for name, v in self._columns().items()})
+        theirs = other._few()
+        few = {name: np.concatenate([v, theirs[name]]) for name, v in self._few().items()}
+        both = ((rows.features, np.arange(len(rows.features))) for rows in (self, other))
+        return replace(self, features=copied_rows(*both), **few)
 
-    def _columns(self) -> dict[str, np.ndarray]:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in columns.items() if value is not None}
+    def _few(self) -> dict[str, np.ndarray]:
+        """All that a row has but its features."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if name != "features" and value is not None}
 
 
 @dataclass(frozen=True)
@@ -359,7 +364,7 @@ class Problem:
     def held_out(self, alpha: float | str) -> np.ndarray:
         """Outputs (n, C) by the solution without a row, or its group, at a penalty; scale and prior held fixed."""
         form = self.factorization(self.variances_at(alpha))
-        return self._held_out(form, self.optimum(form))
+        return self._processes.of_the_first(self._held_out(form, self.optimum(form)))
 
     def _held_out(self, form: Factorization, optimum: Optimum) -> np.ndarray:
         if (sets := self._rows.sets) is not None:

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from .memory import disk_budget, memory_budget
+from .memory import disk_budget, memory_budget, pieces
 
-__all__ = ["RowFile", "RowTable", "TemporaryFileError", "amount"]
+__all__ = ["RowFile", "RowTable", "TemporaryFileError", "amount", "copied_rows"]
 
 
 class TemporaryFileError(OSError):
@@ -144,6 +144,21 @@ class RowTable:
                 f"for them, and there is no room in the folder of temporary files, {folder} ({error.strerror})"
                 ": make room, point TMPDIR elsewhere, or use fewer features (tangents=None) or fewer images.",
             ) from error
+
+
+def copied_rows(*sources: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Some rows of each of several tables, one after the other, in memory if there is room, else in a temporary file.
+
+    Parameters
+    ----------
+    *sources : (ndarray of shape (n, ...), ndarray of int)
+        A table, which may be mapped from a file, and which of its rows.
+    """
+    with RowTable(sum(len(chosen) for _, chosen in sources)) as table:
+        for rows, chosen in sources:
+            for part in pieces(len(chosen), rows[:1].nbytes):
+                table.append(rows[chosen[part]])
+        return table.finish()
 
 
 def amount(size: float) -> str:
