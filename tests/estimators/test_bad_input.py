@@ -95,10 +95,12 @@ ITEMS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_parameters(kind):
+    """All values of those of the classifier, and one of each that another estimator shares with it."""
     names = set(inspect.signature(ESTIMATORS[kind]).parameters)
     assert names <= set(BAD)
+    shared = set() if kind == "classifier" else set(inspect.signature(LQFClassifier).parameters)
     for name in sorted(names):
-        for value in BAD[name]:
+        for value in BAD[name][:1] if name in shared else BAD[name]:
             refused(made(kind, **{name: value}), lambda m: m.fit(X, targets(kind)), ERRORS, name)
 
 
@@ -138,25 +140,12 @@ def objects(*elements: Any) -> np.ndarray:
     return found
 
 
-def spoiled(value: float) -> np.ndarray:
-    """Images as floats, one value of which is another."""
-    found = (X / 255).astype("float32")
-    found[7, 3, 2, 1] = value
-    return found
-
-
-# X, and what is said of it; with 12 labels. What else is no image, the tests of reading know.
+# X, and what is said of it; with 12 labels. What else is no image, the tests of images know.
 IMAGES: dict[str, tuple[Any, str]] = {
-    "nothing": (None, ""), "a number": (3, ""), "one path": ("a.png", "list"), "a row of numbers": (NUMBERS, "2"),
-    "an empty list": ([], ""), "five axes": (X[None], r"5 dimension"), "no image": (X[:0], r"0 sample"),
-    "four channels": (X[..., [0, 1, 2, 2]], "4 channels.*alpha"),
-    "channels first": (X.transpose(0, 3, 1, 2), "channel_axis=0"), "ints": (X.astype("int64"), "dtype.*uint8"),
-    "nested lists of ints": (X.tolist(), "uint8"), "sparse": (sparse.csr_matrix(VECTORS), "toarray"),
-    "a tensor elsewhere": (torch.zeros(12, 8, 8, 3, device="meta"), "CPU tensor"),
-    "nan": (spoiled(NAN), r"NaN.*X\["), "just above 1": (spoiled(1.01), r"0\.\.1"),
+    "nothing": (None, ""), "a row of numbers": (NUMBERS, "2"), "no image": (X[:0], r"0 sample"),
+    "channels first": (X.transpose(0, 3, 1, 2), "channel_axis=0"), "sparse": (sparse.csr_matrix(VECTORS), "toarray"),
     "an absent file": ([*X[:11], "gone.png"], r"X\[11\].*does not exist"),
-    "None last": (objects(*X[:11], None), r"X\[11\].*NoneType"),
-    "nan among them": ([*X[:11], spoiled(NAN)[7]], r"NaN.*X\[11\]"),
+    "nan among them": ([*X[:11], np.full((8, 8, 3), NAN)], r"NaN.*X\[11\]"),
     "mixed sizes": ([*X[:11], X[0, :4]], r"X\[11\] is 4x8.*image_size"),
 }  # fmt: skip
 OF_FITS = {"other length": (X[:5], "inconsistent"), "raveled": (RAVELED, "image_shape")}
@@ -166,12 +155,7 @@ WRONG = (ValueError, TypeError, FileNotFoundError)
 
 @pytest.fixture(scope="module")
 def fitted() -> dict[str, Any]:
-    models = {kind: made(kind).fit(X, targets(kind)) for kind in ESTIMATORS}
-    models["vectors"] = LQFClassifier().fit(VECTORS, Y)
-    models["targets"] = made("regressor").fit(X, np.c_[NUMBERS, NUMBERS])
-    models["labels"] = made("classifier").fit(X, LABELS)
-    models["stored"] = made("classifier", store_data=True).fit(X, Y)
-    return models
+    return {"classifier": made("classifier").fit(X, Y), "vectors": LQFClassifier().fit(VECTORS, Y)}
 
 
 @pytest.mark.parametrize("case", [*IMAGES, *OF_FITS, *OF_PREDICTIONS])
@@ -223,8 +207,7 @@ def test_weights():
         ({}, ""), (np.ones(12) * 1j, "Complex"), (1 - one, "One row with a positive weight"),
         (np.full(12, 1e30), r"from 1e-12 to 1e\+12"), (np.where(one, 1, 1e300), "1e"), (np.full(12, 1e-320), "1e-12"),
     ):  # fmt: skip
-        for kind in ESTIMATORS:
-            refused(made(kind), lambda m, k=kind, w=bad: m.fit(X, targets(k), w), ERRORS, message)
+        refused(made("classifier"), lambda m, w=bad: m.fit(X, Y, w), ERRORS, message)
 
 
 # ------------------------------------------------------------------------------------------------------- methods
@@ -234,13 +217,8 @@ def test_weights():
 CALLS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("vectors", lambda m: m.predict(X), "fitted on vectors"),
     ("vectors", lambda m: m.predict(VECTORS[:, :3]), "3 features.*5"),
-    ("classifier", lambda m: m.leave_one_out(X, np.append(Y[1:], "yak")), "yak"),
     ("classifier", lambda m: m.influence(X, Y, X[:1], ["yak"]), "y_test.*yak"),
     ("classifier", lambda m: m.influence(X, Y, X[:2], Y[:1]), "inconsistent"),
-    ("labels", lambda m: m.leave_one_out(X, LABELS[:, :2]), r"\(12, 2\).*3 labels"),
-    ("labels", lambda m: m.leave_one_out(X, LABELS[:, 0]), "3 labels"),
-    ("classifier", lambda m: m.leave_one_out(X, LABELS), "one class"),
-    ("targets", lambda m: m.leave_one_out(X, NUMBERS), "1 targets.*2"),
     ("classifier", lambda m: m.score(X, Y[:5]), "inconsistent"),
 ]
 
@@ -270,7 +248,7 @@ def test_first_calls():
         refused(made("classifier", store_data=True, **parameters), call, (ValueError, RuntimeError), message)
 
 
-@pytest.mark.parametrize("kind", ESTIMATORS)
+@pytest.mark.parametrize("kind", ["classifier", "regressor"])
 def test_not_fitted(kind):
     y = targets(kind)
     calls: dict[str, tuple[Any, ...]] = {

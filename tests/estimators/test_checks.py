@@ -8,13 +8,14 @@ from sklearn_lqf import ImageFeatures, LQFClassifier, LQFClassifierCV, LQFRegres
 # The number of checks that apply to each, which must not fall unseen.
 ESTIMATORS = {
     "classifier": (LQFClassifier(), 55),
-    "others": (LQFClassifier(tangents="both", n_directions=2, negative_slope=0.1, store_data=True), 56),
     "iterative": (LQFClassifier(solver="pcg", prior="last"), 55),
     "paper": (LQFClassifier(model="paper"), 55),
-    "cv": (LQFClassifierCV(alphas=[0.1], store_data=True), 56),
+    "others": (
+        LQFClassifierCV(alphas=[0.1], tangents="both", n_directions=2, negative_slope=0.1, store_data=True), 56
+    ),
     "regressor": (LQFRegressor(store_data=True), 50),
     "features": (ImageFeatures(), 45),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -10,7 +10,7 @@ from support.devices import PretendedGPU
 
 from sklearn_lqf import ImageFeatures, LQFClassifier
 
-X, Y = make_images(n=61)
+X, Y = make_images(n=31)
 KINDS = {
     "default": {},
     "directions": {"tangents": "both", "tangent_layers": "all"},

@@ -6,12 +6,8 @@ import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
-from sklearn.ensemble import StackingClassifier
-from sklearn.experimental import enable_halving_search_cv  # noqa: F401, makes HalvingGridSearchCV importable
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from support.data import make_images, tiny_net
 from support.images import as_files
 
@@ -32,10 +28,9 @@ def fitted() -> LQFClassifier:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> pd.DataFrame:
-    """Paths of the training images beside two columns: one tells ants from the others, one is noise."""
+    """Paths of the training images beside a column of numbers."""
     paths = [str(path) for path in as_files(X, tmp_path_factory.mktemp("images"))]
-    noise = np.random.default_rng(0).normal(size=(2, len(X)))
-    return pd.DataFrame({"path": paths, "length": (Y == "ant") + 0.1 * noise[0], "weight": noise[1]})
+    return pd.DataFrame({"path": paths, "length": np.arange(len(X))})
 
 
 def test_column_of_paths_equals_arrays(fitted, table):
@@ -51,21 +46,6 @@ def test_column_of_paths_equals_arrays(fitted, table):
         assert np.array_equal(pipeline.fit(table, Y).decision_function(table), expected)
         pipeline = clone(pipeline).set_output(transform="pandas")
         assert np.array_equal(pipeline.fit(table, Y).decision_function(table), expected)
-
-
-def test_stacking_of_images_and_a_table(fitted, table):
-    image = make_pipeline(make_column_transformer(("passthrough", ["path"])), ImageReader(), classifier())
-    numbers = make_pipeline(make_column_transformer((StandardScaler(), ["length", "weight"])), LogisticRegression())
-    order = np.random.default_rng(1).permutation(len(table))[:30]
-    train, test = table.iloc[order], table.drop(index=order)
-    stack = StackingClassifier([("image", image), ("numbers", numbers)], cv=2).fit(train, Y[order])
-    alone = clone(numbers).fit(train, Y[order])
-    truth = Y[test.index]
-    assert stack.score(test, truth) == 1.0
-    assert alone.score(test, truth) < 1.0
-    meta = stack.transform(test)
-    assert meta.shape == (6, 6)
-    assert np.array_equal(meta[:, :3], clone(fitted).fit(X[order], Y[order]).predict_proba(X[test.index]))
 
 
 def test_pipelines_and_searches_decode_once(table, tmp_path, monkeypatch):
