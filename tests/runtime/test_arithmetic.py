@@ -5,24 +5,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from sklearn_lqf.runtime import arithmetic
 from sklearn_lqf.runtime.arithmetic import (
     choose_device,
     full_precision,
-    in_ordinary_arithmetic,
     ordinary_arithmetic,
     shared_by_threads,
 )
 
 # Run in a process of its own, since torch cannot be brought back to its first state: some settings, once written, no
-# longer follow the others.
+# longer follow the others. The module is read by its path: the whole package takes long to import.
 PRECISION = """
-import contextlib, torch
-from sklearn_lqf.runtime.arithmetic import full_precision
+import contextlib, runpy, sys, torch
+full_precision = runpy.run_path(sys.argv[1])["full_precision"]
 b = torch.backends
 new = hasattr(b.cuda.matmul, "fp32_precision")
 owners = [b.cuda.matmul, b.cudnn, *([b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv] if new else [])]
@@ -69,39 +70,37 @@ for i, setting in enumerate(settings):
 
 
 def test_precision_is_full_inside_and_restored():
-    subprocess.run([sys.executable, "-c", PRECISION], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", PRECISION, arithmetic.__file__], check=True, timeout=120)
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def chosen(write: Callable[[Any], None], value: Any, usual: Any):
+    write(value)
     yield
-    torch.set_default_dtype(before)
+    write(usual)
 
 
 MODES = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast of another device": lambda: torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
-    "inference mode": torch.inference_mode,
     "no_grad": torch.no_grad,
+    "autocast of another device": lambda: chosen(partial(torch.set_autocast_enabled, "cuda"), True, False),
     "default device": lambda: torch.device("meta"),
-    "default dtype": lambda: default_dtype(torch.float64),
+    "default dtype": lambda: chosen(torch.set_default_dtype, torch.float64, torch.float32),
 }
 
 
 def modes() -> tuple[Any, ...]:
     """What a computation meets of the modes of torch."""
-    casts = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    return *casts, *modes, torch.get_default_dtype(), torch.get_default_device()
+    autocast = torch.is_autocast_enabled("cuda")
+    return autocast, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_modes_of_the_caller_do_not_count(mode):
+    """tests/estimators/test_settings.py tries each public method."""
     expected = modes()
     with mode():
         before = modes()
+        assert before != expected
         with ordinary_arithmetic():
             assert modes() == expected
             with ordinary_arithmetic():  # within itself
@@ -110,18 +109,6 @@ def test_modes_of_the_caller_do_not_count(mode):
         with pytest.raises(ZeroDivisionError), ordinary_arithmetic():
             raise ZeroDivisionError
         assert modes() == before
-
-
-def test_a_method_in_ordinary_arithmetic_is_itself():
-    class Example:
-        @in_ordinary_arithmetic
-        def method(self, a: int, *, b: int = 2) -> tuple[int, bool]:
-            """What it does."""
-            return a + b, torch.is_grad_enabled()
-
-    with torch.no_grad():
-        assert Example().method(1, b=3) == (4, True)
-    assert (Example.method.__name__, Example.method.__doc__) == ("method", "What it does.")
 
 
 def test_a_shared_setting_is_left_by_the_last_thread():

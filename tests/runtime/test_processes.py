@@ -1,7 +1,6 @@
-"""Fits shared by two and four processes against those of one; grid searches on a Dask cluster.
+"""Fits shared by three processes against those of one; grid searches on a Dask cluster.
 
-The other processes are started once for each number of them. They and the test process, which is rank 0, run all cases
-in the same order.
+The other processes are started once. They and the test process, which is rank 0, run all cases in the same order.
 """
 
 import contextlib
@@ -24,9 +23,10 @@ from sklearn.model_selection import GridSearchCV
 from support.data import make_images, merged, tiny_net
 
 from sklearn_lqf import LQFClassifier
-from sklearn_lqf.runtime.processes import ALONE, ProcessGroup, _message_device, default_group
+from sklearn_lqf.runtime.processes import ProcessGroup, _message_device, default_group
 
-X, Y = make_images(n=61)  # shares of 30 and 31
+SIZE = 3
+X, Y = make_images(n=61)  # shares of 20, 20 and 21
 WEIGHTS = np.random.default_rng(0).integers(0, 3, len(X)) * 0.7  # a third of the rows is left out
 BOTH = ("identity", "flip")
 # Parameters, number of images, weights.
@@ -65,7 +65,7 @@ def answer(case: str, clf: LQFClassifier) -> dict[str, np.ndarray]:
     return {**found, "prior_": np.array(list(clf.prior_.values())), "decision": clf.decision_function(images(case))}
 
 
-# -------------------------------------------------------------------------------- what both processes run
+# --------------------------------------------------------------------------------- what all processes run
 
 
 def group_operations(rank: int, folder) -> dict:
@@ -108,52 +108,49 @@ def _message(call) -> str:
 
 
 ONES = np.ones(len(X))
-# What differs on rank 1, or is wrong on both, and what each is told; the same where there is one message.
+# What differs where ``odd`` is 1, on rank 1, or is wrong on all; what rank 1 is told, if it is another message, last.
 ERRORS = {
-    "paper": (lambda rank: shared(model="paper").fit(X, Y), "does not support distributed=True"),
-    "stored": (lambda rank: shared(store_data=True).fit(X, Y), "does not support distributed=True"),
-    "seed": (lambda rank: shared(random_state=None).fit(X, Y), "must be an int"),
-    "labels": (lambda rank: shared().fit(X, np.roll(Y, rank)), "the targets y of process(es) [1]"),
-    "number": (lambda rank: shared().fit(X[rank:], Y[rank:]), "the numbers of images of process(es) [1]"),
+    "paper": (lambda odd: shared(model="paper").fit(X, Y), "does not support distributed=True"),
+    "stored": (lambda odd: shared(store_data=True).fit(X, Y), "does not support distributed=True"),
+    "seed": (lambda odd: shared(random_state=None).fit(X, Y), "must be an int"),
+    "labels": (lambda odd: shared().fit(X, np.roll(Y, odd)), "the targets y of process(es) [1]"),
+    "number": (lambda odd: shared().fit(X[odd:], Y[odd:]), "the numbers of images of process(es) [1]"),
     "lengths": (
-        lambda rank: shared().fit(X, Y[rank:]),
+        lambda odd: shared().fit(X, Y[odd:]),
         "Process 1: ValueError: Found input variables with inconsistent", "inconsistent numbers of samples",
     ),
-    "weights": (lambda rank: shared().fit(X, Y, None if rank else ONES), "the sample weights of process(es) [1]"),
-    "parameters": (lambda rank: shared(max_iter=100 + rank).fit(X, Y), "parameters of process(es) [1]"),
+    "weights": (lambda odd: shared().fit(X, Y, None if odd else ONES), "the sample weights of process(es) [1]"),
+    "parameters": (lambda odd: shared(max_iter=100 + odd).fit(X, Y), "parameters of process(es) [1]"),
     "invalid": (
-        lambda rank: shared(max_iter=rank).fit(X, Y),
+        lambda odd: shared(max_iter=odd).fit(X, Y),
         "'max_iter' parameter", "Process 0: InvalidParameterError: The 'max_iter' parameter",
     ),
     "network": (
-        lambda rank: shared(backbone=tiny_net(seed=rank)).fit(X, Y), "the backbone's weights of process(es) [1]"
+        lambda odd: shared(backbone=tiny_net(seed=odd)).fit(X, Y), "the backbone's weights of process(es) [1]"
     ),
-    "too few": (lambda rank: shared().fit(X, Y, np.arange(len(X)) == 1), "2 processes cannot share 1 image"),
+    "too few": (lambda odd: shared().fit(X, Y, np.arange(len(X)) == 1), "3 processes cannot share 1 image"),
 }  # fmt: skip
 
 
 @contextlib.contextmanager
-def process_group(rank: int, folder, size: int, seconds: float = 60):
-    store = dist.FileStore(str(folder / "group"), size)
+def process_group(rank: int, folder, seconds: float = 60):
+    store = dist.FileStore(str(folder / "group"), SIZE)
     store.set(str(rank), "is there")  # a process may take longer to start than the time limit is
-    store.wait([str(i) for i in range(size)], timedelta(seconds=60))
+    store.wait([str(i) for i in range(SIZE)], timedelta(seconds=60))
     store = dist.PrefixStore("fit", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=seconds))
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def run_all(rank: int, folder, size: int) -> dict:
-    """Everything that needs several processes; called by each."""
-    with process_group(rank, folder, size):
+def succeed(rank: int, folder) -> dict:
+    """Fits, operations and errors after which the processes go on."""
+    with process_group(rank, folder):
         found = {case: answer(case, fit(case, execution={"distributed": True})) for case in CASES}
-        if size > 2:
-            return found
-        found |= {f.__name__: f(rank, folder) for f in (group_operations, bars)}
-        found[a_file_that_one_cannot_read.__name__] = a_file_that_one_cannot_read(rank, folder)
-        found |= {f"error: {name}": _message(lambda call=call: call(rank)) for name, (call, *_) in ERRORS.items()}
+        found |= {f.__name__: f(rank, folder) for f in (group_operations, bars, a_file_that_one_cannot_read)}
+        found |= {f"error: {k}": _message(lambda call=call: call(int(rank == 1))) for k, (call, *_) in ERRORS.items()}
         found["afterwards"] = answer("float64", fit("float64", execution={"distributed": True}))
     return found
 
@@ -176,12 +173,12 @@ class Ends(torch.nn.Module):
 FAILURES = {"slow": 5, "ended": None}  # seconds that rank 1 waits
 
 
-def fail(rank: int, folder, size: int) -> dict:
+def fail(rank: int, folder) -> dict:
     """Fits of which one process is slower than the time limit, or ends: what each is told, and after how long."""
     found = {}
     for name, seconds in FAILURES.items():
         (folder / name).mkdir(exist_ok=True)
-        with process_group(rank, folder / name, size, seconds=2), warnings.catch_warnings():
+        with process_group(rank, folder / name, seconds=2), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a network that cannot be traced
             start = time.monotonic()
             message = _message(lambda seconds=seconds: shared(backbone=Ends(seconds)).fit(X, Y))
@@ -189,32 +186,17 @@ def fail(rank: int, folder, size: int) -> dict:
     return found
 
 
-def _other_rank(rank: int, folder, size: int, work) -> None:
+def _other_rank(rank: int, folder) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
     warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-    try:
-        found = work(rank, folder, size)
-    except BaseException:
-        found = traceback.format_exc()
-    (folder / f"found-{rank}.pkl").write_bytes(pickle.dumps(found))
-
-
-def on_processes(size: int, folder, work) -> list:
-    """What ``work(rank, folder, size)`` returns in each process; None of one that ended."""
-    start = multiprocessing.get_context("spawn").Process
-    others = [start(target=_other_rank, args=(rank, folder, size, work)) for rank in range(1, size)]
-    for process in others:
-        process.start()
-    try:
-        found = [work(0, folder, size)]
-    finally:
-        for process in others:
-            process.join(60)
-            process.kill()
-    paths = [folder / f"found-{rank}.pkl" for rank in range(1, size)]
-    return found + [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
+    for work in (succeed, fail):
+        try:
+            found = work(rank, folder)
+        except BaseException:
+            found = traceback.format_exc()
+        (folder / f"{work.__name__}-{rank}.pkl").write_bytes(pickle.dumps(found))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,30 +208,41 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two processes found."""
+def found_by_all(one_thread, tmp_path_factory):
+    """What ``succeed`` and ``fail`` return in each process."""
     folder = tmp_path_factory.mktemp("ranks")
     for i in range(12):
         Image.fromarray(X[i]).save(folder / f"{i}.png")
     (folder / "11.png").write_bytes(b"no image")
-    first, second = on_processes(2, folder, run_all)
-    assert isinstance(second, dict), second
-    return first, second
+    start = multiprocessing.get_context("spawn").Process
+    others = [start(target=_other_rank, args=(rank, folder)) for rank in range(1, SIZE)]
+    for process in others:
+        process.start()
+    try:
+        found = [[work(0, folder)] for work in (succeed, fail)]
+    finally:
+        for process in others:
+            process.join(60)
+            process.kill()
+    for values, name in zip(found, ("succeed", "fail"), strict=True):
+        paths = [folder / f"{name}-{rank}.pkl" for rank in range(1, SIZE)]
+        values += [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
+    return found
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    """What each of four processes found."""
-    return on_processes(4, tmp_path_factory.mktemp("four"), run_all)
+def ranks(found_by_all):
+    """What each process found in ``succeed``."""
+    assert all(isinstance(found, dict) for found in found_by_all[0]), found_by_all[0][1:]
+    return found_by_all[0]
 
 
 # ---------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("processes", ["ranks", "four_ranks"])
 @pytest.mark.parametrize("case", CASES)
-def test_several_processes_find_the_model_of_one(request, processes, case):
-    first, *others = (found[case] for found in request.getfixturevalue(processes))
+def test_several_processes_find_the_model_of_one(ranks, case):
+    first, *others = (found[case] for found in ranks)
     for name, value in first.items():  # the solution of the first process is that of all
         assert all(np.array_equal(value, other[name]) for other in others), f"{name} differs between the processes"
     # The search for the prior magnifies rounding, as it does for another batch_size on one process.
@@ -258,8 +251,9 @@ def test_several_processes_find_the_model_of_one(request, processes, case):
         np.testing.assert_allclose(first[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
 
 
-def test_a_process_that_is_slow_or_ends_is_an_error_on_all_others(tmp_path):
-    first, _, third = on_processes(3, tmp_path, fail)
+def test_a_process_that_is_slow_or_ends_is_an_error_on_all_others(found_by_all):
+    first, ended, third = found_by_all[1]
+    assert ended is None
     for found in (first, third):
         for message, seconds in (found[name] for name in FAILURES):
             assert "could not communicate: one of them ended, or did not answer" in message
@@ -269,31 +263,22 @@ def test_a_process_that_is_slow_or_ends_is_an_error_on_all_others(tmp_path):
 def test_operations_of_a_group(ranks):
     for rank, found in enumerate(ranks):
         operations = found["group_operations"]
-        assert operations["size and rank"] == (2, rank)
-        assert operations["share"] == (slice(0, 3), slice(3, 7))[rank]
-        assert operations["sum"] == ([2.0, 1.0], True)
-        assert operations["columns"] == [[0, 6], [2, 8], [4, 10]]
-        assert operations["rows"] == [[[0, 0]] * 2, [[1, 1]] * 2, [[1, 1]] * 2]
-        assert operations["no rows"] == [0, 1]
+        assert operations["size and rank"] == (SIZE, rank)
+        assert operations["share"] == (slice(0, 2), slice(2, 4), slice(4, 7))[rank]
+        assert operations["sum"] == ([3.0, 3.0], True)
+        assert operations["columns"] == [[0, 9], [3, 12], [6, 15]]
+        assert operations["rows"] == [[[k, k]] * 2 for k in (0, 1, 1, 2, 2, 2)]
+        assert operations["no rows"] == [0, 1, 0, 1, 2, 3]
         assert operations["together"] == (3, 1)
-        assert "but the others of process(es) [1] differ from those of process 0" in operations["different"]
+        assert "but the others of process(es) [1, 2] differ from those of process 0" in operations["different"]
 
 
-def test_a_group_of_one_does_nothing():
-    tensor = torch.ones(2)
-    assert ALONE.all_reduce(tensor) is tensor
-    assert ALONE.all_gather_rows(tensor) is tensor
-    assert ALONE.share(5) == slice(0, 5)
-    assert ALONE.together(divmod, 7, 2) == (3, 1)
-    ALONE.check_same({"anything": "at all"})
-
-
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_shares_cover_all_rows_once(size):
-    for n in (size, 13, 100):
-        shares = [range(n)[ProcessGroup(size, rank).share(n)] for rank in range(size)]
-        assert [row for share in shares for row in share] == list(range(n))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_shares_cover_all_rows_once():
+    for size in (1, 3, 8):
+        for n in (size, 13, 100):
+            shares = [range(n)[ProcessGroup(size, rank).share(n)] for rank in range(size)]
+            assert [row for share in shares for row in share] == list(range(n))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -315,22 +300,23 @@ def test_tensors_are_communicated_where_the_backend_can(monkeypatch, config, dev
 
 def test_one_process_shows_bars(ranks):
     pytest.importorskip("tqdm")
-    assert [found["bars"] for found in ranks] == [True, False]
+    assert [found["bars"] for found in ranks] == [True, False, False]
 
 
 def test_a_file_that_one_process_cannot_read_is_named_by_all(ranks):
-    first, second = (found["a_file_that_one_cannot_read"] for found in ranks)
-    assert first.startswith("RuntimeError: Another process of this fit failed.\nProcess 1: ")
-    assert not second.startswith("RuntimeError")
-    assert "11.png" in first
-    assert "11.png" in second
+    *others, last = (found["a_file_that_one_cannot_read"] for found in ranks)
+    for message in others:
+        assert message.startswith("RuntimeError: Another process of this fit failed.\nProcess 2: ")
+        assert "11.png" in message
+    assert not last.startswith("RuntimeError")
+    assert "11.png" in last
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_every_process_is_told(ranks, name):
-    _, first, *second = ERRORS[name]
-    for found, message in zip(ranks, [first, *(second or [first])], strict=True):
-        assert message in found[f"error: {name}"]
+    _, message, *of_rank_1 = ERRORS[name]
+    for rank, found in enumerate(ranks):
+        assert (of_rank_1[0] if of_rank_1 and rank == 1 else message) in found[f"error: {name}"]
 
 
 def test_a_fit_after_errors_is_as_before(ranks):
