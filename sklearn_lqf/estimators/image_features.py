@@ -23,6 +23,9 @@ from .regressor import LQFRegressor
 
 __all__ = ["ImageFeatures"]
 
+# What a fit leaves beside attributes that end in "_".
+_STATE = ("_model", "_standardization", "_scale", "_image_options", "_size")
+
 
 @with_shared_parameters
 class ImageFeatures(TransformerMixin, Inputs):
@@ -167,10 +170,17 @@ class ImageFeatures(TransformerMixin, Inputs):
         return self.transform(X) if found is None else self._scaled(found)
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> np.ndarray | None:
-        """Raw features of the images (n, D); None where only those with a positive weight were evaluated."""
-        self._check_parameters(1)
-        if self.prior is not None:
-            return self._fit_prior(X, y, sample_weight)
+        """Raw features (n, D), or None where not all were evaluated; a fit that raises leaves nothing fitted."""
+        try:
+            self._check_parameters(1)
+            return (self._fit_scale if self.prior is None else self._fit_prior)(X, y, sample_weight)
+        except BaseException:
+            for name in [n for n in vars(self) if n in _STATE or (n.endswith("_") and not n.startswith("_"))]:
+                delattr(self, name)
+            raise
+
+    def _fit_scale(self, X: Any, y: Any, sample_weight: Any) -> np.ndarray:
+        """Learn the scale of the groups alone."""
         device = choose_device(self._execution.device)
         rows, backbone = self._read_training_rows(X, None)
         given = self._given_weights(sample_weight, len(rows))
@@ -192,6 +202,7 @@ class ImageFeatures(TransformerMixin, Inputs):
         fitted: Any = (LQFRegressor if kind.startswith("continuous") else LQFClassifier)(**parameters, store_data=True)
         fitted.fit(X, y, sample_weight)
         for name in ("n_features_in_", "feature_names_in_", "image_shape_", "_size", "_image_options"):
+            self.__dict__.pop(name, None)  # of an earlier fit
             if hasattr(fitted, name):
                 setattr(self, name, getattr(fitted, name))
         model = fitted._model

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
 from sklearn.compose import make_column_transformer
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from support.data import make_images, tiny_net
@@ -58,3 +59,16 @@ def test_images_are_read_once_by_fit_transform(weights, monkeypatch):
     if weights is None:
         assert read == [len(X)]
     assert_allclose(features, found.transform(X), atol=1e-10)
+
+
+def test_nothing_of_an_earlier_fit_remains():
+    frame = pd.DataFrame(X.reshape(len(X), -1)).rename(columns=str)
+    found = ImageFeatures(tiny_net(), prior="evidence", image_shape=(12, 12, 3), **DOUBLE).fit(frame, Y)
+    assert len(found.feature_names_in_) == 432
+    assert found.fit(frame.to_numpy(), Y).transform(frame.to_numpy()).shape == (len(X), 48)
+    for prior in ("evidence", None):
+        found.set_params(prior=prior, image_shape=None).fit(X, Y)
+        with pytest.raises(ValueError, match="Negative"):
+            found.fit(X[:, :8], Y, sample_weight=-np.ones(len(X)))
+        with pytest.raises(NotFittedError):
+            found.transform(X)
