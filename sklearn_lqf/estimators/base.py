@@ -102,15 +102,7 @@ class FittedMethods(Inputs):
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs in units of y, (n, C)."""
         check_is_fitted(self)
-        found = self._in_batches(self._model.evaluator(self._execution.folder), self._read_new_data(X))
-        bad = np.flatnonzero(~np.isfinite(found).all(1))
-        if len(bad):
-            raise ValueError(
-                f"The outputs for {len(bad)} of {len(found)} rows of X are not finite, the first X[{bad[0]}]: the "
-                f"backbone's activations overflow {self._model.network.dtype} there. Leave these rows out, or fit with "
-                "execution={'dtype': 'float64'}."
-            )
-        return found
+        return self._in_batches(self._model.evaluator(self._execution.folder), self._read_new_data(X))
 
     def _grouped(self, method: str) -> FittedModel:
         """The model, unless it is the paper's."""

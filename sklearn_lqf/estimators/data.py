@@ -130,9 +130,19 @@ class Inputs(Parameters):
 
     def _in_batches(self, evaluate: Callable[[Tensor], Tensor], rows: Any) -> np.ndarray:
         """What is evaluated of rows, batch by batch, in their order."""
-        size, count = self._model.network.rows_at_once(self._execution.batch_size), len(rows)
+        network, count = self._model.network, len(rows)
+        size = network.rows_at_once(self._execution.batch_size)
         with Bars(self.verbose) as bars:
-            return evaluate_rows(evaluate, rows, np.arange(count), size, lambda _, batch: bars.rows(len(batch), count))
+            found = evaluate_rows(evaluate, rows, np.arange(count), size, lambda _, batch: bars.rows(len(batch), count))
+        with np.errstate(invalid="ignore"):
+            bad = np.flatnonzero(~np.isfinite(found.sum(axis=1, dtype=np.float64)))
+        if len(bad):
+            raise ValueError(
+                f"The outputs for {len(bad)} of {count} rows of X are not finite, the first X[{bad[0]}]: the "
+                f"backbone's activations overflow {network.dtype} there. Leave these rows out, or fit with "
+                "execution={'dtype': 'float64'}."
+            )
+        return found
 
     @property
     def _reads_last_alone(self) -> bool:

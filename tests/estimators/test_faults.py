@@ -182,8 +182,9 @@ def test_a_network_that_is_not_finite(estimator):
     dark[:, 0, 0, 0] = np.arange(12)
     model = estimator(scaled("stem.0", 1e20)).fit(dark, labels)
     both = np.concatenate([dark[:3], np.full_like(X[:2], 255)])
-    with pytest.raises(ValueError, match=r"2 of 5 rows of X are not finite, the first X\[3\].*float32.*'float64'"):
-        model.predict(both)
+    for call in (model.predict, model.features, lambda new: model.influence(dark, labels, new)):
+        with pytest.raises(ValueError, match=r"2 of 5 rows of X are not finite, the first X\[3\].*float32.*'float64'"):
+            call(both)
     wide = estimator(scaled("stem.0", 1e20), execution={"dtype": "float64"}).fit(dark, labels)
     assert np.isfinite(wide.predict(both)).all()
     assert np.isfinite(estimator(scaled("block2.0", 1e30)).fit(X, labels).predict(X)).all()
