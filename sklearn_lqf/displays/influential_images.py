@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Subset
 
 from ..images.reading import ImageInputs, is_image_input
+from ..images.sources import is_dataset, plain_frame
 from .figures import check_estimator, pyplot
 
 __all__ = ["InfluenceDisplay"]
@@ -234,13 +236,13 @@ class InfluenceDisplay:
         effect = estimator.influence(X, y, row, y_test, sample_weight)[0]
         label = None if y_test is None else np.asarray(y_test)[0]
         indices = np.concatenate(_by_effect(effect, label, int(n_images)))
-        table = X.iloc if hasattr(X, "iloc") else X
+        table, y = plain_frame(X), y.toarray() if hasattr(y, "toarray") else y
         display = cls(
             image=_pixels(row, estimator),
             label=label,
             predicted=estimator.predict(row)[0],
             effect=effect[indices],
-            images=[_pixels(table[i : i + 1], estimator) for i in indices],
+            images=[_pixels(_row_of(table, int(i)), estimator) for i in indices],
             labels=np.asarray(y)[indices],
             indices=indices,
         )
@@ -252,6 +254,13 @@ def _by_effect(effect: Any, label: Any, n: int) -> tuple[np.ndarray, np.ndarray]
     help_ = np.asarray(effect) * (-1 if label is None else 1)
     order = np.argsort(-help_, kind="stable")
     return order[help_[order] > 0][:n], order[help_[order] < 0][::-1][:n]
+
+
+def _row_of(X: Any, i: int) -> Any:
+    """X of one row, that of this number."""
+    if is_dataset(X):
+        return Subset(X, [i])
+    return (X.iloc if hasattr(X, "iloc") else X)[i : i + 1]
 
 
 def _one_row(x: Any, image_shape: tuple[int, int, int]) -> Any:

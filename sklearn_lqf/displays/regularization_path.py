@@ -131,7 +131,8 @@ class RegularizationPathDisplay:
         estimator : estimator instance
             A fitted `LQFClassifierCV`, or a fitted search of scikit-learn over ``alpha``, also of a step of a pipeline.
             If the search has further parameters, they are held at the best combination. Values of ``alpha`` that are
-            not numbers, such as ``"auto"``, are left out.
+            not numbers, such as ``"auto"``, are left out. Successive halving scores some values several times, of which
+            the last is drawn.
         ax : matplotlib Axes, default=None
             Axes to draw on. None: those of a new figure.
         name : str, default=None
@@ -198,11 +199,12 @@ def _alphas_searched(estimator: Any) -> tuple[np.ndarray, np.ndarray, float | No
         rest = other.keys() == best.keys() and all(_same(other[key], best[key]) for key in best if key != name)
         return rest and _is_number(other.get(name))
 
-    rows = np.array([i for i, other in enumerate(params) if drawn(other)], dtype=int)
-    if not len(rows):
+    # Successive halving scores some penalties again, on more of the data: the last score counts.
+    last = {float(other[name]): i for i, other in enumerate(params) if drawn(other)}
+    if not last:
         raise ValueError("The search has no alpha that is a number.")
     chosen = best.get(name)
-    return rows, np.array([float(params[i][name]) for i in rows]), chosen if _is_number(chosen) else None, metric
+    return np.array(list(last.values())), np.array(list(last)), chosen if _is_number(chosen) else None, metric
 
 
 def _is_number(value: Any) -> bool:

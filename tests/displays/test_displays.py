@@ -9,14 +9,16 @@ import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
+from scipy.sparse import csr_matrix
 from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import NotFittedError
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401, makes HalvingGridSearchCV importable
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support.data import make_images, tiny_net
-from support.images import as_files
+from support.images import Pairs, as_files, as_pil
 
 from sklearn_lqf import (
     ConvergenceDisplay,
@@ -38,13 +40,9 @@ def closed():
     plt.close("all")
 
 
-def classifier(**parameters) -> LQFClassifier:
-    return LQFClassifier(tiny_net(), **{"solver": "pcg", "tol": 1e-6, **parameters})
-
-
 @pytest.fixture(scope="module")
 def clf():
-    return classifier().fit(X, Y)
+    return LQFClassifier(tiny_net(), solver="pcg", tol=1e-6).fit(X, Y)
 
 
 def texts(legend) -> list[str]:
@@ -155,7 +153,7 @@ def test_influence_on_the_loss(clf):
 
 def test_influence_on_the_output(clf):
     weights = np.r_[np.zeros(3), np.ones(12)]  # rows without one have no effect and are not drawn
-    weighted = classifier().fit(X, Y, weights)
+    weighted = LQFClassifier(tiny_net()).fit(X, Y, weights)
     display = InfluenceDisplay.from_estimator(weighted, X, Y, NEW_X[0], sample_weight=weights, n_images=15)
     assert sorted(display.indices) == list(range(3, 15)) and len(display.images_) == 13
     display = InfluenceDisplay.from_estimator(clf, X, Y, NEW_X[:1], n_images=2, colors=("g", "k"))
@@ -190,17 +188,18 @@ def test_axes_are_divided(clf):
 GRAY = X[..., 0]
 
 
-@pytest.mark.parametrize("form", ["floats", "table", "channels first", "paths"])
+@pytest.mark.parametrize("form", ["floats", "table", "channels first", "paths", "data set"])
 def test_images_in_every_form(form, tmp_path):
     parameters = {"table": {"image_shape": (12, 12)}, "channels first": {"channel_axis": 0}}
     rows = {
         "floats": X.astype(np.float32) / np.float32(255),
-        "table": pd.DataFrame(GRAY.reshape(len(X), -1)).rename(columns=str),
+        "table": pd.DataFrame(GRAY.reshape(len(X), -1)).rename(columns=str).astype("UInt8"),
         "channels first": X.transpose(0, 3, 1, 2),
         "paths": pd.Series(list(map(str, as_files(X, tmp_path))), index=range(100, 115)),
+        "data set": Pairs(as_pil(X)),  # with labels, and without slices
     }[form]
-    clf = classifier(**parameters.get(form, {})).fit(rows, Y)
-    taken = rows.iloc if hasattr(rows, "iloc") else rows
+    clf = LQFClassifier(tiny_net(), prior="equal", alpha=0.1, **parameters.get(form, {})).fit(rows, Y)
+    taken = rows.iloc if hasattr(rows, "iloc") else as_pil(X) if form == "data set" else rows
     expected = GRAY if form == "table" else X
     for x_test in (taken[2], taken[2:3]):
         display = InfluenceDisplay.from_estimator(clf, rows, Y, x_test, Y[2], n_images=1)
@@ -210,7 +209,7 @@ def test_images_in_every_form(form, tmp_path):
 
 def test_mixed_and_large_images_and_many_channels():
     rows = [Image.fromarray(X[0]).resize((1040, 520)), *X[1:]]
-    clf = classifier(image_size=12).fit(rows, Y)
+    clf = LQFClassifier(tiny_net(), image_size=12).fit(rows, Y)
     display = InfluenceDisplay.from_estimator(clf, rows, Y, rows[0], n_images=2)
     expected = [(12, 12, 3) if i else (256, 512, 3) for i in [0, *display.indices]]
     assert [image.shape for image in shown(display)] == expected
@@ -220,7 +219,11 @@ def test_mixed_and_large_images_and_many_channels():
     assert_allclose(shown(display)[0], five[0].mean(2) / 255, atol=1e-6)
 
 
-def test_regressor_with_several_targets():
+def test_several_targets_and_labels():
+    labels = csr_matrix(np.c_[Y == "ant", Y != "bee"] * 1)
+    several = LQFClassifier(tiny_net(), prior="equal").fit(X, labels)
+    display = InfluenceDisplay.from_estimator(several, X, labels, X[0], [1, 1], n_images=1)
+    assert_array_equal(display.labels, labels.toarray()[display.indices])
     targets = np.c_[X.mean((1, 2, 3)), X.std((1, 2, 3))]
     reg = LQFRegressor(tiny_net()).fit(X, targets)
     display = InfluenceDisplay.from_estimator(reg, X, targets, X[0], targets[0], n_images=1)
@@ -230,7 +233,7 @@ def test_regressor_with_several_targets():
 
 
 def test_what_is_no_single_image(clf):
-    gray = classifier(image_shape=(12, 12)).fit(GRAY, Y)
+    gray = LQFClassifier(tiny_net(), image_shape=(12, 12)).fit(GRAY, Y)
     for x_test in (NEW_X, list(NEW_X), GRAY.reshape(len(X), -1), np.zeros(5)):
         with pytest.raises(ValueError, match=r"must be one image.*of (shape|length)"):
             InfluenceDisplay.from_estimator(gray, GRAY, Y, x_test)
@@ -275,14 +278,15 @@ def test_path():
     assert display.ax_.get_ylabel() == "Negative squared error"
 
 
-def ridge_search(grid, pipeline=False, **options):
+def ridge_search(grid, kind=GridSearchCV, estimator=None, **options):
     table = X.reshape(len(X), -1) / 255
-    estimator = make_pipeline(StandardScaler(), Ridge()) if pipeline else Ridge()
-    return GridSearchCV(estimator, grid, cv=3, **options).fit(table, table[:, 0] + np.arange(len(X)) % 3)
+    search = kind(Ridge() if estimator is None else estimator, grid, cv=3, **options)
+    return search.fit(table, table[:, 0] + np.arange(len(X)) % 3)
 
 
 def test_path_of_a_grid_search():
-    search = GridSearchCV(classifier(), {"alpha": [1.0, 0.01, "auto"]}, cv=2, scoring="neg_log_loss").fit(X, Y)
+    grid = {"alpha": [1.0, 0.01, "auto"]}
+    search = GridSearchCV(LQFClassifier(tiny_net()), grid, cv=2, scoring="neg_log_loss").fit(X, Y)
     display = RegularizationPathDisplay.from_estimator(search)
     assert_array_equal(display.line_.get_xdata(), [0.01, 1])
     assert_array_equal(display.line_.get_ydata(), search.cv_results_["mean_test_score"][[1, 0]])
@@ -292,8 +296,17 @@ def test_path_of_a_grid_search():
     assert display.best_alpha == (None if best == "auto" else best)
 
 
+def test_successive_halving_has_one_score_of_each_penalty():
+    search = ridge_search({"alpha": [1, 10, 100, 1000]}, HalvingGridSearchCV, factor=2, min_resources=7)
+    display = RegularizationPathDisplay.from_estimator(search)
+    assert len(search.cv_results_["params"]) == 6  # of which two are on more rows
+    assert_array_equal(display.line_.get_xdata(), [1, 10, 100, 1000])
+    assert_allclose(display.best_.get_xydata(), [[search.best_params_["alpha"], search.best_score_]])
+
+
 def test_other_parameters_are_held_at_the_best():
-    search = ridge_search({"ridge__alpha": [1, 10], "ridge__fit_intercept": [True, False]}, pipeline=True)
+    grid = {"ridge__alpha": [1, 10], "ridge__fit_intercept": [True, False]}
+    search = ridge_search(grid, estimator=make_pipeline(StandardScaler(), Ridge()))
     display = RegularizationPathDisplay.from_estimator(search)
     best = search.best_params_
     kept = [p["ridge__fit_intercept"] == best["ridge__fit_intercept"] for p in search.cv_results_["params"]]
@@ -324,7 +337,7 @@ def arguments(display) -> tuple:
 @pytest.mark.parametrize("display", DISPLAYS)
 def test_unfitted_and_other_estimators_are_refused(display):
     with pytest.raises(NotFittedError):
-        display.from_estimator(classifier(), *arguments(display))
+        display.from_estimator(LQFClassifier(), *arguments(display))
     with pytest.raises(TypeError, match=rf"{display.__name__} needs .* Ridge has no"):
         display.from_estimator(Ridge().fit(X.reshape(15, -1), np.arange(15)), *arguments(display))
 
