@@ -44,6 +44,9 @@ def assert_equal_fits(found, expected, X: np.ndarray) -> None:
         if getattr(expected, name, None) is not None:
             one, other = getattr(found, name), getattr(expected, name)
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * np.abs(other).max(), err_msg=name)
+    if hasattr(expected, "cv_results_"):
+        one, other = (f.cv_results_["mean_test_score"] for f in (found, expected))
+        np.testing.assert_allclose(one, other, rtol=1e-6)
     method = "decision_function" if hasattr(expected, "classes_") else "predict"
     one, other = getattr(found, method)(X), getattr(expected, method)(X)
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-8 * np.abs(other).max())
@@ -60,7 +63,8 @@ CASES = {
     "weights of classes": (classifier(class_weight={"ant": 2.0, "bee": 1.0, "cow": 0.5}), X, Y, False),
     "last features": (classifier(prior="last", alpha=0.3), X, Y, True),
     "iterations": (classifier(solver="pcg", prior="equal", tol=1e-12, max_iter=1000), X, Y, False),
-    "searched": (classifier(LQFClassifierCV, alphas=[0.01, 0.1, 1.0], cv=2), X, Y, True),
+    "searched": (classifier(LQFClassifierCV, alphas=[0.01, 0.1, 1.0], cv=2, scoring="neg_log_loss"), X, Y, True),
+    "searched without folds": (classifier(LQFClassifierCV, alphas=[0.01, 0.1, 1.0]), X, Y, False),
     "labels": (classifier(), X, LABELS, False),
     "regressor": (regressor(), X, VALUES[:, 0], True),
     "two targets": (regressor(alpha=0.1), X, VALUES[:, :2], False),

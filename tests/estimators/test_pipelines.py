@@ -6,12 +6,12 @@ import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from support.data import make_images, tiny_net
 from support.images import as_files
 
-from sklearn_lqf import ImageReader, LQFClassifier, LQFRegressor
+from sklearn_lqf import ImageReader, LQFClassifier
 
 X, Y = make_images(n=36)
 SHAPE = (12, 12, 3)
@@ -62,13 +62,3 @@ def test_pipelines_and_searches_decode_once(table, tmp_path, monkeypatch):
     assert opened == paths
     expected = GridSearchCV(classifier(), grid, cv=2).fit(X, Y).cv_results_["mean_test_score"]
     np.testing.assert_array_equal(pipeline[-1].cv_results_["mean_test_score"], expected)
-
-
-def test_regressor():
-    y = X[:, :6, :6, 0].mean((1, 2)) + np.random.default_rng(0).normal(0, 5, len(X))  # of the order of 100
-    model = LQFRegressor(tiny_net(), alpha=1e-2)
-    assert cross_val_score(model, X, y, cv=4).mean() > 0.3
-    search = GridSearchCV(make_pipeline(ImageReader(), model), {"lqfregressor__alpha": [1e-2, 10.0]}, cv=2).fit(X, y)
-    assert search.best_params_["lqfregressor__alpha"] == 1e-2
-    np.testing.assert_allclose(search.predict(X), model.fit(X, y).predict(X), rtol=1e-5)
-    np.testing.assert_allclose(model.fit(X, np.full(len(X), 7.0)).predict(X), 7.0)

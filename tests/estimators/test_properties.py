@@ -139,16 +139,6 @@ def test_labels_are_names(data, problem):
     assert clf.score(X, given_y) == expected.score(X, codes)
 
 
-def test_several_labels_in_any_form():
-    X = np.random.default_rng(0).integers(0, 256, (9, 6, 6, 3)).astype(np.uint8)
-    y = np.arange(9)[:, None] % [2, 3, 4] == 0
-    expected = classifier().fit(X, y.astype(np.int64))
-    for form in (y, y.astype(np.uint8), y.astype(float), (y * 1).tolist(), pd.DataFrame(y * 1)):
-        clf = classifier().fit(X, form)
-        assert np.array_equal(clf.coef_, expected.coef_)
-        assert np.array_equal(clf.predict(X), expected.predict(X))
-
-
 def weights_of(draw: Callable, codes: np.ndarray, values: st.SearchStrategy) -> np.ndarray:
     """A weight for each row, not zero for all rows of a class."""
     weights = np.array(draw(st.lists(values, min_size=len(codes), max_size=len(codes))), dtype=float)
@@ -200,7 +190,7 @@ SIZES, SIGN = st.floats(1e-6, 1e6), st.sampled_from([1, -1])
     data=st.data(), problem=problems(), n_targets=st.sampled_from([None, 1, 2]), alpha=st.sampled_from(["auto", 0.1])
 )
 def test_targets_in_other_units(data, problem, n_targets, alpha):
-    """Predictions follow a y + b, for each target by its own."""
+    """Predictions follow a y + b, for each target by its own; so does that of a constant."""
     X, codes = problem
     shape = (len(codes),) if n_targets is None else (len(codes), n_targets)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -215,6 +205,7 @@ def test_targets_in_other_units(data, problem, n_targets, alpha):
     other = regressor(alpha=alpha).fit(X, a * y + b)
     assert other.alpha_ == pytest.approx(one.alpha_, rel=1e-6)
     assert one.predict(X).shape == shape
+    np.testing.assert_allclose(regressor(alpha=alpha).fit(X, np.full(shape, b)).predict(X), np.full(shape, b))
     assert_close((other.predict(X) - b) / a, one.predict(X))
     assert_close(other.target_scale_, np.atleast_1d(np.abs(a)) * one.target_scale_)
     column = regressor(alpha=alpha).fit(X, pd.DataFrame(a * y + b) if n_targets else (a * y + b).tolist())

@@ -182,17 +182,3 @@ def test_among_equal_scores_the_first_wins_and_nan_is_last():
     model = search(scoring=lambda *_: next(scores)).fit(X, Y)
     assert model.best_index_ == 2
     assert model.cv_results_["rank_test_score"].tolist() == [2, 3, 1]
-
-
-@pytest.mark.parametrize("cv", [None, 2])
-def test_forgetting_and_adding_choose_again(cv):
-    def assert_equal(model, expected):
-        np.testing.assert_allclose(model.decision_function(X), expected.decision_function(X), atol=1e-9)
-        for key, value in expected.cv_results_.items():
-            np.testing.assert_allclose(model.cv_results_[key], value, rtol=1e-8, atol=1e-12)
-        assert (model.best_alpha_, model.n_splits_) == (expected.best_alpha_, expected.n_splits_)
-
-    expected = search(cv=cv, scoring=hits).fit(X, Y)
-    model = search(cv=cv, scoring=hits, store_data=True).partial_fit(X[:10], Y[:10], classes=np.unique(Y))
-    assert_equal(model.partial_fit(X[10:], Y[10:]), expected)
-    assert_equal(model.forget([0, 17]), search(cv=cv, scoring=hits).fit(X[1:-1], Y[1:-1]))
