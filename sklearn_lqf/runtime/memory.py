@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,8 +84,11 @@ def pieces(count: int, row_bytes: int, budget: int = PIECE_BYTES) -> list[slice]
     return [slice(a, min(a + step, count)) for a in range(0, count, step)]
 
 
+_RECORDING = threading.RLock()  # warnings are recorded for the whole process: one thread at a time may do that
+
+
 class Recent:
-    """A cache of the values that were used last, by their keys; it may be used from several threads.
+    """A cache of the values that were used last, by their keys; it may be used from several threads, which take turns.
 
     Parameters
     ----------
@@ -95,23 +97,20 @@ class Recent:
     """
 
     def __init__(self, most: int):
-        self._most, self._lock = most, threading.Lock()
-        self._values: OrderedDict[Hashable, tuple[Any, list[warnings.WarningMessage]]] = OrderedDict()
+        self._most = most
+        self._values: dict[Hashable, tuple[Any, list[warnings.WarningMessage]]] = {}  # the last one used is the last
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key, computed by ``make`` if it is not kept; the warnings of ``make`` are shown each time."""
-        with self._lock:
-            known = self._values.get(key)
-            if known is not None:
-                self._values.move_to_end(key)
-        if known is None:
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
-                known = make(), list(seen)
-            with self._lock:
-                self._values[key] = known
-                while len(self._values) > self._most:
-                    self._values.popitem(last=False)
+        with _RECORDING:
+            known = self._values.pop(key, None)
+            if known is None:
+                with warnings.catch_warnings(record=True) as seen:
+                    warnings.simplefilter("always")
+                    known = make(), list(seen)
+            self._values[key] = known
+            while len(self._values) > self._most:
+                del self._values[next(iter(self._values))]
         value, messages = known
         for message in messages:
             warnings.warn(message.message, stacklevel=2)

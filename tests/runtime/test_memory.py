@@ -2,11 +2,15 @@
 
 import os
 import tempfile
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from sklearn_lqf.runtime.memory import (
+    Recent,
     device_budget,
     disk_budget,
     machine_memory,
@@ -74,3 +78,27 @@ def test_another_error_is_raised_at_once():
     with pytest.raises(RuntimeError, match="another"):
         with_smaller_batches(work, 4)
     assert tried == [4]
+
+
+def test_values_made_in_threads_leave_the_warnings_as_they_were():
+    recent, before = Recent(2), warnings.filters[:]
+    within, within_both, done = (threading.Event() for _ in range(3))
+
+    def first() -> int:
+        within.set()
+        within_both.wait(0.3)  # in vain, since threads take turns
+        return 1
+
+    def second() -> int:
+        within_both.set()
+        done.wait(5)
+        return 2
+
+    with ThreadPoolExecutor() as threads:
+        one = threads.submit(recent.get, "a", first)
+        assert within.wait(5)
+        other = threads.submit(recent.get, "b", second)
+        assert one.result() == 1
+        done.set()
+        assert other.result() == 2
+    assert warnings.filters == before
