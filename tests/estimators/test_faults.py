@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import random
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from support.data import make_images, merged, tiny_net
+from support.settings import settings
 from torch import nn
 
 import sklearn_lqf
@@ -61,28 +61,6 @@ def test_features_beyond_the_memory_are_on_the_disk(monkeypatch, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- interruptions
-
-
-def _settings() -> dict[str, Any]:
-    """Everything global that a fit might leave changed."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    found = {
-        "threads": torch.get_num_threads(),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
-        "device": torch.get_default_device(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32),
-        "attention": (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
-        "fast path": torch.backends.mha.get_fastpath_enabled(),
-        "forward mode": torch.autograd.forward_ad._current_level,
-        "modules": (nn.Module.__call__, nn.Module.__getattr__),
-        "warnings": list(warnings.filters),
-        "numpy": np.geterr(),
-        "generators": (random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().numpy().tobytes()),  # noqa: NPY002
-    }
-    if hasattr(cuda.matmul, "fp32_precision"):
-        found["precision"] = (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
-    return found
 
 
 def _module(net: nn.Module) -> dict[str, Any]:
@@ -130,7 +108,7 @@ def test_interrupted_anywhere(kind):
     data: tuple[np.ndarray, ...] = (X, Y, np.linspace(1, 2, 12))
     if kind == "vectors":
         clf, data = LQFRegressor(execution={"batch_size": 6}), (X[:, 0, :, 0] / 255, np.arange(12.0))
-    settings, module, copies = _settings(), _module(net), [v.copy() for v in data]
+    before, module, copies = settings(), _module(net), [v.copy() for v in data]
     expected = clf.fit(*data).coef_  # what is done once in a process is done
     total = interrupt(lambda: clf.fit(*data), 0)
     assert total > 300
@@ -139,7 +117,7 @@ def test_interrupted_anywhere(kind):
         with pytest.raises(KeyboardInterrupt):
             interrupt(lambda: clf.fit(*data), number)
         assert_not_fitted(clf)
-        assert _settings() == settings, number
+        assert settings() == before, number
         assert _module(net) == module, number
     assert np.array_equal(clf.fit(*data).coef_, expected)
     with pytest.raises(ValueError, match="inconsistent"):  # a fit that is refused leaves nothing of the one before
@@ -150,12 +128,12 @@ def test_interrupted_anywhere(kind):
 
 def test_an_interrupted_prediction_changes_nothing():
     clf = classifier().fit(X, Y)
-    expected, state, settings = clf.predict_proba(X), pickle.dumps(clf), _settings()
+    expected, state, before = clf.predict_proba(X), pickle.dumps(clf), settings()
     total = interrupt(lambda: clf.predict_proba(X), 0)
     for number in range(1, total + 1, 11):
         with pytest.raises(KeyboardInterrupt):
             interrupt(lambda: clf.predict_proba(X), number)
-        assert _settings() == settings, number
+        assert settings() == before, number
     assert pickle.dumps(clf) == state
     assert np.array_equal(clf.predict_proba(X), expected)
 
@@ -225,11 +203,6 @@ class Attending(nn.Module):
 NETWORKS = {"convolutions": NET, "attending": Attending, "untraced": Untraced}
 
 
-def settings_of_torch() -> dict[str, Any]:
-    """Without the filters of warnings: `warnings.catch_warnings`, in scikit-learn too, is not safe for threads."""
-    return {k: v for k, v in _settings().items() if k != "warnings"}
-
-
 def together(*works: Callable[[], Any]) -> list:
     """What functions return that start at one moment in threads of their own, which change often."""
     start = threading.Barrier(len(works))
@@ -256,7 +229,7 @@ def test_threads(network):
     models = [classifier(**o) for o in (options, {**options, "random_state": 1}, {"backbone": net, **PAPER})]
     expected = [clone(m).fit(X, Y).decision_function(X) for m in models]
     clf = clone(models[0]).fit(X, Y)
-    left_out, state, settings = clf.leave_one_out(X, Y), pickle.dumps(clf), settings_of_torch()
+    left_out, state, before = clf.leave_one_out(X, Y), pickle.dumps(clf), settings(filters=False)
     found = together(*(lambda m=m: clone(m).fit(X, Y).decision_function(X) for m in models))
     for one, other in zip(found, expected, strict=True):
         # Which kernel attention takes is a setting of the process: another thread's is as good, but for rounding.
@@ -278,7 +251,7 @@ def test_threads(network):
         np.testing.assert_allclose(pickle.loads(data).decision_function(X[:2]), expected[0][:2], **close)
 
     together(predict, predict, explain, copy, lambda: clone(clf).fit(X[::-1], Y[::-1]))
-    assert settings_of_torch() == settings
+    assert settings(filters=False) == before
     predict()
 
 

@@ -13,6 +13,7 @@ import torch
 from sklearn.base import clone
 from sklearn.model_selection import KFold
 from support.data import make_images, tiny_net
+from support.settings import settings
 
 from sklearn_lqf import ImageFeatures, LQFClassifier, LQFClassifierCV, LQFRegressor
 
@@ -143,14 +144,6 @@ def other_settings() -> Iterator[None]:
     finally:
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
-
-
-def settings() -> tuple[Any, ...]:
-    return (
-        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")), torch.get_autocast_dtype("cpu"),
-        torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
-    )  # fmt: skip
 
 
 # Public methods that compute nothing, or that the tests below call by themselves.
