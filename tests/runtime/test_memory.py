@@ -60,12 +60,12 @@ def test_batches_are_halved(error):
 
     def work(size: int) -> int:
         tried.append(size)
-        if size > 2:
+        if size > 1:
             raise error
         return 10 * size
 
-    assert with_smaller_batches(work, 9) == 20
-    assert tried == [9, 4, 2]
+    assert with_smaller_batches(work, 9) == 10
+    assert tried == [9, 4, 2, 1]
 
 
 def test_another_error_is_raised_at_once():
