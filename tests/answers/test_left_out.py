@@ -221,6 +221,20 @@ def test_estimates_are_near():
     assert np.array_equal(again, spread)
 
 
+def test_a_weight_of_two_is_a_row_given_twice():
+    """Whole fits by conjugate gradients, with a learned prior; each image once among the answers."""
+    options = {**OPTIONS, "solver": "pcg", "tol": 1e-11, "max_iter": 2000}
+    weights, twice = np.where(np.arange(N) % 4 == 1, 2.0, 1.0), np.r_[np.arange(N), np.arange(1, N, 4)]
+    one = LQFClassifier(**options).fit(X, LABELS, weights)
+    two = LQFClassifier(**options).fit(X[twice], LABELS[twice])
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    np.testing.assert_allclose(two.predict_proba(NEW), one.predict_proba(NEW), **close)
+    np.testing.assert_allclose(two.leave_one_out()[:N], one.leave_one_out(), **close)
+    np.testing.assert_allclose(two.influence(None, None, NEW)[:, :N], one.influence(None, None, NEW), **close)
+    spread = [m.decision_function(NEW, return_std=True)[1] for m in (two, one)]
+    np.testing.assert_allclose(*spread, **close)
+
+
 def test_other_data_are_refused():
     model = LQFClassifier(**OPTIONS).fit(X, LABELS, WEIGHTS)
     changed, swapped = X.copy(), LABELS.copy()
