@@ -78,7 +78,8 @@ def answers(model: Any, data: np.ndarray, y: np.ndarray, folder: Any) -> dict[st
         twin = copy.copy(model).forget([0, 4])
         twin.partial_fit(data[:1], y[:1])
         outputs = twin.predict(new) if numeric else twin.predict_proba(new)
-        return np.concatenate([outputs.ravel(), twin.leave_one_out().ravel()])
+        score = getattr(twin, "best_score_", 0.0)
+        return np.concatenate([outputs.ravel(), twin.leave_one_out().ravel(), [score]])
 
     calls = {
         "predict": lambda: model.predict(new),
