@@ -9,7 +9,7 @@ from sklearn_lqf import ImageFeatures, LQFClassifier, LQFClassifierCV, LQFRegres
 ESTIMATORS = {
     "classifier": (LQFClassifier(), 55),
     "iterative": (LQFClassifier(solver="pcg", prior="last"), 55),
-    "paper": (LQFClassifier(model="paper"), 55),
+    "paper": (LQFClassifier(model="paper", tangent_layers="head"), 55),
     "others": (
         LQFClassifierCV(alphas=[0.1], tangents="both", n_directions=2, negative_slope=0.1, store_data=True), 56
     ),
