@@ -72,6 +72,8 @@ class LayerInput:
     ----------
     stage : str
         Name of the stage of the layer.
+    layer : fx.Node
+        Node of the layer.
     node : fx.Node
         Node of the input.
     last : bool
@@ -79,6 +81,7 @@ class LayerInput:
     """
 
     stage: str
+    layer: fx.Node
     node: fx.Node
     last: bool
 
@@ -103,7 +106,7 @@ def layer_inputs(graph: fx.GraphModule, stages: dict[str, list[str]]) -> list[La
             name = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
         stage = next((s for s, blocks in stages.items() if is_chosen(f"{name}.", blocks)), None)
         if last is not None and stage is not None:
-            found.append(LayerInput(stage, source, last))
+            found.append(LayerInput(stage, node, source, last))
             seen.add(source)
     return found
 
@@ -137,7 +140,7 @@ def add_readout(
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) != len(example):
             continue
         graph.add_submodule(f"_readout_{i}", Statistics(found.last))
-        with graph.graph.inserting_after(found.node):
+        with graph.graph.inserting_before(found.layer):  # an operation in place may have changed the input by then
             nodes.append(graph.graph.call_module(f"_readout_{i}", (found.node,)))
         channels = x.shape[-1 if found.last else 1]
         parts.append(Part(f"{found.stage} tangents", channels))

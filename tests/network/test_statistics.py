@@ -67,10 +67,11 @@ def test_the_inputs_of_layers_are_read(layers):
 
 
 def shared():
-    """Two layers that read one activation, and vectors behind the positions."""
+    """Two layers that read one activation, which changes in place, and vectors behind the positions."""
 
     def forward(m, x):
         x = m.stem(x)
+        x.relu_()
         z = (m.a(x) * m.b(x)).mean((2, 3))
         return m.expand(m.squeeze(z).relu()) + z
 
