@@ -62,10 +62,8 @@ _MODULES: dict[Any, Callable[..., nn.Module]] = {
     F.gelu: lambda approximate="none": nn.GELU(approximate),
     F.elu: lambda alpha=1.0, inplace=False: nn.ELU(alpha),
     torch.sigmoid: nn.Sigmoid,
-    F.sigmoid: nn.Sigmoid,
     "sigmoid": nn.Sigmoid,
     torch.tanh: nn.Tanh,
-    F.tanh: nn.Tanh,
     "tanh": nn.Tanh,
 }
 

@@ -10,14 +10,6 @@ from torch import nn
 
 from sklearn_lqf.network.tracing import split_network
 
-ACTIVATIONS = {
-    m._get_name() + m.extra_repr(): m
-    for m in [
-        nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.SELU(),
-        nn.Mish(), nn.Softplus(), nn.PReLU(4), nn.Softmax(1), nn.LogSigmoid(), nn.GLU(1),
-    ]
-}  # fmt: skip
-
 
 def spread(activation):
     """A network whose activation sees values on all its pieces, at the same weights for all activations."""
@@ -34,22 +26,13 @@ def spread(activation):
 INFINITY = float("inf")
 PIECEWISE = {
     "ReLU": (nn.ReLU(), 0, INFINITY, 1),
-    "ReLU in place": (nn.ReLU(inplace=True), 0, INFINITY, 1),
-    "F.relu": (F.relu, 0, INFINITY, 1),
-    "F.relu in place": (lambda x: F.relu(x, inplace=True), 0, INFINITY, 1),
-    "F.relu positional": (lambda x: F.relu(x, True), 0, INFINITY, 1),
-    "F.relu by keyword": (lambda x: F.relu(input=x), 0, INFINITY, 1),
-    "F.relu_": (F.relu_, 0, INFINITY, 1),
+    "F.relu": (lambda x: F.relu(input=x), 0, INFINITY, 1),
     "torch.relu": (torch.relu, 0, INFINITY, 1),
-    "torch.relu_": (torch.relu_, 0, INFINITY, 1),
     "relu": (lambda x: x.relu(), 0, INFINITY, 1),
-    "relu_": (lambda x: x.relu_(), 0, INFINITY, 1),
     "ReLU6": (nn.ReLU6(), 0, 6, 1),
-    "F.relu6": (F.relu6, 0, 6, 1),
-    "F.relu6 in place": (lambda x: F.relu6(x, inplace=True), 0, 6, 1),
+    "F.relu6": (lambda x: F.relu6(x, inplace=True), 0, 6, 1),
     "Hardtanh": (nn.Hardtanh(-2, 3), -2, 3, 1),
     "F.hardtanh": (lambda x: F.hardtanh(x, -2, max_val=3), -2, 3, 1),
-    "F.hardtanh_": (lambda x: F.hardtanh_(x, -2, 3), -2, 3, 1),
     "Hardswish": (nn.Hardswish(), -3, INFINITY, 1),
     "F.hardswish": (lambda x: F.hardswish(x, True), -3, INFINITY, 1),
     "Hardsigmoid": (nn.Hardsigmoid(), -3, 3, 1 / 6),
@@ -65,14 +48,17 @@ def test_leaky_activation(activation, low, high, gain):
 
 
 SMOOTH = {
-    "F.silu": F.silu, "F.gelu": F.gelu, "F.gelu tanh": lambda x: F.gelu(x, approximate="tanh"), "F.elu": F.elu,
-    "F.leaky_relu": lambda x: F.leaky_relu(x, 0.3), "torch.sigmoid": torch.sigmoid, "sigmoid": lambda x: x.sigmoid(),
-    "F.sigmoid": F.sigmoid, "torch.tanh": torch.tanh, "tanh_": lambda x: x.tanh_(), "F.tanh": F.tanh,
-    "F.elu alpha": lambda x: F.elu(x, 2.0, True),
-    "F.leaky_relu_": lambda x: F.leaky_relu_(x, 0.3),
+    "F.silu": F.silu, "F.gelu": F.gelu, "F.gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "F.elu": lambda x: F.elu(x, 2.0, True), "F.leaky_relu_": lambda x: F.leaky_relu_(x, 0.3),
+    "torch.sigmoid": torch.sigmoid, "F.sigmoid": F.sigmoid, "torch.tanh": torch.tanh, "tanh_": lambda x: x.tanh_(),
+    "PReLU": nn.PReLU(4), "Softmax": nn.Softmax(1), "GLU": nn.GLU(1),
 }  # fmt: skip
-STAY = {name: (activation, SLOPE) for name, activation in (ACTIVATIONS | SMOOTH).items()}
-STAY |= {f"{name}, slope 0": (activation, 0.0) for name, (activation, *_) in PIECEWISE.items()}
+STAY = {name: (activation, SLOPE) for name, activation in SMOOTH.items()}
+STAY |= {
+    f"{name}, slope 0": (activation, 0.0)
+    for name, (activation, *_) in PIECEWISE.items()
+    if isinstance(activation, nn.Module)
+}
 
 
 @pytest.mark.parametrize(("activation", "slope"), STAY.values(), ids=STAY)
