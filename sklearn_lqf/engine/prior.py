@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.linalg import lapack
+import torch
 from scipy.optimize import minimize, minimize_scalar
+from torch import Tensor
 
 __all__ = ["CRITERIA", "Rows", "criterion", "learn_prior", "scale_prior"]
 
@@ -37,42 +38,42 @@ _ROUNDING = 8 * np.finfo(np.float64).eps  # relative spread below which targets 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a criterion sees of the training rows.
+    """What a criterion sees of the training rows: tensors in float64, on one device.
 
     Attributes
     ----------
-    kernels : ndarray of shape (G, n, n), float64
-        K_g, symmetric and positive semi-definite. C-contiguous, otherwise each evaluation copies them.
-    targets : ndarray of shape (n, C)
+    kernels : Tensor of shape (G, n, n)
+        K_g, symmetric and positive semi-definite. Contiguous, otherwise each evaluation copies them.
+    targets : Tensor of shape (n, C)
         Y. A constant added to an output changes nothing, since the intercept is not penalized.
-    weights : ndarray of shape (n,)
+    weights : Tensor of shape (n,)
         s > 0; row i has noise v / s_i.
-    multiplicity : ndarray of shape (n,)
+    multiplicity : Tensor of shape (n,)
         m >= 1, how many identical images a row stands for.
     free : int
         Outputs that are free: C - 1 for one-hot targets, else C.
-    together : ndarray of shape (n,) or None
+    together : Tensor of shape (n,) or None
         Numbers of the sets of rows that leave-one-out leaves out as wholes, whatever their multiplicity; None: each row
         is left out alone.
     """
 
-    kernels: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    multiplicity: np.ndarray
+    kernels: Tensor
+    targets: Tensor
+    weights: Tensor
+    multiplicity: Tensor
     free: int
-    together: np.ndarray | None = None
+    together: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Solution:
     """The ridge regression of the centered targets at one theta."""
 
-    m: np.ndarray  # M (n, n)
-    alpha: np.ndarray  # M Y (n, C)
-    targets: np.ndarray  # Y, centered (n, C)
-    logdet: float  # log det(I + S^1/2 K S^1/2) = logdet A + logdet S
-    total: float  # 1' A^-1 1
+    m: Tensor  # M (n, n)
+    alpha: Tensor  # M Y (n, C)
+    targets: Tensor  # Y, centered (n, C)
+    logdet: Tensor  # log det(I + S^1/2 K S^1/2) = logdet A + logdet S
+    total: Tensor  # 1' A^-1 1
 
 
 def criterion(rows: Rows, theta: np.ndarray, kind: str = "leave-one-out") -> tuple[float, np.ndarray]:
@@ -140,8 +141,8 @@ def criterion(rows: Rows, theta: np.ndarray, kind: str = "leave-one-out") -> tup
     targets = _centered(rows)
     if targets is None:
         return 0.0, np.zeros(groups)
-    value, weight = judge(rows, _solve(rows, np.asarray(theta, dtype=np.float64), targets))
-    return value, rows.kernels.reshape(groups, -1) @ weight.ravel()
+    value, weight = judge(rows, _solve(rows, theta, targets))
+    return float(value), (rows.kernels.flatten(1) @ weight.flatten()).cpu().numpy()
 
 
 def learn_prior(
@@ -240,7 +241,7 @@ def scale_prior(rows: Rows, shares: np.ndarray, *, kind: str = "leave-one-out") 
     _judge(kind)
     if _centered(rows) is None:
         return 1.0
-    kernel = _mixture(rows.kernels, ratios)[None]  # summed once, not at each scale
+    kernel = _mixture(rows, ratios)[None]  # summed once, not at each scale
     joined = replace(rows, kernels=kernel)
 
     def objective(u: float) -> float:
@@ -255,100 +256,104 @@ def scale_prior(rows: Rows, shares: np.ndarray, *, kind: str = "leave-one-out") 
     return float(np.exp(found.x if found.fun < values[best] else grid[best]))
 
 
-def _leave_one_out(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:
+def _leave_one_out(rows: Rows, solution: _Solution) -> tuple[Tensor, Tensor]:
     """Value of the leave-one-out criterion, and W (n, n) of its gradient."""
     if rows.together is not None:
         return _leave_sets_out(rows, solution, rows.together)
     m, alpha = solution.m, solution.alpha
     left_out = 1 / rows.multiplicity
-    p = left_out * np.diagonal(m) + (1 - left_out) * rows.weights
+    p = left_out * m.diagonal() + (1 - left_out) * rows.weights
     residual = alpha / p[:, None]  # (n, C)
-    squares = max(float(rows.weights @ (residual**2).sum(1)), np.finfo(np.float64).tiny)
-    size = rows.multiplicity.sum() * rows.free
+    squares, size = _squares(rows, residual)
     q = size / squares * (rows.weights / p)[:, None] * residual  # (n, C)
     w = left_out * (q * residual).sum(1)
     outer = (m @ q) @ alpha.T
-    return float(0.5 * size * np.log(squares)), m @ (w[:, None] * m) - 0.5 * (outer + outer.T)
+    return 0.5 * size * squares.log(), m @ (w[:, None] * m) - 0.5 * (outer + outer.T)
 
 
-def _leave_sets_out(rows: Rows, solution: _Solution, together: np.ndarray) -> tuple[float, np.ndarray]:
+def _leave_sets_out(rows: Rows, solution: _Solution, together: Tensor) -> tuple[Tensor, Tensor]:
     """The same for rows that are left out together."""
     m, alpha = solution.m, solution.alpha
-    sets = [np.flatnonzero(together == number) for number in np.unique(together)]
-    inverses = [np.linalg.inv(m[np.ix_(i, i)]) for i in sets]
-    residual, v, blocks = np.empty_like(alpha), np.empty_like(alpha), np.zeros_like(m)
+    sets = [(together == number).nonzero().squeeze(1) for number in together.unique()]
+    inverses = [torch.linalg.inv(m[i[:, None], i]) for i in sets]
+    residual, v, blocks = torch.empty_like(alpha), torch.empty_like(alpha), torch.zeros_like(m)
     for i, inverse in zip(sets, inverses, strict=True):
         residual[i] = inverse @ alpha[i]
-    squares = max(float(rows.weights @ (residual**2).sum(1)), np.finfo(np.float64).tiny)
-    size = rows.multiplicity.sum() * rows.free
+    squares, size = _squares(rows, residual)
     q = size / squares * rows.weights[:, None] * residual
     for i, inverse in zip(sets, inverses, strict=True):
         v[i] = inverse @ q[i]
         block = residual[i] @ v[i].T
-        blocks[np.ix_(i, i)] = 0.5 * (block + block.T)
+        blocks[i[:, None], i] = 0.5 * (block + block.T)
     outer = (m @ v) @ alpha.T
-    return float(0.5 * size * np.log(squares)), m @ blocks @ m - 0.5 * (outer + outer.T)
+    return 0.5 * size * squares.log(), m @ blocks @ m - 0.5 * (outer + outer.T)
 
 
-def _evidence(rows: Rows, solution: _Solution) -> tuple[float, np.ndarray]:
+def _squares(rows: Rows, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of squares of the residuals (n, C), positive, and N free."""
+    squares = rows.weights @ residual.square().sum(1)
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny), rows.multiplicity.sum() * rows.free
+
+
+def _evidence(rows: Rows, solution: _Solution) -> tuple[Tensor, Tensor]:
     """Minus the logarithm of the restricted likelihood, up to a constant, and W (n, n) of its gradient."""
     m, alpha, free = solution.m, solution.alpha, rows.free
     degrees = rows.multiplicity.sum() - 1  # one goes to the intercept
-    squares = max(float((solution.targets * alpha).sum()), np.finfo(np.float64).tiny)
+    squares = (solution.targets * alpha).sum().clamp_min(torch.finfo(alpha.dtype).tiny)
     noise = squares / (degrees * free)
-    value = 0.5 * free * (degrees * np.log(noise) + solution.logdet + np.log(solution.total))
-    return float(value), 0.5 * (free * m - alpha @ alpha.T / noise)
+    value = 0.5 * free * (degrees * noise.log() + solution.logdet + solution.total.log())
+    return value, 0.5 * (free * m - alpha @ alpha.T / noise)
 
 
-def _judge(kind: str) -> Callable[[Rows, _Solution], tuple[float, np.ndarray]]:
+def _judge(kind: str) -> Callable[[Rows, _Solution], tuple[Tensor, Tensor]]:
     """The function behind the name of a criterion."""
     if kind not in CRITERIA:
         raise ValueError(f"kind must be one of {CRITERIA}, got {kind!r}.")
     return _leave_one_out if kind == "leave-one-out" else _evidence
 
 
-def _solve(rows: Rows, theta: np.ndarray, targets: np.ndarray) -> _Solution:
+def _solve(rows: Rows, theta: np.ndarray, targets: Tensor) -> _Solution:
     """Ridge regression with unpenalized intercept: theta (G,), targets (n, C)."""
-    root = np.sqrt(rows.weights)
-    kernel = _mixture(rows.kernels, theta)
+    root = rows.weights.sqrt()
     # A^-1 = S^1/2 B^-1 S^1/2 with B = I + S^1/2 K S^1/2, whose eigenvalues are at least 1 whatever the weights are.
-    inverse, logdet = _inverse(root[:, None] * kernel * root + np.eye(len(root)))
-    inverse = root[:, None] * inverse * root
+    b = _mixture(rows, theta).mul_(root[:, None]).mul_(root)
+    b.diagonal().add_(1)
+    inverse, logdet = _inverse(b)
+    inverse.mul_(root[:, None]).mul_(root)
     sums = inverse.sum(1)  # A^-1 1
-    total = float(sums.sum())
-    m = inverse - np.outer(sums, sums) / total
+    total = sums.sum()
+    m = inverse.addr_(sums, sums / total, alpha=-1)
     return _Solution(m, m @ targets, targets, logdet, total)
 
 
-def _inverse(b: np.ndarray) -> tuple[np.ndarray, float]:
+def _inverse(b: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse (n, n) and log determinant of a symmetric matrix (n, n) with eigenvalues of at least 1."""
     for jitter in _JITTERS:
         # Kernels from sketches in float32 have eigenvalues a little below 0: a part of the trace, which bounds the
         # largest eigenvalue, lifts them. Most matrices need none.
-        lifted = b if jitter == 0 else b + jitter * np.trace(b) * np.eye(len(b))
-        factor, failed = lapack.dpotrf(lifted, lower=1)
+        lifted = b if jitter == 0 else b + jitter * b.trace() * torch.eye(len(b)).to(b)
+        factor, info = torch.linalg.cholesky_ex(lifted)
         # Some builds of LAPACK let NaN pass; it has reached the last entry of the diagonal then.
-        if not failed and np.isfinite(factor[-1, -1]):
-            logdet = 2 * float(np.log(np.diagonal(factor)).sum())
-            inverse = lapack.dpotri(factor, lower=1, overwrite_c=1)[0]
-            lower = np.tril(inverse, -1)
-            return lower + lower.T + np.diag(np.diagonal(inverse)), logdet
+        if not info and factor[-1, -1].isfinite():
+            return torch.cholesky_inverse(factor), 2 * factor.diagonal().log().sum()
     raise np.linalg.LinAlgError(
         f"The kernel of {len(b)} rows has no Cholesky factor: kernels must be finite and positive semi-definite."
     )
 
 
-def _mixture(kernels: np.ndarray, theta: np.ndarray) -> np.ndarray:
+def _mixture(rows: Rows, theta: np.ndarray) -> Tensor:
     """K = sum_g theta_g K_g (n, n)."""
-    return (theta @ kernels.reshape(len(kernels), -1)).reshape(kernels.shape[1:])
+    variances = torch.tensor(theta, dtype=rows.kernels.dtype, device=rows.kernels.device)
+    return (variances @ rows.kernels.flatten(1)).view(rows.kernels.shape[1:])
 
 
-def _centered(rows: Rows) -> np.ndarray | None:
+def _centered(rows: Rows) -> Tensor | None:
     """Targets less their mean (n, C), which M does not see but rounding does; None if they are all equal."""
-    targets = np.asarray(rows.targets, dtype=np.float64)
-    centered = targets - np.average(targets, axis=0, weights=rows.weights)
-    constant = np.ptp(targets, axis=0) <= _ROUNDING * np.abs(targets).max(axis=0)
-    return None if constant.all() else centered
+    targets = rows.targets
+    spread = targets.amax(0) - targets.amin(0)
+    if bool((spread <= _ROUNDING * targets.abs().amax(0)).all()):
+        return None
+    return targets - (rows.weights @ targets) / rows.weights.sum()
 
 
 def _theta(shares: np.ndarray, point: np.ndarray) -> np.ndarray:

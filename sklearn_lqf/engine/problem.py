@@ -242,10 +242,11 @@ class Problem:
     def _seen_by_prior(self, used: np.ndarray) -> Rows:
         """Kernels of the groups in use (G,), targets and weights of the rows from which the prior is learned."""
         sample = self._prior_rows()
-        return Rows(
-            self._kernels(sample, used), self.targets[sample], self.weights[sample], self.multiplicity[sample],
-            self._recipe.free, None if self._rows.sets is None else self._rows.sets[sample],
-        )  # fmt: skip
+        targets, weights, multiplicity = (
+            self._on_device(v[sample]) for v in (self.targets, self.weights, self.multiplicity)
+        )
+        together = None if self._rows.sets is None else self._on_device(self._rows.sets[sample])
+        return Rows(self._kernels(sample, used), targets, weights, multiplicity, self._recipe.free, together)
 
     def _expected(self) -> np.ndarray:
         """A-priori variances: as much for the last features as for all statistics of layers together."""
@@ -299,9 +300,9 @@ class Problem:
         own = self._processes.share(len(self._rows))
         mine = sample[(sample >= own.start) & (sample < own.stop)] - own.start
         seen = self._processes.all_gather_rows(torch.from_numpy(self._rows.features[mine])).numpy()
-        features, ends = self.standardization(seen), np.cumsum([group.size for group in self.groups])
-        parts = [features[:, end - g.size : end] for g, end in zip(self.groups, ends, strict=True)]
-        return np.stack([x @ x.T for x, is_used in zip(parts, used, strict=True) if is_used])
+        sizes = [group.size for group in self.groups]
+        parts = self._on_device(self.standardization(seen)).split(sizes, dim=1)
+        return torch.stack([x @ x.T for x, is_used in zip(parts, used, strict=True) if is_used])
 
     # ------------------------------------------------------------------------------------------- solution
 

@@ -281,7 +281,10 @@ def _ridge_alpha(features: np.ndarray, targets: np.ndarray, weights: np.ndarray,
     if energy == 0:  # the features do not vary, so that all penalties are alike
         return 0.0
     # The number of free outputs only multiplies the criterion, so that its hyper-prior has little effect.
-    rows = Rows((x @ x.T / energy)[None], targets, s, multiplicity, targets.shape[1])
+    kernel = torch.from_numpy(x @ x.T / energy)[None]
+    rows = Rows(
+        kernel, torch.from_numpy(targets), torch.from_numpy(s), torch.from_numpy(multiplicity), targets.shape[1]
+    )
     return mean_weight * energy / scale_prior(rows, np.ones(1))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import null_space
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import Ridge
@@ -29,18 +30,29 @@ def problem(n: int = 13, outputs: int = 3, seed: int = 0) -> tuple[list[np.ndarr
     multiplicity = np.where(rng.random(n) < 0.5, 1.0, rng.uniform(1.0, 4.0, n))
     groups = [centered(rng.standard_normal((n, d)), weights) for d in (2, 5, 20)]
     targets = groups[0] @ rng.standard_normal((2, outputs)) + 0.5 * rng.standard_normal((n, outputs)) + 7.0
-    rows = Rows(kernels(groups), targets, weights, multiplicity, outputs)
-    for array in (rows.kernels, rows.targets, rows.weights, rows.multiplicity):
-        array.flags.writeable = False  # a search must not change its input
-    return groups, rows
+    return groups, seen(kernels(groups), targets, weights, multiplicity, outputs)
 
 
 def kernels(groups: list[np.ndarray]) -> np.ndarray:
     return np.stack([g @ g.T for g in groups])
 
 
+def seen(kernels, targets, weights, multiplicity, free: int) -> Rows:
+    return Rows(*(torch.from_numpy(v) for v in (kernels, targets, weights, multiplicity)), free)
+
+
+def fit_without(rows: Rows, phi: np.ndarray, i: int) -> Ridge:
+    """Ridge regression without one of the images that a row stands for, or without the rows of its set."""
+    weights = rows.weights.numpy().copy()
+    if rows.together is None:
+        weights[i] *= 1 - 1 / rows.multiplicity[i]
+    else:
+        weights[rows.together == rows.together[i]] = 0
+    return Ridge(alpha=1.0, solver="svd").fit(phi, rows.targets.numpy(), sample_weight=weights)
+
+
 THETA = np.array([3.0, 0.4, 1.5])
-TOGETHER = np.array([0, 1, 1, 2, 0, 3, 3, 3, 2, 4, 0, 4, 1])  # the sets of 13 rows
+TOGETHER = torch.tensor([0, 1, 1, 2, 0, 3, 3, 3, 2, 4, 0, 4, 1])  # the sets of 13 rows
 
 
 @pytest.mark.parametrize("together", [None, TOGETHER])
@@ -48,16 +60,9 @@ def test_leave_one_out_equals_refits(together):
     groups, rows = problem()
     rows = replace(rows, together=together)
     phi = np.hstack([np.sqrt(t) * g for t, g in zip(THETA, groups, strict=True)])
-    squares = 0.0
-    for i, m in enumerate(rows.multiplicity):
-        weights = rows.weights.copy()
-        if together is None:
-            weights[i] *= 1 - 1 / m  # one of m identical images is left out
-        else:
-            weights[together == together[i]] = 0
-        model = Ridge(alpha=1.0, solver="svd").fit(phi, rows.targets, sample_weight=weights)
-        squares += rows.weights[i] * ((rows.targets[i] - model.predict(phi[i : i + 1])[0]) ** 2).sum()
-    expected = 0.5 * rows.multiplicity.sum() * rows.free * np.log(squares)
+    found = np.stack([fit_without(rows, phi, i).predict(phi[i : i + 1])[0] for i in range(len(phi))])
+    squares = rows.weights @ (rows.targets - torch.from_numpy(found)).square().sum(1)
+    expected = float(0.5 * rows.multiplicity.sum() * rows.free * squares.log())
     assert criterion(rows, THETA, "leave-one-out")[0] == pytest.approx(expected, rel=ACCURACY)
 
 
@@ -65,14 +70,15 @@ def test_leave_one_out_equals_refits(together):
 def test_evidence_is_the_likelihood_of_contrasts(theta):
     _, rows = problem()
     n, outputs = rows.targets.shape
-    rows = replace(rows, multiplicity=np.ones(n))
+    rows = replace(rows, multiplicity=torch.ones(n).double())
+    weights = rows.weights.numpy()
     contrasts = null_space(np.ones((1, n))).T  # (n - 1, n), orthonormal: what the intercept does not change
-    covariance = contrasts @ (np.tensordot(theta, rows.kernels, 1) + np.diag(1 / rows.weights)) @ contrasts.T
-    y = contrasts @ rows.targets
+    covariance = contrasts @ (np.tensordot(theta, rows.kernels.numpy(), 1) + np.diag(1 / weights)) @ contrasts.T
+    y = contrasts @ rows.targets.numpy()
     noise = np.trace(y.T @ np.linalg.solve(covariance, y)) / y.size  # where the likelihood is largest
     likelihood = multivariate_normal(np.zeros(n - 1), noise * covariance).logpdf(y.T).sum()
     # What the criterion leaves out of the likelihood; det(F A F') = det A (1' A^-1 1) / n.
-    constant = outputs / 2 * ((n - 1) * (np.log(2 * np.pi) + 1) - np.log(n) - np.log(rows.weights).sum())
+    constant = outputs / 2 * ((n - 1) * (np.log(2 * np.pi) + 1) - np.log(n) - np.log(weights).sum())
     assert criterion(rows, theta, "evidence")[0] + constant == pytest.approx(-likelihood, rel=ACCURACY)
 
 
@@ -128,8 +134,8 @@ def test_learned_prior_is_a_minimum(kind):
 @KINDS
 def test_constant_group_breaks_nothing(kind):
     _, rows = problem(n=40)
-    zero = np.zeros((1, *rows.kernels.shape[1:]))
-    with_zero = replace(rows, kernels=np.concatenate([rows.kernels, zero]))
+    zero = torch.zeros_like(rows.kernels[:1])
+    with_zero = replace(rows, kernels=torch.cat([rows.kernels, zero]))
     theta = learn_prior(with_zero, np.ones(4), kind=kind)
     assert np.isfinite(theta).all() and (theta > 0).all()
     # The others are as without it but for the weak hyper-prior on the scale, of which they have less a priori.
@@ -146,7 +152,7 @@ def test_equal_targets_leave_the_expected_shares_and_few_rows_suffice(kind, n):
     groups = [centered(rng.standard_normal((n, 4)), np.ones(n)) if n > 1 else np.zeros((1, 4)) for _ in range(3)]
     for value in (0.0, 0.1, -1e6):
         targets = np.full((n, 2), value) + np.array([0.0, 0.3])
-        rows = Rows(kernels(groups), targets, np.full(n, 1.7), np.ones(n), 2)
+        rows = seen(kernels(groups), targets, np.full(n, 1.7), np.ones(n), 2)
         assert criterion(rows, THETA, kind)[0] == 0
         theta = learn_prior(rows, THETA, kind=kind)
         np.testing.assert_allclose(theta / theta.sum(), THETA / THETA.sum(), rtol=1e-12)
@@ -154,7 +160,7 @@ def test_equal_targets_leave_the_expected_shares_and_few_rows_suffice(kind, n):
         assert scale_prior(rows, THETA, kind=kind) == 1
     for multiplicity in (1.0, 2.0):
         targets = np.eye(2)[np.arange(n) % 2]
-        rows = Rows(kernels(groups), targets, np.full(n, multiplicity), np.full(n, multiplicity), 1)
+        rows = seen(kernels(groups), targets, np.full(n, multiplicity), np.full(n, multiplicity), 1)
         theta = learn_prior(rows, np.ones(3), kind=kind)
         assert np.isfinite(theta).all() and (theta > 0).all()
         assert 0 < scale_prior(rows, np.ones(3), kind=kind) < np.inf
@@ -164,7 +170,7 @@ def test_equal_targets_leave_the_expected_shares_and_few_rows_suffice(kind, n):
 def test_targets_without_noise_stay_within_the_bounds(kind):
     groups, rows = problem(n=40)
     targets = groups[0] @ np.array([[1.0], [2.0]])
-    rows = replace(rows, targets=targets, free=1)
+    rows = replace(rows, targets=torch.from_numpy(targets), free=1)
     theta = learn_prior(rows, np.ones(3), kind=kind, deviation=3.0)
     assert np.isfinite(theta).all() and (theta > 0).all()
     assert theta.argmax() == 0
@@ -180,7 +186,7 @@ def test_kernels_rounded_to_float32_work_at_any_scale(kind):
     kernel += noise + noise.T
     assert np.linalg.eigvalsh(1e9 * kernel + np.eye(80)).min() < 0  # no Cholesky factor as it stands
     for weights in (np.ones(80), np.geomspace(1e-6, 1e3, 80)):
-        rows = Rows(kernel[None], rng.standard_normal((80, 1)), weights, np.ones(80), 1)
+        rows = seen(kernel[None], rng.standard_normal((80, 1)), weights, np.ones(80), 1)
         value, gradient = criterion(rows, np.array([1e9]), kind)
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
@@ -195,6 +201,6 @@ def test_bad_input_is_refused():
                 learn_prior(rows, **{"expected": np.ones(3), name: numbers})
     with pytest.raises(ValueError, match="one number for each of the 3 kernels"):
         scale_prior(rows, np.ones(2))
-    for kernel in (-rows.kernels, np.full_like(rows.kernels, np.nan)):
+    for kernel in (-rows.kernels, torch.full_like(rows.kernels, np.nan)):
         with pytest.raises(np.linalg.LinAlgError, match="finite and positive semi-definite"):
             criterion(replace(rows, kernels=kernel), 100 * THETA)
