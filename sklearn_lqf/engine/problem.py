@@ -5,7 +5,7 @@ Hides how the prior variances are chosen, on which of many rows, and which form 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from .ridge import (
     Optimum,
     closed_form_fits,
     factorize,
+    inner_products,
     leave_one_out,
     leave_sets_out,
     noise_variance,
@@ -295,7 +296,7 @@ class Problem:
         chosen = np.lexsort((np.arange(len(first)), place))[:size]
         return np.flatnonzero(np.isin(unit, chosen))
 
-    def _kernels(self, sample: np.ndarray, used: np.ndarray) -> np.ndarray:
+    def _kernels(self, sample: np.ndarray, used: np.ndarray) -> torch.Tensor:
         """Of each group in use between some rows in ascending order, (used, n, n)."""
         own = self._processes.share(len(self._rows))
         mine = sample[(sample >= own.start) & (sample < own.stop)] - own.start
@@ -312,21 +313,31 @@ class Problem:
             return self.variances
         return self.variances / (self.variances.sum() * float(alpha))
 
-    def factorization(self, variances: np.ndarray) -> Factorization:
-        """What answers for these prior variances; in closed form where it fits."""
+    def factorization(self, variances: np.ndarray, products: torch.Tensor | None = None) -> Factorization:
+        """What answers for these prior variances; in closed form where it fits.
+
+        ``products`` are the `inner_products` of the features so scaled, where they are known.
+        """
         features, recipe = self._scaled(self._rows.features, variances), self._recipe
-        weights, budget = self._on_device(self.weights), recipe.budget
-        if self._device.type != "cpu":
-            budget = min(budget, device_budget(self._device))
-        fits = closed_form_fits(len(weights), features.shape[1], budget)
-        if recipe.solver == "closed" or (recipe.solver == "auto" and fits):
-            return factorize(features, weights, budget, group=self._processes)
+        weights, budget = self._on_device(self.weights), self._budget
+        if self._is_closed(features.shape[1], budget):
+            return factorize(features, weights, budget, group=self._processes, products=products)
         whole = 8 * features.shape[0] * features.shape[1]  # bytes in float64, which are kept if there is room
         return EstimatedForm(
             features, weights, self._blocks(variances), tol=recipe.tol, max_iter=recipe.max_iter,
             multiplicity=self._on_device(self.multiplicity), piece=whole if whole <= budget else PIECE_BYTES,
             group=self._processes,
         )  # fmt: skip
+
+    @property
+    def _budget(self) -> int:
+        """Bytes of the square matrices of a closed form."""
+        own = self._recipe.budget
+        return own if self._device.type == "cpu" else min(own, device_budget(self._device))
+
+    def _is_closed(self, n_columns: int, budget: int) -> bool:
+        solver = self._recipe.solver
+        return solver == "closed" or (solver == "auto" and closed_form_fits(len(self._rows), n_columns, budget))
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
@@ -365,7 +376,7 @@ class Problem:
     def held_out(self, alpha: float | str) -> np.ndarray:
         """Outputs (n, C) by the solution without a row, or its group, at a penalty; scale and prior held fixed."""
         form = self.factorization(self.variances_at(alpha))
-        return self._processes.of_the_first(self._held_out(form, self.optimum(form)))
+        return self._held_out(form, self.optimum(form))
 
     def _held_out(self, form: Factorization, optimum: Optimum) -> np.ndarray:
         if (sets := self._rows.sets) is not None:
@@ -375,7 +386,20 @@ class Problem:
     def solve(self, alpha: float | str) -> tuple[Solution, np.ndarray]:
         """The solution at a penalty, and its leave-one-out outputs (n, C), scale and prior held fixed."""
         variances = self.variances_at(alpha)
-        form = self.factorization(variances)
+        return self._solved(self.factorization(variances), variances)
+
+    def path(self, alphas: Iterable[float]) -> Iterator[tuple[Solution, np.ndarray]]:
+        """`solve` at several penalties, whose inner products are computed once where there is room to keep them."""
+        features = self._scaled(self._rows.features, self.variances_at(1.0))
+        products = None
+        if self._recipe.solver != "pcg" and closed_form_fits(len(self._rows), features.shape[1], self._budget // 2):
+            products = inner_products(features, self._on_device(self.weights), group=self._processes)
+        for alpha in alphas:
+            variances = self.variances_at(alpha)
+            form = self.factorization(variances, None if products is None else products / alpha)
+            yield self._processes.of_the_first(self._solved(form, variances))
+
+    def _solved(self, form: Factorization, variances: np.ndarray) -> tuple[Solution, np.ndarray]:
         found = self.optimum(form)
         scale = self._root(variances)
         weight = np.zeros((len(scale), self.targets.shape[1]))

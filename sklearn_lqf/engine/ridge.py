@@ -23,8 +23,8 @@ from .centered import CenteredRows, Features
 from .conjugate_gradients import Course
 
 __all__ = [
-    "ColumnForm", "Factorization", "Optimum", "RowForm", "closed_form_fits", "factorize", "leave_one_out",
-    "leave_sets_out", "noise_variance", "removals",
+    "ColumnForm", "Factorization", "Optimum", "RowForm", "closed_form_fits", "factorize", "inner_products",
+    "leave_one_out", "leave_sets_out", "noise_variance", "removals",
 ]  # fmt: skip
 
 
@@ -123,13 +123,24 @@ class Factorization:
 
 
 class RowForm(Factorization):
-    """M itself, of n rows and columns."""
+    """M itself, of n rows and columns.
+
+    Parameters
+    ----------
+    features, weights, piece, group
+        As of a `Factorization`.
+    products : Tensor of shape (n, n) or None
+        Phi Phi', in whose place M is made; None: it is computed.
+    """
 
     method = "rows"
 
-    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE):
+    def __init__(
+        self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE,
+        products: Tensor | None = None,
+    ):  # fmt: skip
         super().__init__(features, weights, piece, group)
-        a = self._rows.kernel()
+        a = self._rows.kernel() if products is None else products
         a.diagonal().add_(1 / self.weights)
         upper = _cholesky(a).mT
         self._m = torch.cholesky_inverse(upper, upper=True, out=upper)
@@ -162,13 +173,24 @@ class RowForm(Factorization):
 
 
 class ColumnForm(Factorization):
-    """The Cholesky factor of H, of D rows and columns, from sums over pieces of the rows."""
+    """The Cholesky factor of H, of D rows and columns, from sums over pieces of the rows.
+
+    Parameters
+    ----------
+    features, weights, piece, group
+        As of a `Factorization`.
+    products : Tensor of shape (D, D) or None
+        Phi' S Phi, in whose place H is factorized; None: it is computed.
+    """
 
     method = "columns"
 
-    def __init__(self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE):
+    def __init__(
+        self, features: Features, weights: Tensor, piece: int = PIECE_BYTES, group: ProcessGroup = ALONE,
+        products: Tensor | None = None,
+    ):  # fmt: skip
         super().__init__(features, weights, piece, group)
-        h = self._rows.curvature()
+        h = self._rows.curvature() if products is None else products
         h.diagonal().add_(1)
         self._lower = _cholesky(h)
 
@@ -212,9 +234,16 @@ def closed_form_fits(n: int, d: int, budget: int) -> bool:
     return _bytes(min(n, d)) <= budget
 
 
+def inner_products(features: Features, weights: Tensor, *, group: ProcessGroup = ALONE) -> Tensor:
+    """What `factorize` takes as ``products``; it scales with the square of the features."""
+    rows = CenteredRows(features, weights, group=group)
+    return rows.kernel() if len(weights) <= features.shape[1] else rows.curvature()
+
+
 def factorize(
-    features: Features, weights: Tensor, budget: int, *, form: str = "auto", group: ProcessGroup = ALONE
-) -> RowForm | ColumnForm:
+    features: Features, weights: Tensor, budget: int, *, form: str = "auto", group: ProcessGroup = ALONE,
+    products: Tensor | None = None,
+) -> RowForm | ColumnForm:  # fmt: skip
     """A closed form.
 
     Parameters
@@ -225,6 +254,8 @@ def factorize(
         Bytes that the square matrix may take.
     form : {"auto", "rows", "columns"}, default="auto"
         "auto" takes the smaller matrix.
+    products : Tensor or None
+        `inner_products` of these features, which are used up; None: they are computed.
 
     Returns
     -------
@@ -248,7 +279,7 @@ def factorize(
             "or 'auto', or fewer images or features."
         )
     chosen = RowForm if form == "rows" else ColumnForm
-    return chosen(features, weights, group=group)
+    return chosen(features, weights, group=group, products=products)
 
 
 def _bytes(size: int) -> int:

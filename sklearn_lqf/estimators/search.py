@@ -167,8 +167,11 @@ class LQFClassifierCV(ClassifierBase):
 
     def _check_parameters(self, n_processes: int) -> None:
         super()._check_parameters(n_processes)
-        if n_processes > 1:
-            raise ValueError("LQFClassifierCV does not support distributed=True with several processes.")
+        if n_processes > 1 and self.cv is not None:
+            raise ValueError(
+                f"cv={self.cv!r} does not support distributed=True with several processes: set cv=None, which scores "
+                "by leave-one-out in closed form."
+            )
         try:
             alphas = np.asarray(self.alphas, dtype=np.float64)
         except (TypeError, ValueError):
@@ -210,8 +213,7 @@ class LQFClassifierCV(ClassifierBase):
     def _score_left_out(self, problem: Problem, rows: TrainingRows) -> dict[str, np.ndarray]:
         """Scores of the leave-one-out outputs for all penalties."""
         weights, scores = self._weigh_classes(rows.targets, rows.given), []
-        for alpha in self._alphas:
-            outputs = problem.held_out(float(alpha))
+        for _, outputs in problem.path(self._alphas):
             if self._fitted_with["scoring"] is None:
                 scores.append(-float(np.average(((outputs - rows.targets) ** 2).mean(1), weights=weights)))
             else:
@@ -259,8 +261,7 @@ class LQFClassifierCV(ClassifierBase):
             weights = self._weigh_classes(rows.targets[train], rows.given[train])
             part, weights = rows.taking(train[weights > 0]), weights[weights > 0]
             held_out, problem = rows.taking(test), Problem(part, reader.groups, weights, unit, recipe)
-            for i, alpha in enumerate(alphas):
-                solution, left_out = problem.solve(float(alpha))
+            for i, (solution, left_out) in enumerate(problem.path(alphas)):
                 outputs = FittedModel(reader, solution, unit, recipe, "").outputs(held_out.features)
                 judge = self._judge(left_out, part, weights)
                 scores[k, i] = self._score(judge, outputs, held_out.targets, held_out.given)
