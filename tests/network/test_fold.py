@@ -12,13 +12,10 @@ from torch import nn
 from sklearn_lqf.network.tracing import split_network
 
 FOLDED = {
-    "plain": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
     "eps": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.7)),
     "no bias": (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)),
-    "no parameters": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)),
     "no parameters, no bias": (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)),
-    "groups": (nn.Conv2d(3, 6, 3, groups=3, padding=1), nn.BatchNorm2d(6)),
-    "reflect": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)),
+    "groups": (nn.Conv2d(3, 6, 3, groups=3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(6)),
     "two norms": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
 }
 

@@ -13,9 +13,9 @@ from support.linearized import (
     OUTPUTS,
     TOKENS,
     VECTORS,
-    Oracle,
     assert_close,
     check,
+    dense_jacobian,
     linearized,
     pooled,
     randomized,
@@ -33,19 +33,10 @@ from sklearn_lqf.runtime.arithmetic import DUAL_NUMBERS
 # -------------------------------------------------------------------------------------------------- layers
 
 CONVOLUTIONS = {
-    "groups": {"groups": 2},
-    "depthwise": {"groups": 4, "padding": 1},
-    "dilation": {"dilation": 2},
-    "two strides": {"stride": (1, 2), "padding": (2, 0)},
-    "rectangular": {"kernel_size": (1, 3), "padding": (0, 1)},
     "same, dilated": {"padding": "same", "dilation": 2},
-    "circular": {"padding": 2, "padding_mode": "circular"},
     "no bias": {"bias": False},
     "all at once": {"stride": 2, "dilation": 2, "groups": 4, "padding": 2, "padding_mode": "reflect"},
-    "wide": {"kernel_size": 5, "groups": 4, "padding": 2},
-    "wide, stride": {"kernel_size": 7, "groups": 4, "stride": 2, "padding": 3},
-    "wide, dilation": {"kernel_size": 5, "groups": 4, "dilation": 2, "padding": 2},
-    "wide, reflect": {"kernel_size": 5, "groups": 4, "padding": 2, "padding_mode": "reflect"},
+    "wide": {"kernel_size": 5, "groups": 4, "padding": 2, "stride": 2},
     "wide, no bias": {"kernel_size": 5, "groups": 4, "bias": False},
 }
 
@@ -55,20 +46,16 @@ def test_convolutions(options):
     conv = nn.Conv2d(4, 4, **{"kernel_size": 3, **options})
     net = pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh())
     check(net, IMAGES)
-    check(net, IMAGES, tangent_layers=["2"], rename={"weight": "2.weight", "bias": "2.bias"})
+    check(net, IMAGES, tangent_layers=["2"])
 
 
 @pytest.mark.parametrize("method", ["_conv_forward", "forward"])
-@pytest.mark.parametrize("how", ["instance", "subclass"])
-def test_convolutions_with_a_method_of_their_own(method, how):
+def test_convolutions_with_a_method_of_their_own(method):
     def circular(self, x, *_):
         return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="circular"), self.weight, self.bias, groups=4)
 
-    if how == "subclass":
-        conv = type("Own", (nn.Conv2d,), {method: circular})(4, 4, 5, padding=2, groups=4)
-    else:
-        conv = nn.Conv2d(4, 4, 5, padding=2, groups=4)
-        setattr(conv, method, types.MethodType(circular, conv))
+    conv = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+    setattr(conv, method, types.MethodType(circular, conv))
     check(pooled(nn.Conv2d(3, 4, 1), nn.Tanh(), conv, nn.Tanh()), IMAGES)
 
 
@@ -97,14 +84,10 @@ def test_wide_depthwise_convolutions_with_several_parts(forward):
 
 
 NORMS = {
-    "LayerNorm": nn.LayerNorm([4, 6, 6]),
-    "LayerNorm without parameters": nn.LayerNorm([6, 6], elementwise_affine=False),
     "GroupNorm": nn.GroupNorm(2, 4),
     "InstanceNorm": nn.InstanceNorm2d(4, affine=True),
-    "LocalResponseNorm": nn.LocalResponseNorm(2),
     "BatchNorm that cannot be folded": nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4, eps=0.3)),
     "BatchNorm without parameters": nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4, affine=False)),
-    "BatchNorm without statistics": nn.InstanceNorm2d(4, track_running_stats=True),
 }
 
 
@@ -123,11 +106,10 @@ def test_tangent_of_a_folded_batch_norm():
     net = pooled(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 5, 3))
     network, activations = linearized(net, IMAGES)
     assert not any(name.startswith("1.") for name in network.names)
-    oracle, d = Oracle(net, IMAGES, network), rand(network.n_parameters)
-    oracle.jacobians["0.bias"] = oracle.jacobians["1.bias"]
+    j, d = dense_jacobian(net, IMAGES, network, {"0.bias": "1.bias"}), rand(network.n_parameters)
     scale = norm.weight.detach() / (norm.running_var + 0.3).sqrt()
-    oracle.jacobians["0.weight"] = oracle.jacobians["0.weight"] / scale.view(-1, 1, 1, 1)
-    assert_close(network.at(activations).jvp(d), oracle.jvp(d))
+    j[:, :, network.slices["0.weight"]] /= scale.repeat_interleave(3 * 3 * 3)
+    assert_close(network.at(activations).jvp(d), j @ d)
 
 
 # ---------------------------------------------------------------------------------------------- operations
@@ -149,32 +131,22 @@ class Net(nn.Module):
 
 
 OPERATIONS = {
-    "max_pool2d": lambda m, h, k: F.max_pool2d(k, 3, 2, 1) + F.max_pool2d(h, 3, 2, 1),
-    "avg_pool2d": lambda m, h, k: F.avg_pool2d(h, 2) * F.avg_pool2d(k, 2),
-    "adaptive_avg_pool2d": lambda m, h, k: F.adaptive_avg_pool2d(h * k, (2, 3)),
+    "pooling": lambda m, h, k: F.avg_pool2d(h, 2) * F.adaptive_avg_pool2d(k, 4),
     "skip": lambda m, h, k: F.silu(h + k) + h,
     "torch.add with alpha": lambda m, h, k: torch.add(h, k, alpha=2),
     "added to itself": lambda m, h, k: h + h,
-    "squeeze": lambda m, h, k: (h[:, :1].squeeze(1) * k[:, 2]).unsqueeze(1),
     "keyword": lambda m, h, k: torch.flatten(input=h, start_dim=1) * k.reshape((k.shape[0], -1)),
     "constant added": lambda m, h, k: (h + 1) * (2 - k) / 3,
-    "broadcast sum": lambda m, h, k: h.mean((2, 3), keepdim=True) + k,
-    "gate": lambda m, h, k: h * torch.sigmoid(k.mean((2, 3), keepdim=True)),
     "cat": lambda m, h, k: torch.cat([h, k, h * k], 1),
     "chunk": lambda m, h, k: torch.chunk(h, 2, dim=1)[1] * k.chunk(2, 1)[0],
-    "split": lambda m, h, k: torch.split(h, [1, 3], 1)[1] * k.split(3, 1)[0],
     "unbind": lambda m, h, k: h.unbind(1)[0] * torch.unbind(k, 1)[2],
-    "permute": lambda m, h, k: h.permute(0, 2, 3, 1) + torch.permute(k, (0, 2, 3, 1)),
     "transpose": lambda m, h, k: h.flatten(2).transpose(1, 2) @ k.flatten(2),
     "view": lambda m, h, k: h.view(h.size(0), -1) * k.reshape(k.shape[0], -1),
     "view of another layout": lambda m, h, k: (h.permute(0, 2, 3, 1).contiguous() * 2).view(h.size(0), -1),
-    "roll": lambda m, h, k: torch.roll(h, (1, 2), (2, 3)) * k,
     "expand": lambda m, h, k: h.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8) * k,
-    "interpolate to a size": lambda m, h, k: F.interpolate(h[:, :, ::2, ::2], size=k.shape[-2:]) * k,
     "maximum along an axis": lambda m, h, k: h.max(1).values * k.max(dim=2)[0][:, 0, :, None],
     "comparison": lambda m, h, k: torch.where(h > 0, h, k),
     "index of the largest": lambda m, h, k: h * k.argmax(1, keepdim=True),
-    "softmax": lambda m, h, k: h.softmax(1) * F.log_softmax(k, 1),
     "parameter by attribute": lambda m, h, k: h * m.scale + k,
     "layer_norm by function": lambda m, h, k: F.layer_norm(h, (8,), m.gain, m.shift, 1e-3) * k,
     "conv2d by function": lambda m, h, k: F.conv2d(h, m.k.weight[:, :1].repeat(1, 4, 1, 1)),
@@ -184,7 +156,6 @@ OPERATIONS = {
     "size as an argument": lambda m, h, k: torch.reshape(h * k, (k.shape[0], -1)) + torch.arange(h.shape[1] * 64),
     "size of a list": lambda m, h, k: h.reshape(k.shape[0], k.shape[1], -1).reshape([k.shape[0], 4, 64]),
     "shape": lambda m, h, k: h.flatten(2).reshape(k.transpose(1, 2).shape),
-    "constant size": lambda m, h, k: h / k.shape[-1],
     "constant tensor": lambda m, h, k: h * (m.grid + m.scale) * k,
     "zeros like the batch": lambda m, h, k: h * k + k.new_zeros(k.shape[0], 1, 1, 8),
     "device": lambda m, h, k: (h + torch.ones(8).to(k)).to(k.device, k.dtype),
@@ -240,26 +211,20 @@ def one_dimension():
     )
 
 
-def three_dimensions():
-    return nn.Sequential(nn.BatchNorm3d(2), nn.Conv3d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 4, 3), nn.Flatten())
+def without_forward_mode_derivative():
+    norm = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(norm(nn.Linear(5, 4)), nn.Tanh(), norm(nn.Linear(4, 3)))
 
 
 LAYERS = [
     (tokens, TOKENS), (keyword, VECTORS), (hooked, VECTORS), (spectral, IMAGES), (one_dimension, TOKENS),
-    (three_dimensions, rand(3, 2, 4, 4, 4)),
+    (without_forward_mode_derivative, VECTORS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "x"), LAYERS)
 def test_other_layers(make, x):
     check(randomized(make()), x)
-
-
-def test_operations_without_forward_mode_derivative():
-    # torch has none of weight normalization.
-    weight_norm = nn.utils.parametrizations.weight_norm
-    net = nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 3)))
-    check(randomized(net), VECTORS)
 
 
 class Squared(torch.autograd.Function):
@@ -326,8 +291,7 @@ def self_attention(batch_first=True, bias=True, **call):
 QKV = {f"attention.qkv.{part}": f"attention.in_proj_{part}" for part in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize(("batch_first", "bias"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("batch_first", "bias", "need_weights"), [(True, False, False), (False, True, True)])
 def test_multihead_attention(batch_first, bias, need_weights):
     net = randomized(self_attention(batch_first, bias, need_weights=need_weights))
     network = check(net, TOKENS, rename=QKV)
@@ -375,7 +339,6 @@ def dot_product(bias=False, **options):
 
 
 DOT_PRODUCTS = {
-    "plain": {},
     "boolean mask": {"attn_mask": torch.ones(4, 4, dtype=torch.bool).tril(1)},
     "additive mask": {"attn_mask": rand(4, 4)},
     "parameter as mask": {"bias": True},
@@ -390,9 +353,8 @@ def test_scaled_dot_product_attention(options):
     check(randomized(dot_product(**options)), TOKENS)
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_encoder(norm_first):
-    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=norm_first)
+def test_transformer_encoder():
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(6), enable_nested_tensor=False)
     rename = {
         f"0.layers.{i}.self_attn.qkv.{part}": f"0.layers.{i}.self_attn.in_proj_{part}"

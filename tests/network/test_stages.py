@@ -115,12 +115,6 @@ STAGES = [
         ["conv1", "bn1"], ["layer1.0", "layer1.1"], ["layer2.0", "layer2.1"], ["layer3.0", "layer3.1"],
         ["layer4.0", "layer4.1", "fc"],
     ]),
-    (lambda: uninitialized("swin_t"), (3, 64, 64), [
-        ["features.0.0", "features.0.2", "features.1.0", "features.1.1"],
-        ["features.2", "features.3.0", "features.3.1"],
-        ["features.4", *(f"features.5.{i}" for i in range(6))],
-        ["features.6", "features.7.0", "features.7.1", "norm", "head"],
-    ]),
 ]  # fmt: skip
 
 
