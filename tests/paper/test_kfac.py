@@ -82,14 +82,12 @@ def make(layer, shape, calls=1, windows=1, images=3, probes=2) -> Case:
 
 CASES = {
     "linear": make(Linear(5, 4), (5,)),
-    "linear without bias": make(Linear(5, 4, bias=False), (5,)),
     "linear on tokens": make(Linear(5, 4), (7, 5)),
     "linear on few tokens": make(Linear(30, 20), (2, 30)),
     "linear wide": make(Linear(3, 7), (5, 3)),
     "linear twice": make(Linear(5, 4), (7, 5), calls=2),
     "linear on windows": make(Linear(5, 4), (3, 5), windows=4),
     "conv": make(Conv2d(3, 4, 3), (3, 7, 6)),
-    "conv strided": make(Conv2d(3, 4, 3, 2, 1), (3, 8, 7)),
     "conv on few pixels": make(Conv2d(8, 9, 3, 2, 1), (8, 3, 3)),
     "conv oblong, dilated": make(Conv2d(3, 4, (3, 1), (1, 2), (0, 1), (2, 1), bias=False), (3, 7, 6)),
     "conv reflect": make(Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (3, 5, 6)),
@@ -102,10 +100,8 @@ CASES = {
 }
 EXACT = {
     "small groups": make(Conv2d(6, 6, 1, groups=3), (6, 4, 4)),
-    "depthwise": make(Conv2d(5, 5, 3, 2, 1, groups=5), (5, 6, 7)),
-    "depthwise dilated": make(Conv2d(5, 5, 3, 1, 2, 2, groups=5, bias=False), (5, 7, 6)),
+    "depthwise": make(Conv2d(5, 5, 3, 2, 1, 2, groups=5), (5, 7, 6)),
     "depthwise same, even kernel": make(Conv2d(5, 5, 2, padding="same", groups=5), (5, 6, 6)),
-    "depthwise wide": make(Conv2d(5, 5, (2, 5), 2, 2, groups=5), (5, 6, 7)),
     "depthwise wide, many positions": make(Conv2d(3, 3, (2, 5), 1, 2, groups=3, bias=False), (3, 6, 7)),
     "depth multiplier": make(Conv2d(5, 10, 3, (2, 1), (1, 2), groups=5), (5, 6, 6)),
     "depthwise twice": make(Conv2d(5, 5, 3, padding=1, groups=5), (5, 4, 4), calls=2),
@@ -184,8 +180,8 @@ def nystrom(matrix: Tensor, test: Tensor) -> Tensor:
     return found + rest * (eye(len(matrix)) - basis @ basis.T)
 
 
-@pytest.mark.parametrize("whole", [3, 6, 25, 512])  # both factors, the left, the right one or none is approximated
-@pytest.mark.parametrize("name", ["linear on tokens", "linear on few tokens", "linear wide", "two groups"])
+@pytest.mark.parametrize("whole", [3, 25, 512])  # both factors, the larger one or none is approximated
+@pytest.mark.parametrize("name", ["linear on few tokens", "two groups"])
 def test_large_factors_are_damped_alone_and_approximated(name, whole):
     case = CASES[name]
     block, (left, right, tau) = case.block(Sizes(diagonalized=0, whole=whole, rank=2)), factors(case)
@@ -204,17 +200,15 @@ def test_large_factors_are_damped_alone_and_approximated(name, whole):
     assert float(torch.linalg.eigvalsh(found).min()) > 0
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (F64, 1e-9)])
-def test_approximation_is_exact_up_to_its_rank(dtype, tolerance):
+def test_approximation_is_exact_up_to_its_rank_in_float32():
     case = CASES["linear on few tokens"]  # of ranks 12 and 6
-    given = replace(case.mapped(lambda x: x.to(dtype)), layer=nn.Linear(30, 20, dtype=dtype))
-    given = replace(given, weights=case.weights.to(dtype))
+    given = replace(case.mapped(Tensor.float), layer=nn.Linear(30, 20), weights=case.weights.float())
     expected = inverse(case.block(Sizes(diagonalized=0)), case.size)
-    close(inverse(given.block(Sizes(diagonalized=0, whole=18, rank=14)), case.size), expected, tolerance)
+    close(inverse(given.block(Sizes(diagonalized=0, whole=18, rank=14)), case.size), expected, 2e-4)
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(diagonalized=0), Sizes(diagonalized=2, whole=2, rank=2)])
-@pytest.mark.parametrize("name", ["conv", "linear on few tokens", "two groups", "depthwise"])
+@pytest.mark.parametrize("name", ["linear on few tokens", "two groups", "depthwise"])
 def test_singular_factors(name, sizes):
     case = ALL[name]
     dead = replace(case, gradients=[[torch.zeros_like(g) for g in p] for p in case.gradients]).block(sizes)
@@ -227,26 +221,6 @@ def test_singular_factors(name, sizes):
         out = torch.empty_like(v)
         block.apply(v, out)
         assert 0 < float(v @ out) < float("inf")
-
-
-def alike(case: Case) -> Case:
-    """The same gradients for all images, as of a deep linear network."""
-    return replace(case, gradients=[[g[:1].expand_as(g) for g in probe] for probe in case.gradients])
-
-
-WHERE_EXACT = {
-    "one datum": make(Linear(5, 4), (5,), images=1),
-    "gradients that do not depend on data": alike(make(Linear(5, 4), (5,), images=7)),
-    "one pixel, groups": alike(make(Conv2d(8, 18, 3, groups=2), (8, 3, 3))),
-}
-
-
-@pytest.mark.parametrize("case", WHERE_EXACT.values(), ids=WHERE_EXACT)
-def test_where_it_is_exact(case):
-    j = case.jacobians().flatten(3)
-    dense = torch.einsum("bkgx,bkgy->gxy", j, j)
-    expected = flat(torch.linalg.inv(dense + RIDGE * eye(dense.shape[1])), case)
-    close(inverse(case.block(), case.size), expected, 1e-9)
 
 
 @pytest.mark.parametrize("dense_max", [0, 512])

@@ -30,14 +30,12 @@ def identity(v: Tensor) -> Tensor:
 def spectrum(kind: str, size: int = 60, condition: float = 1e4) -> Tensor:
     if kind == "logarithmic":
         return torch.logspace(-math.log10(condition), 0, size, dtype=F64)
-    if kind == "linear":
-        return torch.linspace(1 / condition, 1, size, dtype=F64)
     values = torch.full((size,), 1 / condition, dtype=F64)  # a matrix of low rank plus a ridge
     values[: size // 4] += torch.linspace(0.1, 1, size // 4, dtype=F64)
     return values
 
 
-KINDS = ["logarithmic", "linear", "low rank"]
+KINDS = ["logarithmic", "low rank"]
 
 
 def assert_solution(result: SolverResult, h: Tensor, b: Tensor, tolerance: float = 1e-8) -> None:
@@ -56,18 +54,10 @@ def block_diagonal_inverse(h: Tensor) -> Tensor:
     return torch.linalg.inv(torch.block_diag(*(h[i : i + 20, i : i + 20] for i in range(0, 60, 20))))
 
 
-PRECONDITIONERS = {
-    "none": lambda h: torch.eye(60, dtype=F64),
-    "random": lambda h: rotated(torch.logspace(-1, 1, 60, dtype=F64), seed=5),
-    "blocks": block_diagonal_inverse,
-}
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PRECONDITIONERS)
-def test_pcg_equals_dense_solve(name, kind):
-    h, b = rotated(spectrum(kind, condition=1e4 if name == "none" else 1e3)), rand(60, seed=1)
-    p = PRECONDITIONERS[name](h)
+def test_pcg_equals_dense_solve(kind):
+    h, b = rotated(spectrum(kind)), rand(60, seed=1)
+    p = block_diagonal_inverse(h)
     assert_solution(pcg(lambda v: h @ v, b, lambda v: p @ v, 1e-12, 2000), h, b)
 
 
@@ -125,7 +115,7 @@ both = pytest.mark.parametrize("solver", [pcg, run_sgd])
 
 @both
 def test_history_and_callback(solver):
-    h, b = rotated(spectrum("linear")), rand(60, seed=1)
+    h, b = rotated(spectrum("low rank")), rand(60, seed=1)
     given, seen = b.clone(), []
     result = solver(lambda v: h @ v, b, identity, 1e-4, 500, lambda i, r, x: seen.append((i, r, x.clone())))
     assert torch.equal(b, given)
@@ -216,8 +206,8 @@ class Batches:
 
 
 SGD = {
-    **{f"{n} batches, rank-deficient": Batches(n, 30) for n in (1, 7, 30)},
-    **{f"{n} batches, full rank": Batches(n, 240) for n in (1, 7, 40)},
+    "one batch": Batches(1, 240),
+    "rank-deficient": Batches(30, 30),
     "unequal batches": Batches(6, 120, scales=[1e-3, 1e-2, 0.1, 1.0, 10.0, 30.0]),
 }
 
@@ -227,9 +217,8 @@ def test_sgd_reaches_the_optimum(problem):
     assert_solution(problem.solve(), problem.h, problem.b)
 
 
-@pytest.mark.parametrize("decay", [0.0, 2.0])
-def test_sgd_bears_bad_conditioning_without_preconditioner(decay):
-    problem = Batches(5, 120, decay, ridge=1e-2)
+def test_sgd_bears_bad_conditioning_without_preconditioner():
+    problem = Batches(5, 120, decay=2.0, ridge=1e-2)
     problem.p = torch.eye(60, dtype=F64)
     assert_solution(problem.solve(max_iter=3000), problem.h, problem.b, 1e-7)
 
