@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.model_selection import GridSearchCV
 from support.data import make_images, merged, tiny_net
 
-from sklearn_lqf import LQFClassifier
+from sklearn_lqf import LQFClassifier, LQFClassifierCV
 from sklearn_lqf.runtime.processes import ProcessGroup, _message_device, default_group
 
 SIZE = 3
@@ -36,17 +36,19 @@ CASES = {
     "views and weights": ({"views": BOTH, "class_weight": "balanced", "prior": "evidence"}, len(X), True),
     "conjugate gradients": ({"solver": "pcg", "tol": 1e-10}, len(X), False),
     "more rows than features": ({"prior": "last"}, len(X), True),
+    "path": ({"alphas": [0.01, 0.3]}, len(X), True),
     "few images": ({}, 4, False),
     "vectors": ({"backbone": "auto"}, len(X), True),
     "float32": ({"execution": {"dtype": "float32"}, "views": BOTH}, len(X), True),
 }
 
 
-def classifier(**parameters) -> LQFClassifier:
-    return LQFClassifier(**merged({"backbone": tiny_net(), "execution": {"dtype": "float64"}}, parameters))
+def classifier(**parameters) -> LQFClassifier | LQFClassifierCV:
+    kind = LQFClassifierCV if "alphas" in parameters else LQFClassifier
+    return kind(**merged({"backbone": tiny_net(), "execution": {"dtype": "float64"}}, parameters))
 
 
-def shared(**parameters) -> LQFClassifier:
+def shared(**parameters) -> LQFClassifier | LQFClassifierCV:
     return classifier(**merged({"execution": {"distributed": True}}, parameters))
 
 
@@ -54,12 +56,12 @@ def images(case: str) -> np.ndarray:
     return X.reshape(len(X), -1)[:, :8].astype(float) if case == "vectors" else X
 
 
-def fit(case: str, **more) -> LQFClassifier:
+def fit(case: str, **more) -> LQFClassifier | LQFClassifierCV:
     parameters, n, weighted = CASES[case]
     return classifier(**merged(parameters, more)).fit(images(case)[:n], Y[:n], WEIGHTS[:n] if weighted else None)
 
 
-def answer(case: str, clf: LQFClassifier) -> dict[str, np.ndarray]:
+def answer(case: str, clf: LQFClassifier | LQFClassifierCV) -> dict[str, np.ndarray]:
     names = ("coef_", "intercept_", "alpha_", "noise_variance_", "temperature_")
     found = {name: np.array(getattr(clf, name)) for name in names}
     return {**found, "prior_": np.array(list(clf.prior_.values())), "decision": clf.decision_function(images(case))}
@@ -111,6 +113,7 @@ ONES = np.ones(len(X))
 # What differs where ``odd`` is 1, on rank 1, or is wrong on all; what rank 1 is told, if it is another message, last.
 ERRORS = {
     "paper": (lambda odd: shared(model="paper").fit(X, Y), "does not support distributed=True"),
+    "folds": (lambda odd: shared(alphas=[1.0], cv=3).fit(X, Y), "set cv=None"),
     "stored": (lambda odd: shared(store_data=True).fit(X, Y), "does not support distributed=True"),
     "seed": (lambda odd: shared(random_state=None).fit(X, Y), "must be an int"),
     "labels": (lambda odd: shared().fit(X, np.roll(Y, odd)), "the targets y of process(es) [1]"),
