@@ -138,6 +138,18 @@ def test_what_does_not_fit_is_estimated(prior, method):
         pose(prior=prior, budget=1000, solver="closed").solve("auto")
 
 
+@pytest.mark.parametrize("prior", ["equal", {"last": 1.0}])  # in rows, and in columns
+@pytest.mark.parametrize("recipe", [{}, {"budget": 8 * N**2}, {"solver": "pcg"}], ids=repr)
+def test_a_path_has_the_solutions_at_its_penalties(prior, recipe):
+    """Also where there is no room for a second matrix, and without any."""
+    problem, alphas = pose(prior=prior, **recipe), (0.01, 1.0, 30.0)
+    for alpha, (solution, held_out) in zip(alphas, problem.path(alphas), strict=True):
+        expected, left_out = problem.solve(alpha)
+        assert (solution.method, solution.alpha) == (expected.method, pytest.approx(alpha))
+        np.testing.assert_allclose(solution.weight, expected.weight, atol=1e-10)
+        np.testing.assert_allclose(held_out, left_out, atol=1e-10)
+
+
 def test_a_fitted_solution_keeps_scale_and_prior():
     solution, _ = pose(prior="evidence").solve(0.3)
     again = pose(ROWS.taking(np.arange(10)), solution)

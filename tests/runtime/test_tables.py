@@ -7,7 +7,8 @@ import tempfile
 import numpy as np
 import pytest
 
-from sklearn_lqf.runtime.tables import RowTable, amount
+from sklearn_lqf.runtime import tables
+from sklearn_lqf.runtime.tables import RowTable, amount, copied_rows
 
 ROWS = np.arange(44, dtype=np.float32).reshape(11, 2, 2)
 
@@ -26,6 +27,16 @@ def test_all_rows_come_back(tmp_path, monkeypatch, memory):
     np.testing.assert_array_equal(found, ROWS.transpose(0, 2, 1))
     assert type(found) is np.ndarray and found.dtype == ROWS.dtype
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("memory", [ROWS.nbytes, 0])
+def test_some_rows_of_several_tables(monkeypatch, memory):
+    monkeypatch.setattr(tables, "memory_budget", lambda: memory)
+    chosen = np.array([7, 0, 7, 10])
+    found = copied_rows((ROWS, chosen), (filled(0), np.arange(2)), (ROWS, chosen[:0]))
+    np.testing.assert_array_equal(found, np.concatenate([ROWS[chosen], ROWS.transpose(0, 2, 1)[:2]]))
+    found[0] = 0  # a copy
+    assert ROWS[7].all()
 
 
 class FullDisk:
