@@ -134,7 +134,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
             If a parameter is not one of the above, or X holds no images. Elements of a sequence are read by
             `transform`; here only the first is, and only without `image_size`.
         """
-        for name in ("n_features_in_", "feature_names_in_"):  # of an earlier fit on raveled rows
+        for name in ("output_shape_", "n_features_in_", "feature_names_in_"):  # of an earlier fit
             self.__dict__.pop(name, None)
         self.output_shape_ = self._output_shape(self._inputs(X, reset=True))
         return self

@@ -353,7 +353,7 @@ class Parameters(BaseEstimator):
         Raises
         ------
         ValueError
-            There is no such parameter.
+            There is no such parameter, or ``execution`` is no dict to which an item could be added.
         """
         items = {k: v for k, v in params.items() if k.startswith("execution__")}
         for name in params:
@@ -365,6 +365,8 @@ class Parameters(BaseEstimator):
         super().set_params(**{k: v for k, v in params.items() if k not in items})
         if items:
             given = {k.removeprefix("execution__"): v for k, v in items.items()}
+            if not isinstance(self.execution, Mapping | None):
+                raise ValueError(f"execution must be a dict or None, got {self.execution!r}: set it as a whole.")
             self.execution = {**(self.execution or {}), **given}
         return self
 

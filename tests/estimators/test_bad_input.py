@@ -112,6 +112,8 @@ def test_items_of_execution():
                 refused(model, lambda m: m.fit(X, Y), ERRORS, name)
     with pytest.raises(ValueError, match="devise"):
         made("cv").set_params(execution__devise="cpu")
+    with pytest.raises(ValueError, match="execution must be a dict or None, got 'cpu'"):
+        made("cv", execution="cpu").set_params(execution__device="cpu")
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)

@@ -126,6 +126,9 @@ def test_columns_of_raveled_rows_are_those_of_fit():
     with pytest.raises(ValueError, match="feature names"):
         reader.transform(frame.rename(columns={"0": "other"}))
     assert not {"n_features_in_", "feature_names_in_"} & set(vars(reader.fit(X)))
+    with pytest.raises(ValueError, match="432"):  # a fit that is refused leaves nothing
+        reader.fit(ROWS[:, 1:])
+    assert not hasattr(reader, "output_shape_")
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
