@@ -1,7 +1,7 @@
 """From features to the solution: scale, prior, its rows, and which form is taken.
 
-The features are random numbers, in four groups of which one is a pair of sketches; no network is needed. Solutions and
-held-out outputs are compared with scikit-learn's Ridge in tests/answers/test_left_out.py.
+The features are random numbers, in four groups of which one is a pair of sketches; no network is needed. Held-out
+outputs are compared with scikit-learn's Ridge in tests/answers/test_left_out.py.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from sklearn_lqf.engine.features import Group
 from sklearn_lqf.engine.prior import CRITERIA, Rows, learn_prior, scale_prior
@@ -127,12 +128,17 @@ def test_with_many_classes_more_rows_are_taken(prior_rows):
 
 
 @pytest.mark.parametrize(
-    ("prior", "method"), [("leave-one-out", "rows"), ({"last": 1.0, "b directions": 3.0}, "columns")]
+    ("prior", "method", "side"), [("leave-one-out", "rows", N), ({"last": 1.0, "b directions": 3.0}, "columns", 15)]
 )
-def test_what_does_not_fit_is_estimated(prior, method):
-    closed, estimate = (pose(prior=prior, budget=budget).solve("auto")[0] for budget in (8 * N**2, 1000))
+def test_solutions_are_those_of_ridge_and_estimated_where_the_form_does_not_fit(prior, method, side):
+    found = pose(prior=prior, budget=8 * side**2)
+    closed, estimate = found.solve("auto")[0], pose(prior=prior, budget=1000).solve("auto")[0]
     assert (closed.method, estimate.method) == (method, "estimate")
-    np.testing.assert_allclose(estimate.weight, closed.weight, rtol=0, atol=1e-8 * np.abs(closed.weight).max())
+    root = np.sqrt(np.repeat(found.variances, SIZES))
+    ridge = Ridge(1.0).fit(found.standardization(FEATURES) * root, found.targets, found.weights)
+    for solution in (closed, estimate):
+        np.testing.assert_allclose(solution.weight, (ridge.coef_ * root).T, rtol=0, atol=1e-8 * closed.weight.max())
+        np.testing.assert_allclose(solution.intercept, ridge.intercept_, atol=1e-9)
     assert closed.n_iter == 0 < estimate.n_iter == len(estimate.residual_norms) - 1
     with pytest.raises(ValueError, match=r"16 rows and \d+ features.*solver='pcg'"):
         pose(prior=prior, budget=1000, solver="closed").solve("auto")
