@@ -84,6 +84,7 @@ def group_operations(rank: int, folder) -> dict:
         "columns": columns.tolist(),
         "rows": group.all_gather_rows(torch.full((1 + rank, 2, 2), float(rank)).mT).tolist(),
         "no rows": group.all_gather_rows(torch.arange(2 * rank)).tolist(),
+        "first": group.of_the_first(rank),
         "together": group.together(divmod, 7, 2),
         "different": _message(lambda: group.check_same({"one": "same", "the others": str(rank)})),
     }
@@ -272,6 +273,7 @@ def test_operations_of_a_group(ranks):
         assert operations["columns"] == [[0, 9], [3, 12], [6, 15]]
         assert operations["rows"] == [[[k, k]] * 2 for k in (0, 1, 1, 2, 2, 2)]
         assert operations["no rows"] == [0, 1, 0, 1, 2, 3]
+        assert operations["first"] == 0
         assert operations["together"] == (3, 1)
         assert "but the others of process(es) [1, 2] differ from those of process 0" in operations["different"]
 
