@@ -346,6 +346,7 @@ def test_a_group_of_one_process_fits_as_without(tmp_path):
     finally:
         dist.destroy_process_group()
     assert np.array_equal(shared.coef_, fit("float64").coef_)
+    ProcessGroup().check_same({"anything": "at all"})
 
 
 def test_grid_search_on_a_dask_cluster():
