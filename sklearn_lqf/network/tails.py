@@ -343,10 +343,16 @@ class GeneralTail:
     def primal(self, inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Features and statistics (B, D), and the values that are kept: the inputs, and the calls of every layer."""
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        statistics: dict[str, Tensor] = {}
+        last = dict(self.read)
 
+        # A later operation may change the input and the output in place.
         def see(name: str, args: tuple, kwargs: dict[str, Any], out: Tensor) -> Tensor:
-            calls.setdefault(name, []).append((args[0] if args else kwargs["input"], out))
-            return out.clone()  # a later operation may change it in place
+            x = args[0] if args else kwargs["input"]
+            calls.setdefault(name, []).append((x, out))
+            if name in last and name not in statistics:
+                statistics[name] = Statistics(last[name])(x)
+            return out.clone()
 
         with DUAL_NUMBERS:  # as in TracedTail
             hooks = [
@@ -362,8 +368,12 @@ class GeneralTail:
                 for hook in hooks:
                     hook.remove()
         values = {"inputs": tuple(inputs), "calls": calls, "last": features}
-        statistics = [Statistics(last)(calls[name][0][0]) for name, last in self.read]
-        return torch.cat([features, *statistics], 1) if statistics else features, values
+        if missing := [name for name in last if name not in statistics]:
+            raise ValueError(
+                f"The backbone evaluates its layers {missing[:3]} for some images only, so that their inputs cannot be "
+                "features: set tangents='network' or None, or pass a module that evaluates the same layers for all."
+            )
+        return torch.cat([features, *(statistics[name] for name in last)], 1), values
 
     def tangents(self, values: dict[str, Any], direction: dict[str, Tensor]) -> Tensor | None:
         """Tangent of the features along a direction of the parameters."""

@@ -8,6 +8,7 @@ from support.networks import Other, built
 from support.splits import rand
 from torch import nn
 
+from sklearn_lqf.network.linearize import walker
 from sklearn_lqf.network.statistics import Statistics
 from sklearn_lqf.network.tracing import remove_head, split_network
 
@@ -89,8 +90,22 @@ def test_an_input_is_read_once_and_vectors_have_no_deviation():
     torch.testing.assert_close(split.tail(*split.trunk(x)), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_networks_of_vectors_are_read():
-    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).double(), rand(4, 3)
-    split = split_network(net, x, "all", read_stages=True)
-    assert [p.size for p in split.parts] == [5, 4]
-    torch.testing.assert_close(split.tail(*split.trunk(x)), torch.cat([net(x), net[:2](x)], 1))
+def test_a_network_that_does_not_trace():
+    """A branch, which must evaluate the same layers for all images, and an input that changes in place."""
+
+    def forward(m, x):
+        z = m.stem(x)
+        z += m.a(z)
+        return m.b(z.relu()).mean((2, 3)) if x.sum() > 0 else z.mean((2, 3))
+
+    layers = {"stem": nn.Conv2d(3, 4, 3), "a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)}
+    net, x = built(lambda: Other(forward, **layers)).double().eval(), rand(3, 3, 8, 8).abs()
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        split = split_network(net, x, "head", read_stages=True)
+    tail, _ = walker(split)
+    with torch.no_grad():
+        inputs = net.stem(x)
+        expected = torch.cat([net(x), read(inputs), read((inputs + net.a(inputs)).relu())], 1)
+        torch.testing.assert_close(tail.primal([x])[0], expected)
+        with pytest.raises(ValueError, match=r"layers \['b'\] for some images only"):
+            tail.primal([-x])
