@@ -28,7 +28,7 @@ def flattened(view: bool) -> nn.Module:
 
 def test_maps_may_be_flattened_by_view():
     def decision(view: bool) -> np.ndarray:
-        clf = LQFClassifier(flattened(view), tangents="network", execution={"dtype": "float64"})
+        clf = LQFClassifier(flattened(view), tangents="both", execution={"dtype": "float64"})
         with pytest.warns(UserWarning, match="cannot be traced"):
             return clf.fit(X, Y).decision_function(X)
 

@@ -184,7 +184,8 @@ def test_timm_same_padding():
 def test_timm_norm_with_activation():
     timm = pytest.importorskip("timm")
     norm = timm.layers.BatchNormAct2d
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 4, 3), norm(4, apply_act=False), nn.Flatten())
+    layers = [nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 4, 3), norm(4, apply_act=False), timm.layers.LayerNorm2d(4)]
+    net = nn.Sequential(*layers, nn.Flatten())
     split = split_checked(randomized(net))
     assert split.folded == 2
     assert not of_type(split, norm)

@@ -84,8 +84,6 @@ CASES = {
     "linear": make(Linear(5, 4), (5,)),
     "linear on tokens": make(Linear(5, 4), (7, 5)),
     "linear on few tokens": make(Linear(30, 20), (2, 30)),
-    "linear wide": make(Linear(3, 7), (5, 3)),
-    "linear twice": make(Linear(5, 4), (7, 5), calls=2),
     "linear on windows": make(Linear(5, 4), (3, 5), windows=4),
     "conv": make(Conv2d(3, 4, 3), (3, 7, 6)),
     "conv on few pixels": make(Conv2d(8, 9, 3, 2, 1), (8, 3, 3)),

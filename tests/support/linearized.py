@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_lqf.network.linearize import LinearizedNetwork
+from sklearn_lqf.network.rewrite import plain_attention
 from sklearn_lqf.network.tracing import split_network
 
 from .oracle import jacobian
@@ -38,26 +38,15 @@ def linearized(features, x, tangent_layers="all", negative_slope=0.0, traced=Tru
     return network, split.trunk(x)
 
 
-@contextlib.contextmanager
-def formulas():
-    """torch's attention without fused kernels, which cannot be differentiated by all outputs at once."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def dense_jacobian(features, x, network, rename=None):
     """Jacobian (n, C, P) of a network and its head, in the order of the package's flat vector.
 
     ``rename``: the parameters of the network by the names that they have in the package's.
     """
     names = [(rename or {}).get(name, name) for name in network.names]
-    with formulas():
+    # Fused kernels of attention cannot be differentiated by all outputs at once.
+    with plain_attention(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
         return jacobian(features, names, network.weight, network.bias, x.clone())
 
 
