@@ -278,7 +278,7 @@ class Problem:
         return found
 
     def _prior_rows(self) -> np.ndarray:
-        """Rows from which the prior is learned: all, or some of each class, chosen by the content of the images."""
+        """Rows from which the prior is learned: all, or some of each class and group, chosen by what the images are."""
         n, n_classes = len(self._rows), self.targets.shape[1]
         size = _PRIOR_ROWS
         if self._recipe.stratified:
@@ -289,10 +289,9 @@ class Problem:
         _, first, unit = np.unique(keys, return_index=True, return_inverse=True)
         if len(first) <= size:
             return np.arange(n)
-        place = np.zeros(len(first), int)  # of a unit among those of its class, in the order of the digests
-        for c in np.unique(codes):
-            mine = codes[first] == c
-            place[mine] = np.arange(mine.sum())
+        sets = np.zeros(n, int) if self._rows.sets is None else self._rows.sets
+        # The groups of a class take turns: there have to be several, of which one can be left out.
+        place = _places(codes[first], _places(codes[first] * (sets.max() + 1) + sets[first], np.arange(len(first))))
         chosen = np.lexsort((np.arange(len(first)), place))[:size]
         return np.flatnonzero(np.isin(unit, chosen))
 
@@ -413,3 +412,12 @@ class Problem:
             self.standardization, variances, weight, found.intercept.cpu().numpy(), noise, form.method, **course
         )  # fmt: skip
         return solution, self._held_out(form, found)
+
+
+def _places(kinds: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The place of each unit among those of its kind (n,), in an order (n,) of all."""
+    place = np.zeros(len(kinds), int)
+    for kind in np.unique(kinds):
+        mine = np.flatnonzero(kinds == kind)
+        place[mine[np.argsort(order[mine], kind="stable")]] = np.arange(len(mine))
+    return place

@@ -116,6 +116,18 @@ def test_rows_of_the_prior_are_some_of_each_class_chosen_by_content(prior_rows):
     assert len(prior_rows(rows.taking(twice))) == 500 + len(chosen[::3])  # copies stand together
 
 
+def test_rows_of_the_prior_are_of_several_groups(prior_rows):
+    """However uneven these are: one of them has to be left out."""
+    codes, groups = np.arange(3000) % 2, np.zeros(3000, int)
+    groups[[5, 70, 800]] = 1
+    rows = replace(many(codes), groups=groups)
+    chosen = prior_rows(rows)
+    assert {5, 70, 800} <= set(chosen)
+    assert np.bincount(codes[chosen]).tolist() == [250, 250]
+    chosen = prior_rows(replace(rows, groups=np.arange(3000) // 3))
+    assert [len(np.unique(chosen[codes[chosen] == c] // 3)) for c in (0, 1)] == [250, 250]
+
+
 def test_with_many_classes_more_rows_are_taken(prior_rows):
     codes = np.arange(1100) % 150
     assert np.bincount(codes[prior_rows(many(codes))]).tolist() == [4] * 150
