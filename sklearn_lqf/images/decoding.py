@@ -246,12 +246,10 @@ def _stored_orientation(image: Image.Image) -> int:
     Pillow reads all tags at once: one that is broken hides the others, and some of them are warned of.
     """
     exif = image.info.get("exif")
+    while isinstance(exif, bytes) and exif.startswith(b"Exif\x00\x00"):
+        exif = exif[6:]
     if not isinstance(exif, bytes) or not exif:
         return int(image.getexif().get(_ORIENTATION, 1))
-    while exif.startswith(b"Exif\x00\x00"):
-        exif = exif[6:]
-    if not exif:
-        return 1
     order = {b"II": "<", b"MM": ">"}[exif[:2]]
     (start,) = struct.unpack_from(order + "L", exif, 4)
     (count,) = struct.unpack_from(order + "H", exif, start)
@@ -259,7 +257,8 @@ def _stored_orientation(image: Image.Image) -> int:
         tag, kind = struct.unpack_from(order + "HH", exif, at)
         if tag == _ORIENTATION:
             return int(struct.unpack_from(order + _INTEGERS[kind], exif, at + 8)[0])
-    return 1
+    beside = any(key in image.info for key in ("xmp", "XML:com.adobe.xmp"))  # which Pillow reads where EXIF has none
+    return int(image.getexif().get(_ORIENTATION, 1)) if beside else 1
 
 
 def as_array(X: Any, name: str) -> np.ndarray:

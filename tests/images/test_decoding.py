@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from support.images import Pairs, as_files, as_pil, encoded, whole
 
 from sklearn_lqf.images.reading import ImageInputs
@@ -56,8 +56,9 @@ def test_files_for_other_than_1_or_3_channels(color, tmp_path):
 # --------------------------------------------------------------------------------------------------- orientation
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["png", "webp", "tiff", "jpeg"])
+@pytest.mark.parametrize(
+    ("format", "orientation"), [*(("png", k) for k in range(1, 9)), ("webp", 5), ("tiff", 5), ("tiff", 8), ("jpeg", 6)]
+)
 def test_orientation_of_files_is_applied(color, tmp_path, orientation, format):
     options = {"lossless": True} if format == "webp" else {}
     content = encoded(color[0], format, exif=exif(orientation), **options)
@@ -74,17 +75,8 @@ def test_orientation_of_files_is_applied(color, tmp_path, orientation, format):
         assert torch.equal(whole(X), expected)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda image: image.rotate(90, expand=True),
-        lambda image: image.convert("RGB"),
-        lambda image: image.copy(),
-        lambda image: image.crop((0, 0, 5, 5)),
-    ],
-)
-def test_images_that_were_changed_are_taken_as_they_are(color, change):
-    changed = change(opened(encoded(color[0], exif=exif(6))))
+def test_images_that_were_changed_are_taken_as_they_are(color):
+    changed = opened(encoded(color[0], exif=exif(6))).rotate(90, expand=True)
     pixels = whole(np.asarray(changed)[None])
     with pytest.warns(UserWarning, match=r"X\[1\].*changed after it was opened.*exif_transpose.*del image.getexif"):
         found = whole([*as_pil(np.zeros_like(changed)[None]), changed])
@@ -116,9 +108,9 @@ BROKEN = {
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("format", ["png", "jpeg"])
 def test_broken_metadata_make_no_image_unreadable(color, tmp_path, format, case):
-    content = encoded(color[0], format, exif=BROKEN[case], **({"lossless": True} if format == "webp" else {}))
+    content = encoded(color[0], format, exif=BROKEN[case])
     (tmp_path / f"a.{format}").write_bytes(content)
     expected = whole(np.asarray(opened(content).convert("RGB"))[None])
     with pytest.warns(UserWarning, match=r"orientation of X\[0\] \('.*a\..*'\) cannot be read.*EXIF.*save it anew"):
@@ -132,6 +124,16 @@ def test_orientation_is_read_beside_tags_that_are_broken(color):
     entries = [struct.pack("<HHLL", 0x010F, 2, 1000, 5000), struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)]
     broken = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + b"".join(entries) + bytes(4)
     assert torch.equal(whole([encoded(color[0], exif=broken)]), whole(np.rot90(color[0], -1)[None]))
+
+
+def test_orientation_is_read_from_xmp_where_exif_has_none(color):
+    others, xmp = Image.Exif(), PngImagePlugin.PngInfo()
+    others[0x010F] = "Maker"
+    xmp.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    for options in ({}, {"exif": others}):
+        content = encoded(color[0], pnginfo=xmp, **options)
+        for X in ([content], [opened(content)]):
+            assert torch.equal(whole(X), whole(np.rot90(color[0], -1)[None]))
 
 
 # -------------------------------------------------------------------------------------------------- broken files
@@ -149,14 +151,13 @@ def test_missing_file(color, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif"])
 @pytest.mark.parametrize("kept", [0, 0.3, 0.9])
-@pytest.mark.parametrize("n_jobs", [1, 2])
-def test_truncated_file(rng, tmp_path, suffix, kept, n_jobs):
+def test_truncated_file(rng, tmp_path, suffix, kept):
     path = tmp_path / f"broken.{suffix}"
     Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ValueError, match=rf"X\[1\] \('.*broken\.{suffix}'\) cannot be read") as caught:
-        whole([np.zeros((32, 32)), path], n_jobs=n_jobs)
+        whole([np.zeros((32, 32)), path])
     assert caught.value.__cause__ is not None
     with pytest.raises(ValueError, match=r"X\[0\] cannot be read as an image") as caught:
         whole([path.read_bytes()])
@@ -192,16 +193,16 @@ def test_decompression_bomb(color, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_broken_files_among_a_thousand_are_named_together(color, tmp_path, n_jobs):
+def test_broken_files_among_a_hundred_are_named_together(color, tmp_path, n_jobs):
     sound = as_files(color, tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no image")
-    paths = [sound[i % 7] for i in range(1000)]
+    paths = [sound[i % 7] for i in range(100)]
     paths[3] = paths[17] = tmp_path / "broken.png"
-    paths[990] = tmp_path / "gone.png"
+    paths[90] = tmp_path / "gone.png"
     for X in (paths, Pairs(paths)):
         with pytest.raises(ValueError, match=r"^3 elements of X cannot be used:") as caught:
             ImageInputs(X, image_size=4, n_jobs=n_jobs).batch(0, 8)
-        assert all(f"X[{index}]" in str(caught.value) for index in (3, 17, 990))
+        assert all(f"X[{index}]" in str(caught.value) for index in (3, 17, 90))
     paths[5:20] = [tmp_path / "broken.png"] * 15
     with pytest.raises(ValueError, match=r"^At least 10 elements of X cannot be used:") as caught:
         ImageInputs(paths, image_size=4, n_jobs=n_jobs).batch(0, 8)
@@ -238,11 +239,3 @@ def test_an_item_that_a_data_set_cannot_make(color):
     message = r"X\[0\] cannot be taken from the data set \(.*Pairs\): ZeroDivisionError: division"
     with pytest.raises(ValueError, match=message):
         whole(Pairs(color[:1], lambda image: 1 / 0))
-
-
-def test_image_folder_of_torchvision(color, tmp_path):
-    datasets = pytest.importorskip("torchvision.datasets")
-    for name, images in (("ant", color[:3]), ("bee", color[3:])):
-        (tmp_path / name).mkdir()
-        as_files(images, tmp_path / name)
-    assert torch.equal(whole(datasets.ImageFolder(tmp_path)), whole(color))
