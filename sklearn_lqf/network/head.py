@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .rewrite import DROPOUTS, Output, evaluate, replace_module, watch
 
-__all__ = ["Head", "as_vectors", "find_head", "remove_head"]
+__all__ = ["as_vectors"]
 
 # Modules that may come between the last layer and the output.
 _PASS = (nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, *DROPOUTS)
@@ -40,7 +40,7 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Head:
+class _Head:
     """The classifier of a network: its module, and a ReLU after it, which a linear model must not have.
 
     Attributes
@@ -87,7 +87,7 @@ def as_vectors(module: nn.Module, example: Tensor, chosen: Any = None) -> nn.Mod
     if isinstance(output, Tensor) and output.ndim == 2:
         head = _one_head(calls, output)
         if head is not None:
-            remove_head(module, example, head)
+            _remove(module, example, head)
             return module
         found = _of_several_heads(module, example, calls) or _without_head(module, calls, output)
         if found is None:
@@ -173,7 +173,7 @@ def _of_parts(module: nn.Module, example: Tensor, calls: list[_Call], output: An
             if found is None:
                 raise _no_head(calls)
             return found
-        remove_head(one, example, head)
+        _remove(one, example, head)
         return one
     several = _of_several_heads(module, example, calls)
     if several is not None:
@@ -268,43 +268,14 @@ def _calls(module: nn.Module, example: Tensor) -> tuple[list[_Call], Any]:
     return calls, output
 
 
-def find_head(module: nn.Module, example: Tensor) -> Head:
-    """Find the classifier: the last Linear, or 1x1 convolution, whose output is the network's output.
-
-    Parameters
-    ----------
-    module : nn.Module
-        In evaluation mode; it is not changed.
-    example : Tensor of shape (B, C, H, W) or (B, n_features)
-
-    Returns
-    -------
-    Head
-
-    Raises
-    ------
-    ValueError
-        The output does not come from one such layer. The message states what was found.
-    """
-    calls, output = _calls(module, example)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise ValueError(
-            f"The backbone must return one tensor of shape (batch, classes); it returns {_described(output)}."
-        )
-    head = _one_head(calls, output)
-    if head is None:
-        raise _no_head(calls)
-    return head
-
-
-def _one_head(calls: list[_Call], output: Tensor) -> Head | None:
+def _one_head(calls: list[_Call], output: Tensor) -> _Head | None:
     """The layer whose result is the output; None if there is none."""
     activation = None
     for call in reversed(calls):
         if _may_be_head(call.module):
             once = sum(c.name == call.name for c in calls) == 1
             if once and _reaches(call.module, call.output, output, rectified=activation is not None):
-                return Head(call.name, activation)
+                return _Head(call.name, activation)
             return None
         if type(call.module) is nn.ReLU:
             activation = call.name
@@ -335,23 +306,8 @@ def _reaches(layer: nn.Module, out: Any, output: Tensor, rectified: bool) -> boo
     return any(m.shape == output.shape and torch.allclose(m, output, rtol=1e-4, atol=1e-5) for m in means)
 
 
-def remove_head(module: nn.Module, example: Tensor, head: Head | None = None) -> None:
-    """Turn a private copy of a classifier into its feature extractor, in place: (B, ...) -> (B, D).
-
-    Parameters
-    ----------
-    module : nn.Module
-        In evaluation mode.
-    example : Tensor of shape (B, ...)
-    head : Head or None
-        None: the one that `find_head` finds.
-
-    Raises
-    ------
-    ValueError
-        `find_head` finds no head, or the input of the head is not one vector for each image.
-    """
-    head = find_head(module, example) if head is None else head
+def _remove(module: nn.Module, example: Tensor, head: _Head) -> None:
+    """Put identities in the place of a classifier, in a private copy; what was its input must be a vector."""
     for name in (head.name, head.activation):
         if name is not None:
             replace_module(module, name, nn.Identity())

@@ -20,13 +20,12 @@ from ..runtime.arithmetic import TRACING
 from .activations import LeakyClamp, leaky, modularize_activations, swap_activations
 from .cut import NoTrunk, cut, node_values
 from .fold import NotTracedError, fold_batch_norms, make_functional, simplify
-from .head import find_head, remove_head
 from .rewrite import BATCH_NORMS, Output, StaticPad, evaluate, make_explicit, plain_attention, replace_module
 from .stages import find_stages, refuse_tied, tangent_names, tangent_prefixes
 from .statistics import Part, Statistics, add_readout, follows_batch, layer_inputs
 from .tails import GeneralTail
 
-__all__ = ["Split", "find_head", "remove_head", "split_network"]
+__all__ = ["Split", "split_network"]
 
 
 @dataclass

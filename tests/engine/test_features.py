@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 from sklearn_lqf.engine.features import Group, GroupFeatures, draw_directions, fit_standardization
-from sklearn_lqf.network.tracing import Split, remove_head, split_network
+from sklearn_lqf.network.head import as_vectors
+from sklearn_lqf.network.tracing import Split, split_network
 
 F64 = torch.float64
 
@@ -148,7 +149,7 @@ def test_exact_gradients_of_single_images(make, read_stages):
 
 def test_folded_normalization_and_an_untraced_network():
     net, x = tiny_net().double(), rand(3, 3, 12, 12)
-    remove_head(net, x)
+    net = as_vectors(net, x)
     split, activations = prepared(net, x, layers=1)
     directions = rand(3, 16, seed=1)
     features = grouped(split, activations, directions)
@@ -196,7 +197,7 @@ def test_features_are_of_the_image_alone(make):
 
 def test_groups_of_a_small_network():
     net, x = tiny_net().double(), rand(3, 3, 12, 12)
-    remove_head(net, x)
+    net = as_vectors(net, x)
     split, activations = prepared(net, x, layers=1, read_stages=True)
     features = grouped(split, activations, rand(2, 16, seed=1), 5)
     assert features.groups == [

@@ -11,7 +11,7 @@ import torchvision
 from support.networks import Other, uninitialized
 from torch import nn
 
-from sklearn_lqf.network.head import Head, as_vectors, find_head, remove_head
+from sklearn_lqf.network.head import as_vectors
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
@@ -27,59 +27,56 @@ def vision_transformer():
     return net
 
 
-# name: (network, head, features)
+# name: (network, its classifier, features)
 TORCHVISION = {
-    "mobilenet_v3_small": (of_torchvision("mobilenet_v3_small"), Head("classifier.3"), 1024),
-    "squeezenet1_1": (of_torchvision("squeezenet1_1"), Head("classifier.1", "classifier.2"), 512),
-    "googlenet": (of_torchvision("googlenet", init_weights=False), Head("fc"), 1024),
-    "vit": (vision_transformer, Head("heads.head"), 8),
+    "mobilenet_v3_small": (of_torchvision("mobilenet_v3_small"), "classifier.3", 1024),
+    "squeezenet1_1": (of_torchvision("squeezenet1_1"), "classifier.1", 512),
+    "googlenet": (of_torchvision("googlenet", init_weights=False), "fc", 1024),
+    "vit": (vision_transformer, "heads.head", 8),
 }
 
 
-@pytest.mark.parametrize(("make", "head", "n_features"), TORCHVISION.values(), ids=TORCHVISION)
-def test_heads_of_torchvision(make, head, n_features):
+@torch.no_grad()
+@pytest.mark.parametrize(("make", "name", "n_features"), TORCHVISION.values(), ids=TORCHVISION)
+def test_heads_of_torchvision(make, name, n_features):
     net = make().eval()
-    assert find_head(net, IMAGES) == head
-    with torch.no_grad():
-        logits, last = net(IMAGES), net.get_submodule(head.name)
-        remove_head(net, IMAGES)
-        features = net(IMAGES)
-        assert features.shape == (2, n_features)
-        if isinstance(last, nn.Linear):  # on the features it gives the logits
-            torch.testing.assert_close(last(features), logits)
+    logits, last = net(IMAGES), net.get_submodule(name)
+    features = as_vectors(net, IMAGES)(IMAGES)
+    assert features.shape == (2, n_features)
+    if isinstance(last, nn.Linear):  # on the features it gives the logits
+        torch.testing.assert_close(last(features), logits)
 
 
-HEADS = {
-    "one layer": (nn.Sequential(nn.Linear(6, 4)), Head("0")),
-    "dropout behind": (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Dropout(), nn.Identity()), Head("1")),
-    "ReLU behind": (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.ReLU()), Head("1", "2")),
-    "ReLU in place": (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.ReLU(inplace=True)), Head("1", "2")),
+BEHIND = {
+    "nothing": [],
+    "dropout": [nn.Dropout(), nn.Identity()],
+    "ReLU": [nn.ReLU()],
+    "ReLU in place": [nn.ReLU(inplace=True)],
 }
 
 
-@pytest.mark.parametrize(("net", "head"), HEADS.values(), ids=HEADS)
-def test_heads_of_plain_modules(net, head):
-    net = net.eval()
-    assert find_head(net, VECTORS) == head
-    last = net.get_submodule(head.name)
-    remove_head(net, VECTORS)
-    assert net(VECTORS).shape == (2, last.in_features)
+@torch.no_grad()
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
+def test_heads_of_plain_modules(behind):
+    first, last = nn.Linear(6, 5), nn.Linear(5, 4)
+    for before, expected in (([first], first(VECTORS)), ([], VECTORS)):
+        head = last if before else nn.Linear(6, 4)
+        assert torch.equal(as_vectors(nn.Sequential(*before, head, *behind).eval(), VECTORS)(VECTORS), expected)
 
 
 CONVOLUTIONS = {
-    "one pixel": ([nn.AvgPool2d(32), nn.Flatten()], Head("1")),
-    "ReLU": ([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], Head("1", "2")),
-    "ReLU in place": ([nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()], Head("1", "2")),
+    "one pixel": [nn.AvgPool2d(32), nn.Flatten()],
+    "ReLU": [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+    "ReLU in place": [nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
 }
 
 
-@pytest.mark.parametrize(("behind", "head"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolution_as_head(behind, head):
+@torch.no_grad()
+@pytest.mark.parametrize("behind", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolution_as_head(behind):
     net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 1), *behind).eval()
-    assert find_head(net, IMAGES) == head
     expected = net[0](IMAGES).mean((2, 3))
-    remove_head(net, IMAGES)
-    torch.testing.assert_close(net(IMAGES), expected)
+    torch.testing.assert_close(as_vectors(net, IMAGES)(IMAGES), expected)
 
 
 def two():
@@ -93,10 +90,8 @@ class Pair(nn.Linear):
 
 REFUSED = {
     "scaled output": (Other(lambda m, x: m.a(x) * 2, **two()), "not its plain result"),
-    "norm last": (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), r"'1' \(LayerNorm\)"),
     "layer called twice": (Other(lambda m, x: m.a(m.a(x)), a=nn.Linear(6, 6)), r"'a' \(Linear\)"),
     "no layer": (nn.Flatten(), "has no layer"),
-    "tuple": (Other(lambda m, x: (m.a(x), m.b(x)), **two()), r"must return one tensor .* returns tuple"),
     "tokens": (Other(lambda m, x: m.a(x)[:, None], **two()), r"returns a tensor of shape \(2, 1, 4\)"),
     "not finite": (Other(lambda m, x: m.a(x) / 0, **two()), "not finite"),
     "subclass with another result": (Other(lambda m, x: m.a(x)[0], a=Pair(6, 4)), r"'a' \(Pair\)"),
@@ -104,9 +99,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("net", "message"), REFUSED.values(), ids=REFUSED)
-def test_network_without_one_head_is_refused(net, message):
+def test_what_is_no_vector_is_refused(net, message):
     with pytest.raises(ValueError, match=message):
-        find_head(net.eval(), VECTORS)
+        as_vectors(net.eval(), VECTORS)
 
 
 @pytest.mark.parametrize(
@@ -120,21 +115,8 @@ def test_features_must_be_one_vector_for_each_image(unpooled, found):
         return x.mean((2, 3)) if x.shape[1] == 4 else unpooled(x)
 
     net = Other(forward, a=nn.Conv2d(3, 4, 1)).eval()
-    assert find_head(net, IMAGES) == Head("a")
     with pytest.raises(ValueError, match=rf"head 'a' must be one vector .* the network returns {found}"):
-        remove_head(net, IMAGES)
-
-
-def test_the_search_leaves_the_network_as_it_is():
-    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).eval()
-    net[0].register_forward_hook(lambda m, args, out: None)
-    state, x = copy.deepcopy(net.state_dict()), VECTORS.clone()
-    find_head(net, x)
-    with pytest.raises(ValueError, match="cannot be evaluated"):
-        find_head(net, IMAGES)
-    assert [len(m._forward_hooks) for m in net] == [1, 0, 0]
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    assert torch.equal(x, VECTORS)
+        as_vectors(net, IMAGES)
 
 
 def body(**more):

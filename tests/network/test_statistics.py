@@ -8,9 +8,10 @@ from support.networks import Other, built
 from support.splits import rand
 from torch import nn
 
+from sklearn_lqf.network.head import as_vectors
 from sklearn_lqf.network.linearize import walker
 from sklearn_lqf.network.statistics import Statistics
-from sklearn_lqf.network.tracing import remove_head, split_network
+from sklearn_lqf.network.tracing import split_network
 
 F64 = torch.float64
 # Shape of an activation, whether its channels come last, the axes of its positions.
@@ -54,7 +55,7 @@ def read(z: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layers", ["head", 1, "all"])
 def test_the_inputs_of_layers_are_read(layers):
     net, x = tiny_net().double(), torch.rand(5, 3, 12, 12, dtype=F64, generator=torch.Generator().manual_seed(3))
-    remove_head(net, x)
+    net = as_vectors(net, x)
     split = split_network(net, x[:2], layers, read_stages=True)
     # The stem has the resolution and width of the first block and is of its stage; the image itself is not read.
     assert [(p.name, p.size) for p in split.parts] == [

@@ -19,7 +19,8 @@ from support.splits import (
 from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from sklearn_lqf.network.tracing import find_head, remove_head, split_network
+from sklearn_lqf.network.head import as_vectors
+from sklearn_lqf.network.tracing import split_network
 
 
 def untidy(m, x):
@@ -141,7 +142,7 @@ def test_the_module_and_the_generator_are_untouched():
     with pytest.raises(ValueError, match="no module"):
         split_network(net, x, ["nothing"])
     with pytest.raises(ValueError, match="cannot be evaluated"):
-        find_head(net, x[:, :1])
+        as_vectors(net, x[:, :1])
     assert torch.equal(torch.get_rng_state(), random)
     assert snapshot(net) == before
     assert torch.equal(x, example)
@@ -162,7 +163,7 @@ def test_input_that_the_network_changes_in_place():
 
 def test_input_of_the_wrong_size():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
-    for refuse in (find_head, split_network):
+    for refuse in (as_vectors, split_network):
         with pytest.raises(ValueError, match=r"input of shape \(3, 16, 16\) .*set image_size"):
             refuse(net.eval(), torch.rand(2, 3, 16, 16))
     with pytest.raises(ValueError, match=r"input of shape \(6,\): ") as error:
@@ -195,7 +196,7 @@ def test_timm_norm_with_activation():
 def test_a_network_of_torchvision():
     x = rand(3, 3, 40, 40)
     net = randomized(uninitialized("mobilenet_v3_small"), by_fan=True)
-    remove_head(net, x)
+    net = as_vectors(net, x)
     split = split_checked(net, 1, x=x, tolerance=1e-9)
     assert split.traced
     assert len(split.trunk(x)) == 1
