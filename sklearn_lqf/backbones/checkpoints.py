@@ -112,9 +112,9 @@ def _read_state(path: Path) -> Any:
 
 def _with_own_names(state: Any, own: Any, name: str) -> Any:
     """The state dict under the names that the network has for it."""
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
-            nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    further = [prefix for prefix in _PREFIXES if not any(key.startswith(prefix) for key in own)]
+    while found := [prefix for prefix in further if all(key.startswith(prefix) for key in state)]:  # in any order
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, found[0])
     if name in LITE and "_conv_stem.weight" in state and len(state) == len(own):
         # The original implementation's names. timm's network has the same entries in the same order.
         state = OrderedDict(zip(own, state.values(), strict=True))

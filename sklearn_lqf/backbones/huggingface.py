@@ -135,7 +135,8 @@ def _preprocessing(name: str, config: Mapping[str, Any], model: Any, channels: i
         scale = round(255 * float(config.get("rescale_factor") or 1 / 255), 6)
         offset = 1.0 if config.get("rescale_offset") else 0.0
     mean, std = tuple((value + offset) / scale for value in mean), tuple(value / scale for value in std)
-    return Preprocessing(pair, mean, std, _INTERPOLATIONS.get(int(config.get("resample") or 3), "bicubic"))
+    resample = config.get("resample")  # 0 is a number of Pillow's, too
+    return Preprocessing(pair, mean, std, _INTERPOLATIONS.get(3 if resample is None else int(resample), "bicubic"))
 
 
 def image_tower(module: nn.Module) -> nn.Module:

@@ -49,8 +49,10 @@ def test_file_is_found_whatever_its_name(suffix, tmp_path, monkeypatch):
     assert_same_state(load_backbone(built(Net), f"mine{suffix}").module, trained())
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [(None, "module."), ("state_dict", "model._orig_mod."), ("model_state_dict", "_orig_mod.module."), ("model", "")],
+)
 def test_wrappers_and_prefixes_are_stripped(wrapper, prefix, path):
     state = OrderedDict((f"{prefix}{key}", value) for key, value in trained().state_dict().items())
     saved({wrapper: state, "epoch": 3} if wrapper else state, path)
