@@ -45,6 +45,7 @@ ARRAYS = {
     "not contiguous": np.arange(12).reshape(3, 4)[:, ::2],
     "text": np.array([["ä", "b\0c", "\ud800"]]),
     "bytes": np.array([b"a\xff", b"bc"]),
+    "labels": np.array(["a", "b"], dtype=object),
     "objects": np.array(["a", 1, 2.5, True, None, np.int8(3), (1, "b")], dtype=object),
 }
 
