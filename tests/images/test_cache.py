@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import joblib
 import pytest
@@ -82,21 +83,9 @@ def test_no_file_is_left(monkeypatch, tmp_path):
     assert open_files() == before
 
 
-class FullDisk:
-    """A file on a disk with no room."""
-
-    def __init__(self, **_):
-        pass
-
-    def write(self, _):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def close(self):
-        pass
-
-
 def test_full_disk(monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", FullDisk)
+    write = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Mock(write=write))
     with pytest.raises(OSError, match=r"11 rows take 1 KiB.*No space left.*cache='none'") as caught:
         made("disk")
     assert caught.value.errno == errno.ENOSPC
