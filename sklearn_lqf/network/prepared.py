@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backbones.loading import Backbone, VectorNetwork
 from ..backbones.preprocessing import Preprocessing
@@ -22,7 +23,7 @@ from ..images.cache import SharedActivations
 from ..images.digests import module_digest
 from ..images.synthetic import reference_images
 from ..runtime.arithmetic import choose_device, full_precision, in_ordinary_arithmetic
-from ..runtime.memory import BATCH_BYTES, with_smaller_batches
+from ..runtime.memory import BATCH_BYTES, LAYER_BYTES, with_smaller_batches
 from .cut import NoTrunk
 from .head import as_vectors
 from .linearize import walker
@@ -32,6 +33,7 @@ from .tracing import Split, split_network
 
 __all__ = ["PREPARED_OTHERWISE", "PreparedNetwork"]
 
+_PARAMETERS_READ = 8  # how often, at most, parameters are read for the bytes of activations that a batch makes
 _BUILT = {"split", "_layout", "_row_bytes", "_digests"}  # what `_build` makes
 PREPARED_OTHERWISE = (
     "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
@@ -64,6 +66,30 @@ def _put_channels_last(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+class _RowBytes(NamedTuple):
+    """Bytes of the activations of one row: of those that the tail keeps for its derivatives, the largest, all."""
+
+    kept: int
+    largest: int
+    all: int
+
+
+class _TensorSizes(TorchDispatchMode):
+    """The sizes in bytes of the tensors that operations return, and their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [v.numel() * v.element_size() for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
+        self.sizes |= set(sizes)
+        self.total += sum(sizes)
+        return out
 
 
 class PreparedNetwork:
@@ -146,7 +172,7 @@ class PreparedNetwork:
         if self._layout is torch.channels_last:
             for part in (self.split.trunk, self.split.tail):
                 _put_channels_last(part)
-        self._row_bytes: int | None = None
+        self._row_bytes: _RowBytes | None = None
         self._digests: dict[str, str] = {}
 
     def _choose_layout(self, example: Tensor) -> torch.memory_format:
@@ -174,11 +200,13 @@ class PreparedNetwork:
 
     def example_activations(self) -> tuple[Tensor, ...]:
         """Trunk activations of one random input, which is not an image of any data set."""
-        example = self._example(self.shape, self.dtype)[:1].to(self.device)
-        if len(self.shape) == 3:
-            example = example.contiguous(memory_format=self._layout)
         with torch.no_grad(), full_precision():
-            return tuple(self.split.trunk(example))
+            return tuple(self.split.trunk(self._on_device(1)))
+
+    def _on_device(self, count: int) -> Tensor:
+        """One or two random inputs as the trunk takes them."""
+        example = self._example(self.shape, self.dtype)[:count].to(self.device)
+        return example.contiguous(memory_format=self._layout) if len(self.shape) == 3 else example
 
     def reference_inputs(self, count: int) -> Tensor:
         """Inputs (count, ...) that are in no data set: those of `synthetic.reference_images`, or random vectors."""
@@ -189,26 +217,47 @@ class PreparedNetwork:
             x = self.source.mean.cpu() + self.source.scale.cpu() * x
         return x
 
-    def rows_at_once(self, most: int, budget: int = BATCH_BYTES) -> int:
-        """Rows of a batch: at most ``most``, and on a CPU so few that the activations of the tail fit into a budget.
+    def rows_at_once(self, most: int, budget: int = BATCH_BYTES, layer_budget: int = LAYER_BYTES) -> int:
+        """Rows of a batch: at most ``most``, on a CPU so few that activations fit into budgets.
 
-        A batch has at least one row. On a CPU the limit is set in advance, because a machine swaps or ends the process
-        before it reports a lack of memory.
+        A batch has at least one row. On a CPU the limits are set in advance, because a machine becomes slow, or ends
+        the process, before it reports a lack of memory.
+
+        Parameters
+        ----------
+        most : int
+        budget : int
+            Bytes of the activations of the tail that are kept for its derivatives.
+        layer_budget : int
+            Bytes of the largest activation for one thread. For two threads it is doubled, and it grows again beyond
+            eight. More rows are taken of networks with many parameters, which each batch reads.
         """
         if self.device.type != "cpu":
             return most
         if self._row_bytes is None:
             self._row_bytes = with_smaller_batches(lambda _: self._bytes_of_a_row(), 1)
-        return max(1, min(most, budget // self._row_bytes))
+        rows, threads = self._row_bytes, torch.get_num_threads()
+        layer_budget *= max(min(threads, 2), threads // 4)
+        worthwhile = max(layer_budget // rows.largest, _PARAMETERS_READ * self._parameter_bytes() // rows.all)
+        return max(1, min(most, budget // rows.kept, worthwhile))
 
-    def _bytes_of_a_row(self) -> int:
-        """Bytes of the activations that the tail keeps of one row for its derivatives."""
+    def _parameter_bytes(self) -> int:
+        parts = (self.split.trunk, self.split.tail)
+        return sum(v.numel() * v.element_size() for part in parts for v in (*part.parameters(), *part.buffers()))
+
+    def _bytes_of_a_row(self) -> _RowBytes:
         tail, _ = walker(self.split)
-        rows = self.example_activations()
+        seen = []
         with torch.no_grad():
-            _, values = tail.primal(rows)
-        tensors = (v for v in pytree.tree_leaves(list(values.values())) if isinstance(v, Tensor))
-        return max(1, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+            for images in (self._on_device(1), self._on_device(2)):
+                with _TensorSizes() as found:
+                    _, values = tail.primal(self.split.trunk(images))
+                seen.append((found, pytree.tree_leaves(list(values.values()))))
+        (alone, kept), (both, _) = seen
+        storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in kept if isinstance(v, Tensor)}
+        grown = both.sizes - alone.sizes  # not made of parameters alone
+        largest = max((size for size in alone.sizes if 2 * size in grown), default=1)
+        return _RowBytes(max(1, sum(storages.values())), max(1, largest), max(1, both.total - alone.total))
 
     def evaluator(self, memory: Any, precision: str = "full") -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The function `activations`, with its results kept in a joblib.Memory; None: they are not kept."""

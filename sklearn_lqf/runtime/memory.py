@@ -18,13 +18,16 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = [
-    "BATCH_BYTES", "PIECE_BYTES", "Recent", "device_budget", "disk_budget", "machine_memory", "memory_budget", "pieces",
-    "with_smaller_batches",
+    "BATCH_BYTES", "LAYER_BYTES", "PIECE_BYTES", "Recent", "device_budget", "disk_budget", "machine_memory",
+    "memory_budget", "pieces", "with_smaller_batches",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
-BATCH_BYTES = 1 << 28  # of activations of one batch on a CPU; larger batches are slower
+BATCH_BYTES = 1 << 28  # of the activations of one batch that are kept for derivatives on a CPU
+# Of the largest activation of a batch in one thread of a CPU: larger ones leave the caches, and their memory is given
+# back to the system after each layer. See docs/speed.md.
+LAYER_BYTES = 12 << 20
 PIECE_BYTES = 1 << 27  # of an intermediate result that is made in pieces of rows; larger pieces are hardly faster
 
 _MEMORY_PART = 0.25  # of the memory of the machine, for one large object; the rest is for other objects and the user

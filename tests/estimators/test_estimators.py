@@ -132,9 +132,22 @@ def test_memory_of_the_device(fitted, monkeypatch):
     limit = 0
     with pytest.raises(MemoryError, match="tangent_layers"):
         classifier().fit(X, Y)
-    row = fitted._model.network._bytes_of_a_row()
-    for room, most in ((0, 1), (5 * row, 5), (100 * row, 24)):
-        assert fitted._model.network.rows_at_once(24, budget=room) == most
+    network = fitted._model.network
+    row = network._bytes_of_a_row()
+    for room, most in ((0, 1), (5 * row.kept, 5), (100 * row.kept, 24)):
+        assert network.rows_at_once(24, budget=room) == most
+
+
+def test_batches_on_a_cpu_stay_in_its_caches(fitted, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    network = fitted._model.network
+    largest = network._bytes_of_a_row().largest
+    assert largest == 8 * 8 * 6 * 6  # bytes of the channels of the stem
+    assert network.rows_at_once(24, layer_budget=5 * largest) == 5
+    assert network.rows_at_once(24) == 24
+    # Each batch reads the parameters: of a network with many of them small batches gain nothing.
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(432, 500), nn.Tanh(), nn.Linear(500, 5))
+    assert LQFClassifier(wide).fit(X, Y)._model.network.rows_at_once(24, layer_budget=0) == 24
 
 
 def test_memory_shares_the_trunk_between_fits_and_predictions(monkeypatch, tmp_path):
