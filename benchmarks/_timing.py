@@ -1,6 +1,7 @@
 """What the benchmarks of speed share: rows kept as they come, contenders in turns, peaks of memory, digits repeated."""
 
 import argparse
+import functools
 import json
 import multiprocessing
 import resource
@@ -16,6 +17,9 @@ import torch
 from _common import write_report
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from sklearn_lqf.backbones.loading import load_backbone
+from sklearn_lqf.network.prepared import PreparedNetwork
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONE = "efficientnet_lite0"
@@ -179,10 +183,19 @@ def in_own_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str,
 # ------------------------------------------------------------------------------------------------------ images
 
 
+@functools.cache
+def batch_for(size: int, device: torch.device) -> int:
+    """Images that the package evaluates at once at a size; its opponents get batches of the same size."""
+    backbone = load_backbone(BACKBONE)
+    shape, preprocessing = (3, size, size), backbone.preprocessing
+    network = PreparedNetwork(backbone, shape, "head", 0.0, False, preprocessing, torch.float32, device)
+    return network.rows_at_once(BATCH)
+
+
 def forward(module: nn.Module, preprocessing: Any, X: np.ndarray, device: torch.device) -> Tensor:
     """The network's own forward pass of images (n, H, W, C)."""
     with torch.inference_mode():
-        parts = torch.from_numpy(X).permute(0, 3, 1, 2).split(BATCH)
+        parts = torch.from_numpy(X).permute(0, 3, 1, 2).split(batch_for(X.shape[1], device))
         normalized = (
             preprocessing.normalize(x.to(device)).contiguous(memory_format=torch.channels_last) for x in parts
         )

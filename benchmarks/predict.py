@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import DEFAULT_SIZE, read_folder, read_images, split
-from _timing import BACKBONE, BATCH, Report, Run, forward, interleaved, ratios, run_sections, said
+from _timing import BACKBONE, BATCH, Report, Run, batch_for, forward, interleaved, ratios, run_sections, said
 from torch import Tensor
 
 from sklearn_lqf import LQFClassifier
@@ -185,14 +185,15 @@ def outputs(function: Outputs, batches: list[Tensor]) -> Tensor:
 
 def measure_module(report: Report, args: argparse.Namespace, device: torch.device) -> None:
     """The default model as a module, in whole batches; what could not be made says why."""
-    key = {"dataset": DATASET, "size": args.size, "batch": BATCH}
+    batch = batch_for(args.size, device)
+    key = {"dataset": DATASET, "size": args.size, "batch": batch}
     if report.has("module", **key):
         return
     X, codes, X_test = some_images(args)
-    X_test = X_test[: len(X_test) // BATCH * BATCH]  # compiled programs are made for one size of a batch
+    X_test = X_test[: len(X_test) // batch * batch]  # compiled programs are made for one size of a batch
     estimator = LQFClassifier(BACKBONE, execution={"device": device}).fit(X, codes)
     wanted = torch.from_numpy(estimator.decision_function(X_test))
-    batches = [x.contiguous().to(device) for x in torch.from_numpy(X_test).permute(0, 3, 1, 2).split(BATCH)]
+    batches = [x.contiguous().to(device) for x in torch.from_numpy(X_test).permute(0, 3, 1, 2).split(batch)]
     contenders: dict[str, Run] = {
         "forward": own_forward(X_test, device),
         "predict": lambda: estimator.decision_function(X_test),
