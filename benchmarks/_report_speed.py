@@ -253,6 +253,23 @@ def faults_table(report: dict[str, Any]) -> str:
     return table(["what happens", "images", "on the disk then, MiB", "what the fit says", "left behind"], rows)
 
 
+def versions_table(rows: Rows) -> str:
+    data = {"trashnet": "TrashNet", "digits": "digits"}
+    work = {
+        "fit": "fit", "predict": "prediction of {n_predicted} images", "search": "grid search, 18 fits",
+        "search with memory": "the same with `memory`", "path": "`LQFClassifierCV`, the same penalties and folds",
+    }  # fmt: skip
+    found = []
+    for r in rows:
+        for key, seconds in r["seconds"].items():
+            now, before = (float(np.median(s)) for s in seconds.values())
+            accuracy = ", ".join(f"{100 * a:.1f}" for a in r["accuracy"].values()) if key == "predict" else ""
+            cells = [data[r["data"]], str(r["n_train"]), str(r["size"]), work[key].format(**r)]
+            found.append([*cells, f"{before:.1f}", f"{now:.1f}", f"{r['ratio'][key]:.2f}", accuracy])
+    header = ["images", "number", "pixels", "work", "version 0.1, s", "this version, s", "ratio"]
+    return table([*header, "accuracy, %: this version, 0.1"], found)
+
+
 def newcomer_table(report: dict[str, Any]) -> str:
     commands = {
         "install": "installation, by the first of these commands", "demo": "`make demo`",
@@ -278,6 +295,7 @@ def tables() -> dict[str, str]:
         "precision": precision_table(read("precision").get("rows", [])),
         "small": small_table(read("small").get("rows", [])),
         "alternatives": alternatives_table(read("alternatives").get("rows", [])),
+        "versions": versions_table(read("versions").get("rows", [])),
         "faults": faults_table(read("faults")),
         "newcomer": newcomer_table(read("newcomer")),
         "distributed": distributed_table(distributed.get("rows", [])),

@@ -121,9 +121,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--other", type=Path, required=True, help="a checkout of the other version")
+    parser.add_argument("--other", type=Path, help="a checkout of the other version; nothing is measured without it")
     parser.add_argument("--results", type=Path, default=RESULTS / "versions.json")
     args = parser.parse_args()
+    if args.other is None:
+        print("nothing measured: --other names no checkout of another version")
+        return
     torch.set_num_threads(1)
     report = Report(args.results, torch.device("cpu"), "versions")
     versions = [Version(HERE.parents[1]), Version(args.other)]
