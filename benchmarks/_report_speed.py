@@ -159,6 +159,15 @@ def predict_paths_table(rows: Rows) -> str:
     return table(["", "seconds", "images a second", "time over decoding and forward pass"], found)
 
 
+def batches_table(rows: Rows) -> str:
+    found = []
+    for r in rows:
+        milliseconds = [1000 * float(np.median(s)) / r["n_predicted"] for s in r["seconds"].values()]
+        found.append([str(r["size"]), *(f"{m:.1f}" for m in milliseconds), str(r["chosen"])])
+    sizes = list(rows[0]["seconds"]) if rows else []
+    return table(["pixels", *(f"{size} at once" for size in sizes), "the package takes"], found)
+
+
 def module_table(rows: Rows) -> str:
     names = {
         "forward": "the network's own forward pass", "predict": "`decision_function`", "eager": "`to_module()`",
@@ -291,6 +300,7 @@ def tables() -> dict[str, str]:
         "predict-layers": predict_layers_table(predict.get("layers", [])),
         "predict-classes": predict_classes_table(predict.get("classes", [])),
         "predict-paths": predict_paths_table(predict.get("paths", [])),
+        "predict-batches": batches_table(predict.get("batches", [])),
         "predict-module": module_table(predict.get("module", [])),
         "precision": precision_table(read("precision").get("rows", [])),
         "small": small_table(read("small").get("rows", [])),

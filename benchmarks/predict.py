@@ -1,10 +1,10 @@
 """Prediction: what it takes over the network's own forward pass of the same images, and the model as a module.
 
-By what is read of the network, by the number of classes, from a list of files, and as a module of torch: eager,
-compiled, and run by onnxruntime. Contenders are timed in turns. Results are kept after each measurement, and a run that
-was stopped goes on where it was.
+By what is read of the network, by the number of classes, from a list of files, as a module of torch (eager, compiled,
+and run by onnxruntime), and by the images of a batch. Contenders are timed in turns. Results are kept after each
+measurement, and a run that was stopped goes on where it was.
 
-    python benchmarks/predict.py --data-dir FOLDER [--only layers classes paths module] [--predicted 512]
+    python benchmarks/predict.py --data-dir FOLDER [--only layers classes paths module batches] [--predicted 512]
 """
 
 import argparse
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from sklearn_lqf import LQFClassifier
 from sklearn_lqf.backbones.loading import load_backbone
 from sklearn_lqf.images.reading import ImageInputs
+from sklearn_lqf.network.prepared import PreparedNetwork
 
 DATASET, PER_CLASS, PREDICTED = "trashnet", 10, 512
 LAYERS: dict[str, dict[str, Any]] = {
@@ -37,6 +39,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
 }
 CLASSES, JOBS = (2, 10, 100, 1000), (1, 2)
+BATCHED, BATCH_SIZES = {64: 384, 96: 192, 224: 64}, (64, 32, 16, 8, 4, 2, 1)  # pixels: images
 _IMAGES_A_CLASS = 2  # of random labels
 
 Outputs = Callable[[Tensor], Tensor]
@@ -216,8 +219,31 @@ def measure_module(report: Report, args: argparse.Namespace, device: torch.devic
     report.add("module", **key, **summary(seconds, len(X_test)), made=made)
 
 
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+def measure_batches(report: Report, args: argparse.Namespace, device: torch.device) -> None:
+    """By the images that are evaluated at once, random ones, and how many of them the package takes by itself."""
+    for size, n in BATCHED.items():
+        key = {"size": size, "n_predicted": n}
+        if report.has("batches", **key):
+            continue
+        X = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+        estimator = LQFClassifier(BACKBONE, image_size=size, execution={"device": device})
+        estimator.fit(X[:20], np.arange(20) % 2)
+
+        def predict(count: int, estimator: LQFClassifier = estimator, X: np.ndarray = X) -> None:
+            with mock.patch.object(PreparedNetwork, "rows_at_once", lambda *_: count):
+                estimator.predict(X)
+
+        contenders: dict[str, Run] = {str(b): lambda b=b, p=predict: p(b) for b in BATCH_SIZES}
+        seconds = interleaved(contenders, args.repeats, device)
+        report.add("batches", **key, seconds=seconds, chosen=batch_for(size, device))
+
+
 MEASURES = {
-    "layers": measure_layers, "classes": measure_classes, "paths": measure_paths, "module": measure_module
+    "layers": measure_layers, "classes": measure_classes, "paths": measure_paths, "module": measure_module,
+    "batches": measure_batches,
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ execution : dict or None, default=None
     - ``"tolerance"``, float, 0: relative error of the features up to which the network is computed in bfloat16, which
       some processors and most GPUs do faster. The error is measured at `fit` on synthetic images, for each group of
       features; 0.1 is worth a try. ``precision_`` says what was taken.
-    - ``"batch_size"``, int, 64: images evaluated at once, at most; fewer where memory requires it.
+    - ``"batch_size"``, int, 64: images evaluated at once, at most; fewer where that is faster, or memory requires it.
     - ``"n_jobs"``, int or None, None: threads that read and decode images while the network works, one for None, one
       for each processor for -1.
     - ``"memory"``, str, path or joblib.Memory, None: folder in which what the network computes of each image is shared
