@@ -185,11 +185,11 @@ def in_own_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str,
 
 @functools.cache
 def batch_for(size: int, device: torch.device) -> int:
-    """Images that the package evaluates at once at a size; its opponents get batches of the same size."""
+    """Images that the package evaluates at once in the trunk; its opponents get batches of the same size."""
     backbone = load_backbone(BACKBONE)
     shape, preprocessing = (3, size, size), backbone.preprocessing
     network = PreparedNetwork(backbone, shape, "head", 0.0, False, preprocessing, torch.float32, device)
-    return network.rows_at_once(BATCH)
+    return min(BATCH, network.rows_of_trunk()) if device.type == "cpu" else BATCH
 
 
 def forward(module: nn.Module, preprocessing: Any, X: np.ndarray, device: torch.device) -> Tensor:

@@ -233,7 +233,7 @@ def measure_batches(report: Report, args: argparse.Namespace, device: torch.devi
         estimator.fit(X[:20], np.arange(20) % 2)
 
         def predict(count: int, estimator: LQFClassifier = estimator, X: np.ndarray = X) -> None:
-            with mock.patch.object(PreparedNetwork, "rows_at_once", lambda *_: count):
+            with mock.patch.object(PreparedNetwork, "rows_of_trunk", lambda _: count):
                 estimator.predict(X)
 
         contenders: dict[str, Run] = {str(b): lambda b=b, p=predict: p(b) for b in BATCH_SIZES}

@@ -69,11 +69,11 @@ def _put_channels_last(module: nn.Module) -> None:
 
 
 class _RowBytes(NamedTuple):
-    """Bytes of the activations of one row: of those that the tail keeps for its derivatives, the largest, all."""
+    """Bytes of the activations of one row: those that the tail keeps, the largest of the trunk, all of the trunk."""
 
     kept: int
     largest: int
-    all: int
+    trunk: int
 
 
 class _TensorSizes(TorchDispatchMode):
@@ -190,8 +190,14 @@ class PreparedNetwork:
 
     def activations(self, images: Tensor) -> tuple[Tensor, ...]:
         """Trunk activations of images (B, C, H, W) in [0, 1], or vectors (B, n_features)."""
+        if self.device.type == "cpu" and not isinstance(self.split.trunk, NoTrunk):
+            parts = [self._activations(part) for part in images.split(self.rows_of_trunk())]
+            return parts[0] if len(parts) == 1 else tuple(torch.cat(z) for z in zip(*parts, strict=True))
         if self.device.type == "cuda":  # copied while the device works on what it was given before
             images = images.pin_memory()
+        return self._activations(images)
+
+    def _activations(self, images: Tensor) -> tuple[Tensor, ...]:
         x = images.to(self.device, non_blocking=True).to(self.dtype)
         if self.preprocessing is not None:
             x = self.preprocessing.normalize(x).contiguous(memory_format=self._layout)
@@ -217,47 +223,53 @@ class PreparedNetwork:
             x = self.source.mean.cpu() + self.source.scale.cpu() * x
         return x
 
-    def rows_at_once(self, most: int, budget: int = BATCH_BYTES, layer_budget: int = LAYER_BYTES) -> int:
-        """Rows of a batch: at most ``most``, on a CPU so few that activations fit into budgets.
+    def rows_at_once(self, most: int, budget: int = BATCH_BYTES) -> int:
+        """Rows of a batch: at most ``most``, and on a CPU so few that the activations of the tail fit into a budget.
 
-        A batch has at least one row. On a CPU the limits are set in advance, because a machine becomes slow, or ends
-        the process, before it reports a lack of memory.
-
-        Parameters
-        ----------
-        most : int
-        budget : int
-            Bytes of the activations of the tail that are kept for its derivatives.
-        layer_budget : int
-            Bytes of the largest activation for one thread. For two threads it is doubled, and it grows again beyond
-            eight. More rows are taken of networks with many parameters, which each batch reads.
+        A batch has at least one row. On a CPU the limit is set in advance, because a machine swaps or ends the process
+        before it reports a lack of memory.
         """
         if self.device.type != "cpu":
             return most
-        if self._row_bytes is None:
-            self._row_bytes = with_smaller_batches(lambda _: self._bytes_of_a_row(), 1)
-        rows, threads = self._row_bytes, torch.get_num_threads()
+        return max(1, min(most, budget // self._bytes_of_a_row.kept))
+
+    def rows_of_trunk(self, layer_budget: int = LAYER_BYTES) -> int:
+        """Rows of a batch that a CPU evaluates at once in the trunk, which it does faster for fewer.
+
+        Parameters
+        ----------
+        layer_budget : int
+            Bytes of the largest activation for one thread. For two threads it is doubled, and it grows again beyond
+            eight. More rows are taken of networks with many parameters, which are read each time.
+        """
+        row, threads = self._bytes_of_a_row, torch.get_num_threads()
         layer_budget *= max(min(threads, 2), threads // 4)
-        worthwhile = max(layer_budget // rows.largest, _PARAMETERS_READ * self._parameter_bytes() // rows.all)
-        return max(1, min(most, budget // rows.kept, worthwhile))
+        tensors = (*self.split.trunk.parameters(), *self.split.trunk.buffers())
+        parameters = sum(v.numel() * v.element_size() for v in tensors)
+        return max(1, layer_budget // row.largest, _PARAMETERS_READ * parameters // row.trunk)
 
-    def _parameter_bytes(self) -> int:
-        parts = (self.split.trunk, self.split.tail)
-        return sum(v.numel() * v.element_size() for part in parts for v in (*part.parameters(), *part.buffers()))
-
+    @property
     def _bytes_of_a_row(self) -> _RowBytes:
+        if self._row_bytes is None:
+            self._row_bytes = with_smaller_batches(lambda _: self._measured_row(), 1)
+        return self._row_bytes
+
+    def _measured_row(self) -> _RowBytes:
         tail, _ = walker(self.split)
         seen = []
         with torch.no_grad():
-            for images in (self._on_device(1), self._on_device(2)):
+            for count in (1, 2):
                 with _TensorSizes() as found:
-                    _, values = tail.primal(self.split.trunk(images))
-                seen.append((found, pytree.tree_leaves(list(values.values()))))
-        (alone, kept), (both, _) = seen
-        storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in kept if isinstance(v, Tensor)}
-        grown = both.sizes - alone.sizes  # not made of parameters alone
-        largest = max((size for size in alone.sizes if 2 * size in grown), default=1)
-        return _RowBytes(max(1, sum(storages.values())), max(1, largest), max(1, both.total - alone.total))
+                    rows = self.split.trunk(self._on_device(count))
+                seen.append(found)
+                if count == 1:
+                    _, values = tail.primal(rows)
+        tensors = (v for v in pytree.tree_leaves(list(values.values())) if isinstance(v, Tensor))
+        kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        one, two = seen
+        grown = two.sizes - one.sizes  # not made of parameters alone
+        largest = max((size for size in one.sizes if 2 * size in grown), default=1)
+        return _RowBytes(max(1, kept), max(1, largest), max(1, two.total - one.total))
 
     def evaluator(self, memory: Any, precision: str = "full") -> Callable[[Tensor], tuple[Tensor, ...]]:
         """The function `activations`, with its results kept in a joblib.Memory; None: they are not kept."""

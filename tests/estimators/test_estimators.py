@@ -133,21 +133,23 @@ def test_memory_of_the_device(fitted, monkeypatch):
     with pytest.raises(MemoryError, match="tangent_layers"):
         classifier().fit(X, Y)
     network = fitted._model.network
-    row = network._bytes_of_a_row()
-    for room, most in ((0, 1), (5 * row.kept, 5), (100 * row.kept, 24)):
+    kept = network._bytes_of_a_row.kept
+    for room, most in ((0, 1), (5 * kept, 5), (100 * kept, 24)):
         assert network.rows_at_once(24, budget=room) == most
 
 
-def test_batches_on_a_cpu_stay_in_its_caches(fitted, monkeypatch):
+def test_the_trunk_takes_images_that_stay_in_the_caches(fitted, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     network = fitted._model.network
-    largest = network._bytes_of_a_row().largest
+    largest = network._bytes_of_a_row.largest
     assert largest == 8 * 8 * 6 * 6  # bytes of the channels of the stem
-    assert network.rows_at_once(24, layer_budget=5 * largest) == 5
-    assert network.rows_at_once(24) == 24
-    # Each batch reads the parameters: of a network with many of them small batches gain nothing.
+    assert network.rows_of_trunk(layer_budget=5 * largest) == 5
+    monkeypatch.setattr(PreparedNetwork, "rows_of_trunk", lambda _: 5)
+    np.testing.assert_allclose(fitted.decision_function(X), classifier().fit(X, Y).decision_function(X), atol=1e-10)
+    # Each time the parameters are read: of a network with many of them few images gain nothing.
     wide = nn.Sequential(nn.Flatten(), nn.Linear(432, 500), nn.Tanh(), nn.Linear(500, 5))
-    assert LQFClassifier(wide).fit(X, Y)._model.network.rows_at_once(24, layer_budget=0) == 24
+    monkeypatch.undo()
+    assert LQFClassifier(wide).fit(X, Y)._model.network.rows_of_trunk(layer_budget=0) > 100
 
 
 def test_memory_shares_the_trunk_between_fits_and_predictions(monkeypatch, tmp_path):
