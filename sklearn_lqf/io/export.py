@@ -79,10 +79,12 @@ class LinearizedModule(nn.Module):
         views: Sequence[str],
         weight: Tensor,
         bias: Tensor,
+        layout: torch.memory_format,
     ):
         super().__init__()
         self.trunk, self.features = trunk, features
         self._preprocessing, self._views = preprocessing, tuple(views)
+        self._channels_last = layout is torch.channels_last
         self.register_buffer("weight", _own(weight))
         self.register_buffer("bias", _own(bias))
         self.eval().requires_grad_(False)
@@ -92,6 +94,8 @@ class LinearizedModule(nn.Module):
         if torch.compiler.is_compiling():  # torch.export, torch.compile
             return self._outputs(images, self.features.exported)
         with ordinary_arithmetic(), torch.no_grad():
+            if self._channels_last:  # a compiler chooses by itself
+                images = images.contiguous(memory_format=torch.channels_last)
             # Autograd refuses tensors that were made in inference mode.
             return self._outputs(images.clone() if images.is_inference() else images, self.features)
 
@@ -220,7 +224,9 @@ def _(model: FittedModel) -> LinearizedModule:
     network, split = model.network, _copied(model.network.split)
     weight, bias = (torch.tensor(v).to(network.device, network.dtype) for v in (model.weight, model.bias))
     features = _GroupFeatures(split, model.reader._built)
-    return LinearizedModule(split.trunk, features, network.preprocessing, model.reader.views, weight.T, bias)
+    return LinearizedModule(
+        split.trunk, features, network.preprocessing, model.reader.views, weight.T, bias, network.layout
+    )
 
 
 @to_module.register
@@ -233,7 +239,8 @@ def _(model: PaperModel) -> LinearizedModule:
     # f_w0 + J d: the head and its change on the features, the head on their tangent.
     weight = unit[:, None] * torch.cat([linearized.weight + weight, linearized.weight], 1)
     bias = unit * (linearized.bias + bias)
-    return LinearizedModule(split.trunk, features, model.network.preprocessing, ("identity",), weight, bias)
+    network = model.network
+    return LinearizedModule(split.trunk, features, network.preprocessing, ("identity",), weight, bias, network.layout)
 
 
 def _own(value: Tensor) -> Tensor:

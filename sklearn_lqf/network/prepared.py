@@ -34,7 +34,7 @@ from .tracing import Split, split_network
 __all__ = ["PREPARED_OTHERWISE", "PreparedNetwork"]
 
 _PARAMETERS_READ = 8  # how often, at most, parameters are read for the bytes of activations that a batch makes
-_BUILT = {"split", "_layout", "_row_bytes", "_digests"}  # what `_build` makes
+_BUILT = {"split", "layout", "_row_bytes", "_digests"}  # what `_build` makes
 PREPARED_OTHERWISE = (
     "The network was prepared otherwise where the model was fitted: use the versions of torch and of the backbone's "
     "code with which it was."
@@ -168,8 +168,8 @@ class PreparedNetwork:
         self.split: Split = split_network(self.source, example, **self.options)
         for part in (self.split.trunk, self.split.tail):
             part.to(self.device)
-        self._layout = self._choose_layout(example)
-        if self._layout is torch.channels_last:
+        self.layout = self._choose_layout(example)
+        if self.layout is torch.channels_last:
             for part in (self.split.trunk, self.split.tail):
                 _put_channels_last(part)
         self._row_bytes: _RowBytes | None = None
@@ -200,7 +200,7 @@ class PreparedNetwork:
     def _activations(self, images: Tensor) -> tuple[Tensor, ...]:
         x = images.to(self.device, non_blocking=True).to(self.dtype)
         if self.preprocessing is not None:
-            x = self.preprocessing.normalize(x).contiguous(memory_format=self._layout)
+            x = self.preprocessing.normalize(x).contiguous(memory_format=self.layout)
         with torch.no_grad(), full_precision():
             return tuple(self.split.trunk(x))
 
@@ -212,7 +212,7 @@ class PreparedNetwork:
     def _on_device(self, count: int) -> Tensor:
         """One or two random inputs as the trunk takes them."""
         example = self._example(self.shape, self.dtype)[:count].to(self.device)
-        return example.contiguous(memory_format=self._layout) if len(self.shape) == 3 else example
+        return example.contiguous(memory_format=self.layout) if len(self.shape) == 3 else example
 
     def reference_inputs(self, count: int) -> Tensor:
         """Inputs (count, ...) that are in no data set: those of `synthetic.reference_images`, or random vectors."""
