@@ -25,6 +25,9 @@ from support.data import make_images, merged, tiny_net
 from sklearn_lqf import LQFClassifier, LQFClassifierCV
 from sklearn_lqf.runtime.processes import ProcessGroup, _message_device, default_group
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="processes do not find each other in a second group with this torch"
+)
 SIZE = 3
 X, Y = make_images(n=61)  # shares of 20, 20 and 21
 WEIGHTS = np.random.default_rng(0).integers(0, 3, len(X)) * 0.7  # a third of the rows is left out
